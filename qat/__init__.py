@@ -1,0 +1,25 @@
+"""Quantization-aware training for PyTorch: what trains is what runs."""
+
+from qat.calibrate import calibrate
+from qat.export import export, load
+from qat.fake_quant import Mode, set_mode
+from qat.lower import lower
+from qat.prepare import prepare
+from qat.scheme import Granularity, LayerRule, QuantConfig, RangeMode, TensorScheme
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Granularity",
+    "LayerRule",
+    "Mode",
+    "QuantConfig",
+    "RangeMode",
+    "TensorScheme",
+    "calibrate",
+    "export",
+    "load",
+    "lower",
+    "prepare",
+    "set_mode",
+]

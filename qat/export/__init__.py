@@ -1,0 +1,57 @@
+"""Exporters. EXPORTERS is the table that configurations choose from: a new one is a function and a line here."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from qat.export.checkpoint import load_checkpoint, save_checkpoint
+from qat.export.onnx import save_onnx
+from qat.runtime.network import IntegerNetwork
+from qat.scheme import choice
+
+
+def _int8(network: IntegerNetwork, folder: Path, example_inputs: tuple[Tensor, ...]) -> Path:
+    save_checkpoint(network, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def _onnx(network: IntegerNetwork, folder: Path, example_inputs: tuple[Tensor, ...]) -> Path:
+    save_onnx(network, folder / "model.onnx", example_inputs)
+    return folder / "model.onnx"
+
+
+EXPORTERS: dict[str, Callable[[IntegerNetwork, Path, tuple[Tensor, ...]], Path]] = {"int8": _int8, "onnx": _onnx}
+
+
+def export(
+    network: IntegerNetwork,
+    folder: str | Path,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    formats: Sequence[str] = ("int8", "onnx"),
+) -> dict[str, Path]:
+    """Write an integer network in each of `formats`.
+
+    Args:
+        network: from `qat.lower`.
+        folder: made if it is not there. Files are written whole or not at all.
+        example_inputs: float32, batch dimension first.
+        formats: keys of `EXPORTERS`.
+
+    Returns:
+        Format -> path of its file.
+
+    Raises:
+        ValueError: an unknown format.
+        ImportError: a format needs a package that is not installed.
+        OSError: the folder or disk refuses.
+    """
+    for name in formats:
+        choice("export.formats", name, EXPORTERS)
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    return {name: EXPORTERS[name](network, Path(folder), inputs) for name in formats}
+
+
+load = load_checkpoint
+
+__all__ = ["EXPORTERS", "export", "load", "load_checkpoint", "save_checkpoint", "save_onnx"]

@@ -1,0 +1,100 @@
+"""Folding BatchNorm into a quantized layer: exact, because only scales, signs and biases change, never the rounding.
+
+With integers `q`, `conv(x, s q)` followed by BatchNorm is a convolution by the same integers with scale `s |g|`,
+`g = gamma / sqrt(var + eps)`, and bias `beta - mean g`; where `g < 0` the integers change sign.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qat.layers import QuantizedLayer
+from qat.numerics.affine import quantize
+from qat.numerics.granularity import from_rows
+
+LARGEST_BIAS = 2**30
+"""int32 biases stay below this, so that a sum of products can be added without overflow."""
+
+
+@dataclass
+class FoldedWeight:
+    """A layer's integers after folding the BatchNorm behind it.
+
+    Attributes:
+        q: integers (float tensor), shape of the weight.
+        scale, zero_point: shape [out], or [out, groups].
+        bias: real-valued bias, float64, shape [out].
+        bounds: smallest and largest integer.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor
+    bounds: tuple[int, int]
+
+
+@torch.no_grad()
+def fold(layer: QuantizedLayer, batch_norm: nn.Module | None) -> FoldedWeight:
+    """Quantize a layer's weight and fold the BatchNorm behind it into scale, sign and bias. Exact, in float64.
+
+    Source: Jacob et al. 2018, section 3.2 (folding); the sign rule follows from it.
+    """
+    quantizer = layer.weight_quantizer
+    low, high = quantizer.quant_min, quantizer.quant_max
+    scale, zero_point = (t.detach().clone() for t in quantizer.qparams(layer.weight))
+    rows = quantizer.rows(layer.weight.detach())
+    q = quantize(rows, scale.reshape(-1, 1), zero_point.reshape(-1, 1), low, high, quantizer.scheme.rounding)
+    out = layer.weight.shape[0]
+    q = q.reshape(layer.weight.shape) if scale.dim() < 2 else from_rows(q, layer.weight.shape)
+    scale, zero_point = (t.expand(out) if t.dim() == 0 else t for t in (scale, zero_point))
+    gain, shift = batch_norm_affine(batch_norm, out)
+    bias = torch.zeros(out, dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
+    column = (-1, *[1] * (scale.dim() - 1))
+    negative = gain < 0
+    flip = negative.reshape(-1, *[1] * (q.dim() - 1))
+    # -(q - z) = q' - z' with q' = low + high - q and z' = low + high - z, which stays inside the grid
+    return FoldedWeight(
+        q=torch.where(flip, low + high - q, q),
+        scale=scale.double() * gain.abs().reshape(column),
+        zero_point=torch.where(negative.reshape(column), low + high - zero_point, zero_point),
+        bias=bias * gain + shift,
+        bounds=(low, high),
+    )
+
+
+def batch_norm_affine(batch_norm: nn.Module | None, channels: int) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in eval mode as `gain * x + shift`, float64, shape [channels] each; (1, 0) for None."""
+    if batch_norm is None:
+        return torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    assert isinstance(batch_norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    mean, variance = batch_norm.running_mean, batch_norm.running_var
+    if mean is None or variance is None:
+        raise ValueError("a BatchNorm with track_running_stats=False has no fixed statistics and cannot be folded")
+    gain = (variance.detach().double() + batch_norm.eps).rsqrt()
+    if batch_norm.weight is not None:
+        gain = gain * batch_norm.weight.detach().double()
+    shift = -mean.detach().double() * gain
+    if batch_norm.bias is not None:
+        shift = shift + batch_norm.bias.detach().double()
+    return gain, shift
+
+
+def integer_bias(folded: FoldedWeight, input_scale: float, dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The bias as integers at scale `input_scale * weight_scale`.
+
+    A channel whose BatchNorm gain is next to nothing has a scale so small that its bias does not fit an int32. Its
+    scale is raised until it does, and its integers are divided to match: that loses less than a thousandth of the bias.
+
+    Returns:
+        weight scale (float64, [out]), weight integers and bias integers (float64, [out]).
+    """
+    smallest = torch.finfo(torch.float32).tiny / min(input_scale, 1.0)
+    needed = (folded.bias.abs() / (LARGEST_BIAS * input_scale)).clamp(min=smallest)
+    scale = torch.maximum(folded.scale, needed)
+    shrink = (folded.scale / scale).reshape(-1, *[1] * (dims - 1))
+    zero = folded.zero_point.double().reshape(-1, *[1] * (dims - 1))
+    q = torch.where(shrink == 1, folded.q.double(), torch.round((folded.q.double() - zero) * shrink + zero))
+    scale = scale.float().double()  # what the file holds
+    return scale, q, torch.round(folded.bias / (scale * input_scale))

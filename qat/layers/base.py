@@ -1,0 +1,52 @@
+"""What every quantized layer is: the float layer plus a quantizer for its weight."""
+
+from typing import Self
+
+from torch import Tensor, nn
+
+from qat.fake_quant import FakeQuantize
+from qat.scheme import Granularity, TensorScheme
+
+
+class QuantizedLayer(nn.Module):
+    """Mixin, first base of each quantized layer: `class QuantLinear(QuantizedLayer, nn.Linear)`.
+
+    The layer keeps its float type's parameters, names and arguments, so a float checkpoint loads into it and
+    `isinstance(layer, nn.Linear)` holds. Activations are not its concern: they are quantized where they are made.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: FakeQuantize
+
+    @classmethod
+    def from_float(cls, module: nn.Module, scheme: TensorScheme, name: str) -> Self:
+        """Build from a float layer. Parameters, buffers and hooks are shared with it, not copied.
+
+        Args:
+            module: the float layer.
+            scheme: how to quantize its weight.
+            name: the layer's module path, for messages.
+
+        Raises:
+            ValueError: a group size that does not divide the layer's inputs.
+        """
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if scheme.granularity is Granularity.group and not scheme.allow_padding:
+            inputs = weight[0].numel()
+            if scheme.group_size and inputs % scheme.group_size:
+                raise ValueError(
+                    f"quant.weight.group_size={scheme.group_size} does not divide the {inputs} inputs of layer '{name}' "
+                    f"(weight {list(weight.shape)}); give a divisor of {inputs}, exempt the layer by a rule, or set "
+                    f"quant.weight.allow_padding=true"
+                )
+        layer = cls.__new__(cls)
+        # the float layer's state as it stands, hooks included; the containers are copied so that the original is untouched
+        layer.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+        layer.weight_quantizer = FakeQuantize(scheme, weight.shape)
+        return layer
+
+    def quantized_weight(self) -> Tensor:
+        """The fake-quantized weight."""
+        return self.weight_quantizer(self.weight)

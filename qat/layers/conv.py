@@ -1,0 +1,19 @@
+"""Convolutions: stride, padding (every mode), dilation and groups as in the float layer."""
+
+from torch import Tensor, nn
+
+from qat.layers.base import QuantizedLayer
+
+
+class QuantConv1d(QuantizedLayer, nn.Conv1d):
+    """`nn.Conv1d` with a fake-quantized weight."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: D102
+        return self._conv_forward(input, self.quantized_weight(), self.bias)
+
+
+class QuantConv2d(QuantizedLayer, nn.Conv2d):
+    """`nn.Conv2d` with a fake-quantized weight."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: D102
+        return self._conv_forward(input, self.quantized_weight(), self.bias)

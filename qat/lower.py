@@ -1,0 +1,282 @@
+"""Prepared network -> integer network, on a copy: what exporters read.
+
+No weight is quantized a second time: BatchNorm is folded into scales and biases (`qat.fold`). A quantizer that is the
+only reader of an operation is made in the same step, so that a layer takes integers and returns integers.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from qat import translate
+from qat.fake_quant import FakeQuantize, Mode, quantizers
+from qat.fold import FoldedWeight, batch_norm_affine, fold, integer_bias
+from qat.graph import Graph, Kind, tensor_list
+from qat.layers import QuantizedLayer
+from qat.numerics.granularity import rows_of
+from qat.runtime import operations as ops
+from qat.runtime.grid import Quantize
+from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
+from qat.runtime.network import IntegerNetwork, Node
+from qat.scheme import Granularity, QuantConfig
+
+
+def lower(prepared: fx.GraphModule) -> IntegerNetwork:
+    """Build the integer network that computes what `prepared` simulates in eval mode.
+
+    Args:
+        prepared: a calibrated network from `qat.prepare`. It is not changed.
+
+    Returns:
+        A network of integer layers, sharing nothing with `prepared`.
+
+    Raises:
+        RuntimeError: a quantizer has no range yet.
+        ValueError: an operation that the integer runtime does not have; names it and where it stands.
+    """
+    for name, quantizer in quantizers(prepared):
+        if not quantizer.calibrated:
+            raise RuntimeError(f"quantizer '{name}' has no range yet; run qat.calibrate(net, batches) before lowering")
+    return _Lowering(prepared).run()
+
+
+@dataclass
+class _Lowering:
+    prepared: fx.GraphModule
+    graph: Graph = field(init=False)
+    nodes: list[Node] = field(default_factory=list)
+    layers: dict[str, RuntimeLayer] = field(default_factory=dict)
+    made: dict[fx.Node, str] = field(default_factory=dict)  # graph node -> name of its tensor
+    grids: dict[str, Quantize | None] = field(default_factory=dict)
+    real: dict[str, str] = field(default_factory=dict)  # integer tensor -> its dequantized twin
+
+    def __post_init__(self) -> None:
+        self.graph = Graph(self.prepared)
+
+    def run(self) -> IntegerNetwork:
+        inputs: list[str] = []
+        outputs: list[str] = []
+        for node in self.graph.nodes:
+            if node in self.made:  # fused into an earlier step
+                continue
+            kind = self.graph.kind(node)
+            if kind is Kind.input:
+                inputs.append(node.name)
+                self.made[node], self.grids[node.name] = node.name, None
+            elif kind is Kind.output:
+                outputs = [self.to_real(arg) for arg in node.all_input_nodes]
+            else:
+                _LOWER[kind](self, node)
+        config: QuantConfig = self.prepared.meta["qat"]["config"]
+        network = IntegerNetwork(inputs, self.nodes, self.layers, outputs, {"quant": config.to_dict()})
+        network.edges = {
+            self.made[node]: node.name for node in self.graph.nodes if self.graph.kind(node) is Kind.quantizer
+        }
+        return network.eval()
+
+    def add(
+        self, name: str, layer: RuntimeLayer, inputs: list[str], *made: fx.Node, grid: Quantize | None = None
+    ) -> str:
+        """Append a step; every graph node in `made` is the tensor that it makes."""
+        unique, i = name, 2
+        while unique in self.layers or unique in self.grids:
+            unique, i = f"{name}_{i}", i + 1
+        self.nodes.append(Node(unique, tuple(inputs)))
+        self.layers[unique] = layer
+        self.grids[unique] = grid if grid is not None else layer.output
+        self.made.update(dict.fromkeys(made, unique))
+        return unique
+
+    def to_real(self, node: fx.Node) -> str:
+        """Name of the tensor of real numbers of `node`, dequantized once if it is integer."""
+        name = self.made[node]
+        grid = self.grids[name]
+        if grid is None:
+            return name
+        if name not in self.real:
+            self.real[name] = self.add(f"{name}.real", ops.Dequantize(_copy_grid(grid, relu=False)), [name])
+        return self.real[name]
+
+    def fused_quantizer(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The quantizer that is the only reader of `node`, to be made in the same step."""
+        users = list(node.users)
+        return (users[0],) if len(users) == 1 and self.graph.kind(users[0]) is Kind.quantizer else ()
+
+    def output_grid(self, node: fx.Node) -> Quantize | None:
+        fused = self.fused_quantizer(node)
+        return _grid(self.graph.submodule(fused[0])) if fused else None
+
+    def real_operation(self, node: fx.Node, layer: RuntimeLayer) -> None:
+        """Append an operation on real numbers, with the quantizer that follows it."""
+        layer.output = self.output_grid(node)
+        inputs = [self.to_real(arg) for arg in node.all_input_nodes]
+        self.add(self.graph.name(node), layer, inputs, node, *self.fused_quantizer(node))
+
+    def integer_operation(self, node: fx.Node, layer: RuntimeLayer, args: list[fx.Node]) -> None:
+        """Append an operation that keeps its inputs' grid, whether integer or real."""
+        names = [self.made[arg] for arg in args]
+        grids = [self.grids[name] for name in names]
+        if any(g is None or not _same(g, grids[0]) for g in grids):
+            names, grids = [self.to_real(arg) for arg in args], [None]
+        self.add(self.graph.name(node), layer, names, node, grid=grids[0])
+
+
+def _quantizer(lowering: _Lowering, node: fx.Node) -> None:
+    layer = ops.QuantizeInput(_grid(lowering.graph.submodule(node)))
+    source = node.all_input_nodes[0]
+    lowering.add(lowering.graph.name(source), layer, [lowering.to_real(source)], node)
+
+
+def _layer(lowering: _Lowering, node: fx.Node) -> None:
+    layer = lowering.graph.submodule(node)
+    assert isinstance(layer, QuantizedLayer)
+    batch_norm = lowering.graph.batch_norm_after(node)
+    folded = fold(layer, lowering.graph.submodule(batch_norm) if batch_norm else None)
+    tail = batch_norm or node
+    source = node.all_input_nodes[0]
+    grid = lowering.grids[lowering.made[source]]
+    output = lowering.output_grid(tail)
+    made = [node, tail, *lowering.fused_quantizer(tail)]
+    scheme = layer.weight_quantizer.scheme
+    geometry = translate.geometry(layer, node)
+    name = str(node.target)
+    if grid is None or scheme.granularity is Granularity.group:
+        step: RuntimeLayer = _weight_only(layer, folded, geometry, output)
+        lowering.add(name, step, [lowering.to_real(source)], *made)
+    else:
+        lowering.add(name, _integer(layer, folded, grid, geometry, output), [lowering.made[source]], *made)
+
+
+def _integer(
+    layer: QuantizedLayer, folded: FoldedWeight, grid: Quantize, geometry: dict[str, Any], output: Quantize | None
+) -> IntegerConv:
+    step = IntegerConv(
+        list(folded.q.shape), list(folded.bounds), [grid.quant_min, grid.quant_max], **geometry, output=output
+    )
+    scale, q, bias = integer_bias(folded, float(grid.scale), layer.weight.dim())
+    limit = torch.iinfo(torch.int32).max if step.bias.dtype == torch.int32 else 2**62
+    step.weight.copy_(q)
+    step.weight_scale.copy_(scale)
+    step.weight_zero_point.copy_(folded.zero_point)
+    step.bias.copy_(bias.clamp(-limit, limit))
+    step.input_scale.copy_(grid.scale)
+    step.input_zero_point.copy_(grid.zero_point)
+    return step
+
+
+def _weight_only(
+    layer: QuantizedLayer, folded: FoldedWeight, geometry: dict[str, Any], output: Quantize | None
+) -> FloatConv:
+    scheme = layer.weight_quantizer.scheme
+    group_size = scheme.group_size if scheme.granularity is Granularity.group else None
+    step = FloatConv(list(folded.q.shape), list(folded.bounds), group_size, **geometry, output=output)
+    step.weight.copy_(folded.q)
+    step.weight_scale.copy_(folded.scale)
+    step.weight_zero_point.copy_(folded.zero_point)
+    step.bias.copy_(folded.bias)
+    assert rows_of(step.weight, group_size).shape[0] == folded.scale.numel()
+    return step
+
+
+def _float_layer(lowering: _Lowering, node: fx.Node) -> None:
+    layer = lowering.graph.submodule(node)
+    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
+    step = FloatConv(list(layer.weight.shape), None, None, **translate.geometry(layer, node))
+    step.weight.copy_(layer.weight.detach())
+    if layer.bias is not None:
+        step.bias.copy_(layer.bias.detach())
+    lowering.real_operation(node, step)
+
+
+def _batch_norm(lowering: _Lowering, node: fx.Node) -> None:
+    module = lowering.graph.submodule(node)
+    assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    gain, shift = batch_norm_affine(module, module.num_features)
+    step = ops.Affine(module.num_features)
+    step.factor.copy_(gain)
+    step.offset.copy_(shift)
+    lowering.real_operation(node, step)
+
+
+def _relu(lowering: _Lowering, node: fx.Node) -> None:
+    source = node.all_input_nodes[0]
+    grid = lowering.grids[lowering.made[source]]
+    if grid is None:
+        lowering.real_operation(node, ops.Relu(zero=0))
+    else:
+        lowering.integer_operation(node, ops.Relu(zero=int(grid.zero_point)), [source])
+
+
+def _average(lowering: _Lowering, node: fx.Node) -> None:
+    lowering.real_operation(node, translate.average_layer(lowering.graph, node))
+
+
+def _passes(lowering: _Lowering, node: fx.Node) -> None:
+    graph, key, source = lowering.graph, lowering.graph.key(node), node.all_input_nodes[0]
+    grid = lowering.grids.get(lowering.made.get(source, ""))
+    if graph.kind(source) is Kind.other and source not in lowering.made:
+        return  # arithmetic on sizes, read by `_shape`
+    if key in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, "contiguous"):
+        lowering.made[node] = lowering.made[source]
+        return
+    if node in graph.passing_relus or key in _RELU_KEYS:
+        _relu(lowering, node)
+        return
+    step = translate.passing_layer(graph, node, 0 if grid is None else int(grid.zero_point))
+    lowering.integer_operation(node, step, [source])
+
+
+def _concat(lowering: _Lowering, node: fx.Node) -> None:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    lowering.integer_operation(node, ops.Concat(dim=dim), tensor_list(node))
+
+
+def _other(lowering: _Lowering, node: fx.Node) -> None:
+    if node.target in ("size", getattr):  # sizes, read by `_shape`
+        return
+    key = lowering.graph.key(node)
+    approximate = getattr(lowering.graph.submodule(node), "approximate", node.kwargs.get("approximate", "none"))
+    if key not in translate.FUNCTION_NAMES or approximate != "none":
+        raise translate.unsupported(
+            lowering.graph, node, f"functions that can: {', '.join(sorted(set(translate.FUNCTION_NAMES.values())))}"
+        )
+    lowering.real_operation(node, ops.Function(name=translate.FUNCTION_NAMES[key]))
+
+
+_RELU_KEYS = (nn.ReLU, F.relu, torch.relu, "relu")
+_LOWER = {
+    Kind.quantizer: _quantizer,
+    Kind.layer: _layer,
+    Kind.float_layer: _float_layer,
+    Kind.batch_norm: _batch_norm,
+    Kind.relu: _relu,
+    Kind.add: lambda lowering, node: lowering.real_operation(node, ops.Add()),
+    Kind.concat: _concat,
+    Kind.average: _average,
+    Kind.passes: _passes,
+    Kind.other: _other,
+}
+
+
+def _grid(module: nn.Module | None) -> Quantize:
+    assert isinstance(module, FakeQuantize)
+    if module.mode in (Mode.float, Mode.observe):
+        raise RuntimeError(
+            "a network in mode 'float' or 'observe' cannot be lowered; qat.set_mode(net, 'quantize') first"
+        )
+    scale, zero_point = (t.detach() for t in module.qparams())
+    relu = module.relu and int(zero_point) != module.quant_min
+    return Quantize(module.quant_min, module.quant_max, relu, float(scale), int(zero_point))
+
+
+def _copy_grid(grid: Quantize, relu: bool) -> Quantize:
+    return Quantize(grid.quant_min, grid.quant_max, relu, float(grid.scale), int(grid.zero_point))
+
+
+def _same(a: Quantize, b: Quantize | None) -> bool:
+    return b is not None and (a.quant_min, a.quant_max, float(a.scale), int(a.zero_point)) == (
+        b.quant_min, b.quant_max, float(b.scale), int(b.zero_point)
+    )  # fmt: skip

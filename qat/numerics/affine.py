@@ -1,0 +1,177 @@
+"""Affine (uniform) quantization: the one definition that training, the integer runtime and every export share.
+
+    x_q  = clamp(round(x / scale) + zero_point, quant_min, quant_max)      ONNX QuantizeLinear
+    x_dq = scale * (x_q - zero_point)                                      ONNX DequantizeLinear
+
+The division is a true division: multiplying by the reciprocal (as ATen's kernels do) differs by a step at some ties.
+Integers are carried in float32 tensors here (exact up to 2^24); `qat.runtime` stores them in integer dtypes.
+Scales and zero points broadcast against `x`.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.numerics.rounding import ROUNDING
+
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""A scale below the smallest normal float32 would make x / scale overflow; such tensors are zero for every purpose."""
+
+
+def int_range(bits: int, signed: bool, narrow: bool = False) -> tuple[int, int]:
+    """Smallest and largest integer of a format.
+
+    | bits | signed | narrow | range        |
+    |------|--------|--------|--------------|
+    | 8    | yes    | no     | [-128, 127]  |
+    | 8    | yes    | yes    | [-127, 127]  |
+    | 8    | no     | -      | [0, 255]     |
+    | 2    | yes    | no     | [-2, 1]      |
+
+    >>> int_range(4, signed=True, narrow=True)
+    (-7, 7)
+    """
+    if not signed:
+        return 0, 2**bits - 1
+    return -(2 ** (bits - 1)) + int(narrow), 2 ** (bits - 1) - 1
+
+
+def choose_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Turn an observed range into a scale and a zero point.
+
+    Zero is always inside the range and exactly representable, so that zero padding and ReLU are exact.
+
+    * symmetric: `a = max(|low|, |high|)`, `scale = a / quant_max`, `zero_point = 0`;
+    * affine: `scale = (high - low) / (quant_max - quant_min)`, `zero_point = round(quant_min - low / scale)`.
+
+    Args:
+        low, high: observed bounds, one entry per scale, any (equal) shape.
+        quant_min, quant_max: the integer range.
+        symmetric: whether the zero point is 0.
+
+    Returns:
+        scale (float32, > 0) and zero_point (float32 holding integers), both of the shape of `low`. A range of zero
+        width gives scale 1: every value in it quantizes to zero exactly.
+
+    Source: Jacob et al. 2018, section 2.1; Krishnamoorthi 2018, section 2.
+    """
+    low = low.float().clamp(max=0.0)
+    high = high.float().clamp(min=0.0)
+    if symmetric:
+        scale = torch.maximum(-low, high) / quant_max
+        zero_point = torch.zeros_like(scale)
+    else:
+        steps = quant_max - quant_min
+        scale = high / steps - low / steps  # not (high - low) / steps, which overflows near the largest float
+        scale_or_one = torch.where(scale > SMALLEST_SCALE, scale, 1.0)
+        zero_point = (quant_min - torch.round(low / scale_or_one)).clamp(quant_min, quant_max)
+    scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
+    return scale, zero_point
+
+
+def quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, rounding: str = "nearest"
+) -> Tensor:
+    """`clamp(round(x / scale) + zero_point, quant_min, quant_max)`, integers in a float32 tensor.
+
+    Args:
+        x: floating point, any shape.
+        scale, zero_point: broadcast against `x`.
+        quant_min, quant_max: the integer range.
+        rounding: key of `ROUNDING`.
+
+    >>> x = torch.tensor([1.6, -0.7, -3.4, 1.7, -2.9, 0.5, 2.3, 6.2])
+    >>> quantize(x, torch.tensor(6.2 / 127), torch.tensor(0.0), -127, 127).int().tolist()
+    [33, -14, -70, 35, -59, 10, 47, 127]
+    """
+    return torch.clamp(ROUNDING[rounding](x.float() / scale) + zero_point, quant_min, quant_max)
+
+
+def dequantize(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """`scale * (x_q - zero_point)`, float32.
+
+    >>> dequantize(torch.tensor([0, 128, 255]), torch.tensor(0.5), torch.tensor(128.0))
+    tensor([-64.0000,   0.0000,  63.5000])
+    """
+    return (x_q.float() - zero_point) * scale
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Forward: quantize then dequantize. Backward: pass through where not clipped (one byte an element is kept)."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, rounding):  # type: ignore[no-untyped-def]
+        q = ROUNDING[rounding](x.float() / scale) + zero_point
+        inside = (q >= quant_min) & (q <= quant_max)
+        if relu:
+            inside &= x > 0
+            q = torch.maximum(q, zero_point)
+        ctx.save_for_backward(inside)
+        return dequantize(q.clamp_(quant_min, quant_max), scale, zero_point).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None, None, None, None
+
+
+class _FakeQuantizeLSQ(torch.autograd.Function):
+    """As `_FakeQuantize`, with the gradient of the scale.
+
+    One byte an element is kept: 0 is "clipped below", 255 "clipped above", and 1..254 code the rounding residual
+    `round(v) - v`, the slope of the result in the scale.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale):  # type: ignore[no-untyped-def]
+        v = x.float() / scale
+        rounded = ROUNDING[rounding](v)
+        q = rounded + zero_point
+        low = torch.maximum(zero_point, zero_point.new_tensor(quant_min)) if relu else quant_min
+        below = (x <= 0) if relu else (q < quant_min)
+        per_unit = 126.5 / (0.5 if rounding == "nearest" else 1.0)
+        code = (rounded - v).mul_(per_unit).add_(127.5).round_().clamp_(1, 254)
+        code = code.masked_fill_(below, 0).masked_fill_(q > quant_max, 255).to(torch.uint8)
+        ctx.save_for_backward(code, scale, zero_point)
+        ctx.bounds, ctx.per_unit, ctx.grad_scale = (low, quant_max), per_unit, grad_scale
+        return dequantize(q.clamp_(low, quant_max), scale, zero_point).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        code, scale, zero_point = ctx.saved_tensors
+        low, high = ctx.bounds
+        below, above = code == 0, code == 255
+        slope = (code.float() - 127.5) / ctx.per_unit
+        slope = torch.where(below, low - zero_point, torch.where(above, high - zero_point, slope))
+        grad_v = (grad.float() * slope).sum_to_size(scale.shape) * ctx.grad_scale
+        return grad.masked_fill(below | above, 0), grad_v, None, None, None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    relu: bool = False,
+    rounding: str = "nearest",
+    grad_scale: float | None = None,
+) -> Tensor:
+    """Quantize and dequantize in one step, with straight-through gradients.
+
+    Args:
+        x: any shape; float32, bfloat16 or float16 (the arithmetic is float32; the result has the dtype of `x`).
+        scale, zero_point: float32, broadcast against `x`.
+        quant_min, quant_max: the integer range.
+        relu: absorb a preceding ReLU: values are clamped to `[zero_point, quant_max]`, the gradient is zero for x <= 0.
+        rounding: key of `ROUNDING`.
+        grad_scale: None leaves the scale without gradient; a number makes it learned (LSQ) and multiplies its gradient.
+
+    Gradients: with respect to `x`, `grad` inside the range and 0 where clipped; with respect to `scale`
+    (with `v = x / scale`), `round(v) - v` inside, `quant_min - zero_point` below, `quant_max - zero_point` above.
+
+    Source: Esser et al. 2020, "Learned Step Size Quantization", equations 1 to 3; Krishnamoorthi 2018, section 3.
+    """
+    if grad_scale is None:
+        return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding)
+    return _FakeQuantizeLSQ.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale)

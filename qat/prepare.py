@@ -1,0 +1,222 @@
+"""Float network + QuantConfig -> prepared network: structure only, once, before the optimizer exists."""
+
+import copy
+import difflib
+import fnmatch
+import operator
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qat.fake_quant import FakeQuantize
+from qat.graph import Graph, Kind, trace
+from qat.layers import SWAPS
+from qat.scheme import LayerRule, QuantConfig, TensorScheme, override
+from qat.targets import check_target
+
+QUANTIZERS = "quantizers"
+"""Where activation quantizers live in a prepared network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which schemes a layer got, and why."""
+
+    weight: TensorScheme
+    activation: TensorScheme
+    reason: str
+
+
+def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[Tensor, ...]) -> fx.GraphModule:
+    """Put quantizers into a network. They pass values through until `calibrate` and `set_mode`.
+
+    Args:
+        net: any network that torch.fx can trace. It is not changed; the result shares its parameters and buffers under
+            the same names, so a float checkpoint loads into either and training one trains the other.
+        config: what to quantize and how.
+        example_inputs: one input, or a tuple of inputs, with a batch dimension; the traced network is run on them once
+            and must compute what `net` computes.
+
+    Returns:
+        A module with `net`'s parameters plus quantizers: `LAYER.weight_quantizer` for weights, `quantizers.EDGE` for
+        activations. `prepared.meta["qat"]` holds the configuration and the reasons (`qat.report` prints them).
+
+    Raises:
+        ValueError: the configuration does not fit the network or the target (a rule that matches nothing, a group
+            size that does not divide), or the network cannot be traced.
+    """
+    config.validate()
+    check_target(config)
+    prepared = trace(net)
+    _check_same(net, prepared, example_inputs)
+    _drop_in_place(prepared)
+    choices = choose(Graph(prepared), config)
+    for name, choice in choices.items():
+        if choice.weight.quantized:
+            module = prepared.get_submodule(name)
+            prepared.set_submodule(name, SWAPS[type(module)].from_float(module, choice.weight, name))
+    _place(prepared, config, choices)
+    prepared.meta["qat"] = {"config": config, "reasons": {name: choice.reason for name, choice in choices.items()}}
+    prepared.train(net.training)
+    return prepared
+
+
+def choose(graph: Graph, config: QuantConfig) -> dict[str, Choice]:
+    """Decide the schemes of every quantizable layer, by module path, in order of execution.
+
+    Raises:
+        ValueError: a rule that matches no layer; names it and the nearest module paths.
+    """
+    order = list(dict.fromkeys(str(n.target) for n in graph.nodes if type(graph.submodule(n)) in SWAPS))
+    used: set[int] = set()
+    choices = {}
+    for name in order:
+        kind = type(graph.modules[name]).__name__
+        matched = [i for i, rule in enumerate(config.rules) if _matches(rule, name, kind, order)]
+        used.update(matched)
+        weight, activation, reason = config.weight, config.activation, "default"
+        if matched:
+            rule = config.rules[matched[0]]
+            weight = override(weight, rule.weight, f"quant.rules[{matched[0]}].weight")
+            activation = override(activation, rule.activation, f"quant.rules[{matched[0]}].activation")
+            reason = f"rule '{rule.match}'"
+        choices[name] = Choice(weight=weight, activation=activation, reason=reason)
+    for i, rule in enumerate(config.rules):
+        if i not in used:
+            close = difflib.get_close_matches(rule.match, order, n=3, cutoff=0.3)
+            types = sorted({type(graph.modules[name]).__name__ for name in order})
+            raise ValueError(
+                f"quant.rules[{i}].match='{rule.match}' matches no layer. Nearest module paths: "
+                f"{', '.join(close) or ', '.join(order[:5]) or 'none, the network has no quantizable layer'}; "
+                f"types: {', '.join('type:' + t for t in types)}; 'first' and 'last' are valid too"
+            )
+    return choices
+
+
+def _matches(rule: LayerRule, name: str, kind: str, order: list[str]) -> bool:
+    if rule.match in ("first", "last"):
+        return name == (order[0] if rule.match == "first" else order[-1])
+    if rule.match.startswith("type:"):
+        return fnmatch.fnmatchcase(kind, rule.match.removeprefix("type:"))
+    return fnmatch.fnmatchcase(name, rule.match)
+
+
+def _place(prepared: fx.GraphModule, config: QuantConfig, choices: dict[str, Choice]) -> None:
+    """Insert activation quantizers."""
+    graph = Graph(prepared)
+    requests = _requests(graph, config, choices)
+    while passing := _relus_behind_quantizers(graph, requests):
+        graph.passing_relus |= passing
+        requests = _requests(graph, config, choices)
+    counts: Counter[str] = Counter()
+    placed: list[tuple[fx.Node, bool, int, str, FakeQuantize]] = []
+    for edges, scheme in requests:
+        relu = all(graph.kind(edge) is Kind.relu for edge in edges)
+        nonnegative = all(graph.nonnegative(edge) for edge in edges)
+        quantizer = FakeQuantize(scheme, nonnegative=nonnegative, relu=relu, sites=len(edges))
+        name = graph.name(edges[0]).replace(".", "_")
+        counts[name] += 1
+        name = f"{QUANTIZERS}.{name}" if counts[name] == 1 else f"{QUANTIZERS}.{name}_{counts[name]}"
+        placed += [(edge, relu, site, name, quantizer) for site, edge in enumerate(edges)]
+    for edge, relu, site, name, quantizer in placed:
+        prepared.add_submodule(name, quantizer)
+        with prepared.graph.inserting_after(edge):
+            args = (edge, site) if quantizer.sites > 1 else (edge,)
+            node = prepared.graph.call_module(name, args)
+            node.meta = dict(edge.meta)
+        for reader in [user for user in edge.users if user is not node]:
+            reader.replace_input_with(edge, node)
+        if relu:
+            node.replace_input_with(edge, edge.all_input_nodes[0])
+            prepared.graph.erase_node(edge)
+    prepared.graph.lint()
+    prepared.recompile()
+    prepared.delete_all_unused_submodules()
+
+
+def _requests(
+    graph: Graph, config: QuantConfig, choices: dict[str, Choice]
+) -> list[tuple[list[fx.Node], TensorScheme]]:
+    """Which edges need a quantizer, edges that share one together, each with its scheme (the widest one asked for)."""
+    wanted: dict[fx.Node, TensorScheme] = {}
+    shared: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        kind = graph.kind(node)
+        scheme = choices[str(node.target)].activation if kind is Kind.layer else config.activation
+        if kind not in (Kind.layer, Kind.add, Kind.average) or not scheme.quantized:
+            continue
+        for arg in node.all_input_nodes:
+            sources = graph.sources(arg)
+            group = list(dict.fromkeys(member for s in sources for member in shared.get(s, [s])))
+            shared |= dict.fromkeys(group, group)
+            for source in sources:
+                asked = config.input if graph.kind(source) is Kind.input else scheme
+                if asked.quantized and (source not in wanted or (asked.bits or 0) > (wanted[source].bits or 0)):
+                    wanted[source] = asked
+    result = []
+    for node in graph.nodes:
+        if node in wanted and shared[node][0] is node:
+            members = [member for member in shared[node] if member in wanted]
+            result.append((members, max((wanted[m] for m in members), key=lambda s: s.bits or 0)))
+    return result
+
+
+def _relus_behind_quantizers(graph: Graph, requests: list[tuple[list[fx.Node], TensorScheme]]) -> set[fx.Node]:
+    """ReLUs whose input is quantized already (something else reads it too): they clamp integers and keep the scale."""
+    edges = {edge for members, _ in requests for edge in members}
+    return {
+        edge
+        for edge in edges
+        if graph.kind(edge) is Kind.relu and all(s in edges for s in graph.sources(edge.all_input_nodes[0]))
+    }
+
+
+_OUT_OF_PLACE: dict[Any, Any] = {
+    torch.relu_: torch.relu,
+    nn.functional.relu_: nn.functional.relu,
+    "relu_": "relu",
+    "add_": "add",
+}
+
+
+def _drop_in_place(prepared: fx.GraphModule) -> None:
+    """Make in-place operations return a new tensor, and let later readers of the overwritten tensor read that one."""
+    graph = Graph(prepared)
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        module = graph.submodule(node)
+        in_place = node.target in _OUT_OF_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False)
+        if node.target is operator.iadd:
+            node.target = operator.add  # the traced result is what later code reads
+        if not in_place:
+            continue
+        node.target = _OUT_OF_PLACE.get(node.target, node.target)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        if module is not None:
+            module = copy.copy(module)  # the original keeps its setting
+            module.inplace = False
+            prepared.set_submodule(str(node.target), module)
+        overwritten = node.all_input_nodes[0]
+        for reader in [user for user in overwritten.users if position[user] > position[node]]:
+            reader.replace_input_with(overwritten, node)
+    prepared.recompile()
+
+
+@torch.no_grad()
+def _check_same(net: nn.Module, prepared: fx.GraphModule, example_inputs: Tensor | tuple[Tensor, ...]) -> None:
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    training = {module: module.training for module in [*net.modules(), *prepared.modules()]}
+    net.eval(), prepared.eval()
+    try:
+        expected, got = net(*inputs), prepared(*inputs)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    except AssertionError as error:
+        raise ValueError(
+            f"the traced {type(net).__name__} does not compute what the network computes: {error}"
+        ) from None
+    finally:
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,7 @@
+"""The post-training step: on float weights it is the baseline, on trained weights the last touch before export."""
+
+from qat.ptq.batch_norm import reestimate_batch_norm
+from qat.ptq.bias import correct_bias, round_biases
+from qat.ptq.finalize import PTQConfig, finalize
+
+__all__ = ["PTQConfig", "correct_bias", "finalize", "reestimate_batch_norm", "round_biases"]

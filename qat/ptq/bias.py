@@ -1,0 +1,98 @@
+"""Biases: corrected for the mean error of quantized weights, and rounded to the integers that the runtime adds."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from qat.fake_quant import Mode
+from qat.fold import fold, integer_bias
+from qat.graph import Graph
+from qat.layers import QuantizedLayer
+from qat.scheme import Granularity
+
+
+@torch.no_grad()
+def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+    """Cancel the mean error that quantized weights add to each output channel, measured on `batches`.
+
+    For float weights that were not trained for quantization. On QAT weights it would undo training, which has already
+    compensated the error.
+
+    Source: Nagel et al. 2019, "Data-Free Quantization", section 4.2 (empirical form; errors of earlier layers are left
+    to those layers).
+    """
+    graph = Graph(prepared)
+    layers = {layer: graph.batch_norm_after(node) for node, layer in graph.layers()}
+    error: dict[QuantizedLayer, Tensor] = {}
+    count = 0
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, QuantizedLayer)
+        quantizer, mode = layer.weight_quantizer, layer.weight_quantizer.mode
+        quantizer.mode = Mode.float
+        exact = type(layer).forward(layer, inputs[0])
+        quantizer.mode = mode
+        channel = 1 if layer.weight.dim() > 2 else output.dim() - 1
+        other = [d for d in range(output.dim()) if d != channel]
+        error[layer] = error.get(layer, torch.zeros(())) + (exact - output).mean(dim=other)
+
+    training = prepared.training
+    prepared.eval()
+    handles: list[RemovableHandle] = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        for batch in batches:
+            prepared(*batch) if isinstance(batch, tuple) else prepared(batch)
+            count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+        prepared.train(training)
+    for layer, norm in layers.items():
+        if layer in error:
+            _add_to_output(layer, graph.submodule(norm) if norm else None, error[layer] / count)
+
+
+@torch.no_grad()
+def round_biases(prepared: fx.GraphModule) -> None:
+    """Move every bias to the nearest multiple of `input_scale * weight_scale`, the unit in which integers are summed.
+
+    The unit is far below a step at 8 bits, but a good part of one at 2. After this, the fake-quantized network and the
+    integer network add the same number. The bias of a layer whose BatchNorm is folded is `beta - mean * gain`.
+
+    Source: Jacob et al. 2018, section 2.4 (int32 biases).
+    """
+    graph = Graph(prepared)
+    calls = [layer for _, layer in graph.layers()]
+    for node, layer in graph.layers():
+        quantizer = graph.quantizer_of(node.all_input_nodes[0])
+        grouped = layer.weight_quantizer.scheme.granularity is Granularity.group
+        if quantizer is None or grouped or calls.count(layer) > 1:  # added in float, or at several scales
+            continue
+        norm_node = graph.batch_norm_after(node)
+        norm = graph.submodule(norm_node) if norm_node else None
+        folded = fold(layer, norm)
+        input_scale = float(quantizer.qparams()[0].detach())
+        scale, _, bias = integer_bias(folded, input_scale, layer.weight.dim())
+        _add_to_folded_bias(layer, norm, bias * scale * input_scale - folded.bias)
+
+
+def _add_to_output(layer: QuantizedLayer, norm: nn.Module | None, delta: Tensor) -> None:
+    """Shift the layer's output by `delta` a channel."""
+    if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.running_mean is not None:
+        norm.running_mean.sub_(delta)
+    elif layer.bias is not None:
+        layer.bias.data.add_(delta)
+    else:
+        layer.bias = nn.Parameter(delta.clone())
+
+
+def _add_to_folded_bias(layer: QuantizedLayer, norm: nn.Module | None, delta: Tensor) -> None:
+    """Shift the output of the layer and its BatchNorm by `delta` a channel."""
+    if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+        if norm.bias is None:
+            raise ValueError("a BatchNorm with affine=False has no bias that could be rounded; use affine=True")
+        norm.bias.data.copy_(norm.bias.double() + delta)
+    elif layer.bias is not None:
+        layer.bias.data.copy_(layer.bias.double() + delta)

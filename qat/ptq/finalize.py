@@ -1,0 +1,48 @@
+"""The PTQ step: what is done to weights, ranges and statistics once training is over."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from qat.calibrate import calibrate
+from qat.fake_quant import Mode, set_mode
+from qat.ptq.batch_norm import reestimate_batch_norm
+from qat.ptq.bias import correct_bias, round_biases
+
+
+@dataclass(kw_only=True)
+class PTQConfig:
+    """What the PTQ step does.
+
+    Attributes:
+        calibration_batches: how many training batches it sees.
+        bias_correction: cancel the mean error of quantized weights; on float weights only (the PTQ baseline).
+        reestimate_batch_norm: measure BatchNorm statistics anew after QAT.
+        reestimate_ranges: calibrate anew after QAT (this replaces learned scales too).
+    """
+
+    calibration_batches: int = 8
+    bias_correction: bool = True
+    reestimate_batch_norm: bool = False
+    reestimate_ranges: bool = False
+
+
+def finalize(prepared: fx.GraphModule, batches: Sequence[Tensor], config: PTQConfig, *, trained: bool) -> None:
+    """Turn a network into what will be exported: its fake-quantized forward is from here on the integer network's.
+
+    Args:
+        prepared: a prepared network: freshly prepared from float weights, or trained.
+        batches: calibration inputs.
+        config: the steps.
+        trained: whether quantization-aware training has run. Without it ranges are calibrated and biases corrected.
+    """
+    if not trained or config.reestimate_ranges:
+        calibrate(prepared, batches)
+    if trained and config.reestimate_batch_norm:
+        reestimate_batch_norm(prepared, batches)
+    if not trained and config.bias_correction:
+        correct_bias(prepared, batches)
+    set_mode(prepared, Mode.frozen)
+    prepared.eval()
+    round_biases(prepared)

@@ -1,0 +1,57 @@
+"""The integer grid of a tensor, and the step from real numbers to it."""
+
+import torch
+from torch import Tensor, nn
+
+from qat.numerics import affine
+
+
+def storage_dtype(quant_min: int, quant_max: int) -> torch.dtype:
+    """The smallest integer dtype that holds a grid (torch has few operations on uint16, so int32 holds that)."""
+    for dtype in (torch.uint8, torch.int8, torch.int16):
+        info = torch.iinfo(dtype)
+        if info.min <= quant_min and quant_max <= info.max:
+            return dtype
+    return torch.int32
+
+
+class Quantize(nn.Module):
+    """Real numbers to integers: `clamp(round(x / scale) + zero_point, quant_min, quant_max)`.
+
+    Args:
+        quant_min, quant_max: the grid.
+        relu: absorb a ReLU: the lower clamp is the zero point (only needed where that is not `quant_min` anyway).
+        scale: > 0.
+        zero_point: an integer of the grid.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self, quant_min: int, quant_max: int, relu: bool = False, scale: float = 1.0, zero_point: int = 0
+    ) -> None:
+        super().__init__()
+        self.quant_min, self.quant_max, self.relu = quant_min, quant_max, relu
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Integer dtype of the result."""
+        return storage_dtype(self.quant_min, self.quant_max)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float, any shape -> integers of `dtype`, same shape."""
+        q = affine.quantize(x, self.scale, self.zero_point.float(), self.quant_min, self.quant_max)
+        if self.relu:
+            q = torch.maximum(q, self.zero_point.float())
+        return q.to(self.dtype)
+
+    def dequantize(self, x_q: Tensor) -> Tensor:
+        """Integers of this grid -> float32."""
+        return affine.dequantize(x_q, self.scale, self.zero_point.float())
+
+    def spec(self) -> dict[str, int | bool]:
+        """Constructor arguments that are not tensors."""
+        return {"quant_min": self.quant_min, "quant_max": self.quant_max, "relu": self.relu}

@@ -1,0 +1,207 @@
+"""Layers of an integer network. Each takes and returns tensors of its grid's integer dtype (or float32 at the edges).
+
+A layer's numbers are buffers; what else it needs is `spec()`, plain data from which an equal layer is built. Together
+they are the exported checkpoint.
+"""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.numerics.granularity import from_rows, rows_of
+from qat.runtime.accumulate import centred, exact_dtype, reference_conv
+from qat.runtime.grid import Quantize
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[list[int]], dilation: list[int],
+    groups: int,
+) -> Tensor:  # fmt: skip
+    """Convolution or, for a weight of two dimensions, linear layer, in the dtype of its arguments; pads with zeros."""
+    dims = weight.dim() - 2
+    if dims == 0:
+        return F.linear(x, weight, bias)
+    before = [pair[0] for pair in padding]
+    if before != [pair[1] for pair in padding]:
+        x, before = F.pad(x, [p for pair in reversed(padding) for p in pair]), [0] * dims
+    conv = {1: F.conv1d, 2: F.conv2d}[dims]
+    return conv(x, weight, bias, stride, before, dilation, groups)
+
+
+class RuntimeLayer(nn.Module):
+    """Base. `output` is the grid of the result; None leaves it float."""
+
+    output: Quantize | None
+
+    def __init__(self, output: Quantize | None = None) -> None:
+        super().__init__()
+        self.output = output
+
+    def emit(self, y: Tensor) -> Tensor:
+        """The result on the output grid."""
+        return y if self.output is None else self.output(y)
+
+    def spec(self) -> dict[str, Any]:
+        """Plain data from which `from_spec` builds an equal layer (numbers apart)."""
+        return {"output": None if self.output is None else self.output.spec()}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """Build a layer with empty buffers; `load_state_dict` fills them."""
+        grids: dict[str, Any] = {
+            k: None if spec[k] is None else Quantize(**spec[k]) for k in ("output", "grid") if k in spec
+        }
+        return cls(**{**spec, **grids})
+
+
+class IntegerConv(RuntimeLayer):
+    """Convolution or linear layer on integers, BatchNorm folded in.
+
+        y = input_scale * weight_scale * (sum (x_q - x_zero)(w_q - w_zero) + bias)
+
+    The sum and the bias are int32 (int64 for 16-bit inputs); `reference` selects the readable int32 computation instead
+    of the fast one; both give the same integers.
+
+    Args:
+        weight_shape: [out, in / groups, *kernel]; a linear layer has no kernel and takes inputs [..., in].
+        weight_bounds: smallest and largest weight integer.
+        input_bounds: smallest and largest input integer.
+        stride, padding, dilation: per spatial dimension, padding as (before, after) pairs.
+        groups: as in `nn.Conv2d`.
+        output: grid of the result.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+    reference = False
+
+    def __init__(
+        self, weight_shape: list[int], weight_bounds: list[int], input_bounds: list[int],
+        stride: list[int] | None = None, padding: list[list[int]] | None = None, dilation: list[int] | None = None,
+        groups: int = 1, output: Quantize | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(output)
+        dims = len(weight_shape) - 2
+        self.weight_bounds, self.input_bounds, self.groups = weight_bounds, input_bounds, groups
+        self.stride, self.dilation = stride or [1] * dims, dilation or [1] * dims
+        self.padding = padding or [[0, 0]] * dims
+        out = weight_shape[0]
+        dtype = torch.uint8 if weight_bounds[0] >= 0 else torch.int8
+        self.register_buffer("weight", torch.zeros(weight_shape, dtype=dtype))
+        self.register_buffer("weight_scale", torch.ones(out))
+        self.register_buffer("weight_zero_point", torch.zeros(out, dtype=torch.int32))
+        self.register_buffer("bias", torch.zeros(out, dtype=torch.int64 if input_bounds[1] > 255 else torch.int32))
+        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
+        self._fast: tuple[Tensor, int] | None = None
+
+    def spec(self) -> dict[str, Any]:  # noqa: D102
+        return super().spec() | {
+            "weight_shape": list(self.weight.shape), "weight_bounds": self.weight_bounds,
+            "input_bounds": self.input_bounds, "stride": self.stride, "padding": self.padding,
+            "dilation": self.dilation, "groups": self.groups,
+        }  # fmt: skip
+
+    def accumulate(self, x_q: Tensor) -> Tensor:
+        """The integers before scaling, bias included: int32 or int64, channels second (last for a linear layer)."""
+        dims = self.weight.dim() - 2
+        bias = self.bias.reshape(-1, *[1] * dims)
+        zero = int(self.input_zero_point)
+        if self.reference:
+            weight = self.weight if dims else self.weight.unsqueeze(2)
+            x = x_q if dims else x_q.reshape(-1, x_q.shape[-1], 1)
+            geometry = (self.stride, self.padding, self.dilation) if dims else ([1], [[0, 0]], [1])
+            total = reference_conv(x, weight, zero, self.weight_zero_point, *geometry, self.groups)
+            return bias + (total if dims else total.reshape(*x_q.shape[:-1], -1))
+        weight = self._centred_weight()
+        total = convolve(
+            centred(x_q, zero, weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups
+        )
+        return bias + total.to(self.bias.dtype)
+
+    def _centred_weight(self) -> Tensor:
+        """`w_q - w_zero` in the float dtype that holds every sum exactly; made once per set of weights."""
+        if self._fast is None or self._fast[0].device != self.weight.device:
+            zero = int(self.input_zero_point)
+            largest = max(self.input_bounds[1] - zero, zero - self.input_bounds[0])
+            dtype = exact_dtype(self.weight, self.weight_zero_point, largest)
+            w_zero = self.weight_zero_point.to(dtype).reshape(-1, *[1] * (self.weight.dim() - 1))
+            self._fast = (self.weight.to(dtype) - w_zero, zero)
+        return self._fast[0]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._fast = None
+
+    def forward(self, x_q: Tensor) -> Tensor:
+        """Integers of the input's grid -> integers of the output's grid, or float32."""
+        multiplier = self.input_scale * self.weight_scale
+        if self.weight.dim() > 2:
+            multiplier = multiplier.reshape(-1, *[1] * (self.weight.dim() - 2))
+        return self.emit(self.accumulate(x_q).float() * multiplier)
+
+
+class FloatConv(RuntimeLayer):
+    """Convolution or linear layer computed in float: float weights, or integer weights that are dequantized once.
+
+    Holds weight-only schemes (4-bit groups with float activations, say) and layers that stay float.
+
+    Args:
+        weight_shape, stride, padding, dilation, groups: as in `IntegerConv`.
+        weight_bounds: smallest and largest weight integer; None for float weights.
+        group_size: inputs that share a scale; None for one scale an output channel.
+        output: grid of the result.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, weight_shape: list[int], weight_bounds: list[int] | None = None, group_size: int | None = None,
+        stride: list[int] | None = None, padding: list[list[int]] | None = None, dilation: list[int] | None = None,
+        groups: int = 1, output: Quantize | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(output)
+        dims = len(weight_shape) - 2
+        self.weight_bounds, self.group_size, self.groups = weight_bounds, group_size, groups
+        self.stride, self.dilation = stride or [1] * dims, dilation or [1] * dims
+        self.padding = padding or [[0, 0]] * dims
+        out = weight_shape[0]
+        if weight_bounds is None:
+            self.register_buffer("weight", torch.zeros(weight_shape))
+        else:
+            weight = torch.zeros(weight_shape, dtype=torch.uint8 if weight_bounds[0] >= 0 else torch.int8)
+            rows = rows_of(weight, group_size).shape[0]
+            shape = (out,) if group_size is None else (out, rows // out)
+            self.register_buffer("weight", weight)
+            self.register_buffer("weight_scale", torch.ones(shape))
+            self.register_buffer("weight_zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer("bias", torch.zeros(out))
+
+    def spec(self) -> dict[str, Any]:  # noqa: D102
+        return super().spec() | {
+            "weight_shape": list(self.weight.shape), "weight_bounds": self.weight_bounds,
+            "group_size": self.group_size, "stride": self.stride, "padding": self.padding,
+            "dilation": self.dilation, "groups": self.groups,
+        }  # fmt: skip
+
+    def float_weight(self) -> Tensor:
+        """The weight as float32."""
+        if self.weight_bounds is None:
+            return self.weight
+        rows = rows_of(self.weight, self.group_size).float()
+        rows = (rows - self.weight_zero_point.reshape(-1, 1)) * self.weight_scale.reshape(-1, 1)
+        return from_rows(rows, self.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 -> float32, or integers of the output's grid."""
+        weight = self.float_weight()
+        return self.emit(convolve(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups))

@@ -1,0 +1,150 @@
+"""IntegerNetwork: a list of layers, each reading named tensors. What `lower` makes and `load` reads back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from qat.runtime import layers, operations
+from qat.runtime.grid import Quantize
+from qat.runtime.layers import IntegerConv, RuntimeLayer
+
+LAYERS: dict[str, type[RuntimeLayer]] = {
+    "integer_conv": layers.IntegerConv,
+    "float_conv": layers.FloatConv,
+    "quantize": operations.QuantizeInput,
+    "dequantize": operations.Dequantize,
+    "add": operations.Add,
+    "affine": operations.Affine,
+    "relu": operations.Relu,
+    "average": operations.Average,
+    "mean": operations.Mean,
+    "max_pool": operations.MaxPool,
+    "reshape": operations.Reshape,
+    "permute": operations.Permute,
+    "slice": operations.Slice,
+    "pad": operations.Pad,
+    "concat": operations.Concat,
+    "function": operations.Function,
+}
+"""Every layer that an exported checkpoint can name."""
+
+NAMES = {kind: name for name, kind in LAYERS.items()}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One step: the tensor `name` is made by `layers[name]` from the tensors `inputs`."""
+
+    name: str
+    inputs: tuple[str, ...]
+
+
+class IntegerNetwork(nn.Module):
+    """Runs its nodes in order. Takes and returns float32 tensors; between quantizers every tensor is integer.
+
+    Args:
+        inputs: names of the arguments of `forward`.
+        nodes: steps in order of execution.
+        layers: the layer of each step, by node name.
+        outputs: names of the tensors returned.
+        info: plain data about the network (configuration, class names, ...), exported with it.
+
+    Attributes:
+        edges: for a freshly lowered network, integer tensor -> node of the prepared graph that simulated it.
+    """
+
+    def __init__(
+        self,
+        inputs: list[str],
+        nodes: list[Node],
+        layers: dict[str, RuntimeLayer],
+        outputs: list[str],
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.nodes, self.outputs, self.info = inputs, nodes, outputs, info or {}
+        self.edges: dict[str, str] = {}
+        self.layers = nn.ModuleDict({_key(node.name): layers[node.name] for node in nodes})
+
+    def layer(self, name: str) -> RuntimeLayer:
+        """The layer that makes the tensor `name`."""
+        layer = self.layers[_key(name)]
+        assert isinstance(layer, RuntimeLayer)
+        return layer
+
+    def grid(self, name: str) -> Quantize | None:
+        """The grid of the tensor `name`; None for a float tensor."""
+        if name in self.inputs:
+            return None
+        layer = self.layer(name)
+        if layer.output is not None:
+            return layer.output
+        node = next(node for node in self.nodes if node.name == name)
+        keeps = isinstance(
+            layer,
+            operations.Relu | operations.MaxPool | operations.Reshape | operations.Permute | operations.Slice
+            | operations.Pad | operations.Concat,
+        )  # fmt: skip
+        return self.grid(node.inputs[0]) if keeps else None
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """float32 inputs -> float32 output, or a tuple of them."""
+        tensors = self.run(*inputs)
+        outputs = tuple(tensors[name] for name in self.outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def run(self, *inputs: Tensor, watch: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+        """Every tensor by name. `watch(name, tensor)` sees each as it is made and returns what later steps read."""
+        if len(inputs) != len(self.inputs):
+            raise ValueError(
+                f"the network takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(inputs)}"
+            )
+        tensors = dict(zip(self.inputs, inputs, strict=True))
+        for node in self.nodes:
+            y = self.layers[_key(node.name)](*(tensors[name] for name in node.inputs))
+            tensors[node.name] = y if watch is None else watch(node.name, y)
+        return tensors
+
+    def set_reference(self, reference: bool = True) -> None:
+        """Choose the readable int32 computation (slow) or the fast one; both give the same integers."""
+        for layer in self.modules():
+            if isinstance(layer, IntegerConv):
+                layer.reference = reference
+
+    def spec(self) -> dict[str, Any]:
+        """Plain data from which `from_spec` builds an equal network, numbers apart."""
+        return {
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "nodes": [
+                {"name": n.name, "inputs": list(n.inputs), "layer": NAMES[type(self.layer(n.name))],
+                 "settings": self.layer(n.name).spec()}
+                for n in self.nodes
+            ],
+            "info": self.info,
+        }  # fmt: skip
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> "IntegerNetwork":
+        """Build a network with empty buffers; `load_state_dict` fills them.
+
+        Raises:
+            ValueError: a layer of an unknown kind.
+        """
+        for node in spec["nodes"]:
+            if node["layer"] not in LAYERS:
+                raise ValueError(f"node '{node['name']}' is of the unknown kind '{node['layer']}'")
+        return cls(
+            list(spec["inputs"]),
+            [Node(node["name"], tuple(node["inputs"])) for node in spec["nodes"]],
+            {node["name"]: LAYERS[node["layer"]].from_spec(node["settings"]) for node in spec["nodes"]},
+            list(spec["outputs"]),
+            dict(spec["info"]),
+        )
+
+
+def _key(name: str) -> str:
+    key = name.replace(".", "/")  # ModuleDict keys hold no dots,
+    return key + "_" if hasattr(nn.ModuleDict, key) else key  # and none of its own names, such as "keys" or "values"

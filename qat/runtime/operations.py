@@ -1,0 +1,167 @@
+"""Operations without weights. Those that move or select values work on integers; the others on real numbers.
+
+Each is built from plain data (`spec`). On integers, `Pad` and `Relu` are given the zero point, which stands for 0.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qat.runtime.grid import Quantize
+from qat.runtime.layers import RuntimeLayer
+
+
+class QuantizeInput(RuntimeLayer):
+    """Real numbers to the output's grid."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.emit(x)
+
+
+class Dequantize(RuntimeLayer):
+    """Integers to real numbers: `scale * (x_q - zero_point)`."""
+
+    def __init__(self, grid: Quantize) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def spec(self) -> dict[str, Any]:  # noqa: D102
+        return {"grid": self.grid.spec()}
+
+    def forward(self, x_q: Tensor) -> Tensor:  # noqa: D102
+        return self.grid.dequantize(x_q)
+
+
+class Add(RuntimeLayer):
+    """Sum of two tensors of real numbers."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:  # noqa: D102
+        return self.emit(a + b)
+
+
+class Affine(RuntimeLayer):
+    """`x * factor + offset` per channel (dimension 1): a BatchNorm that no layer could take in."""
+
+    factor: Tensor
+    offset: Tensor
+
+    def __init__(self, channels: int, output: Quantize | None = None) -> None:
+        super().__init__(output)
+        self.register_buffer("factor", torch.ones(channels))
+        self.register_buffer("offset", torch.zeros(channels))
+
+    def spec(self) -> dict[str, Any]:  # noqa: D102
+        return super().spec() | {"channels": self.factor.numel()}
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        shape = (-1, *[1] * (x.dim() - 2))
+        return self.emit(x * self.factor.reshape(shape) + self.offset.reshape(shape))
+
+
+class _Configured(RuntimeLayer):
+    """An operation whose settings are plain data, kept as given."""
+
+    def __init__(self, output: Quantize | None = None, **settings: Any) -> None:
+        super().__init__(output)
+        self.settings = settings
+
+    def spec(self) -> dict[str, Any]:
+        return super().spec() | self.settings
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.settings.items())
+
+
+class Relu(_Configured):
+    """`max(x, zero)`; on integers `zero` is the zero point."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.emit(x.clamp(min=self.settings["zero"]))
+
+
+class Average(_Configured):
+    """Average pooling of real numbers: `kernel`, `stride`, `padding` per dimension, `count_include_pad`."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        s = self.settings
+        pool: Any = {1: F.avg_pool1d, 2: F.avg_pool2d}[len(s["kernel"])]
+        return self.emit(pool(x, s["kernel"], s["stride"], s["padding"], s["ceil_mode"], s["count_include_pad"]))
+
+
+class Mean(_Configured):
+    """Mean over the dimensions `dims` (counted from the end), kept as size 1 if `keepdim`."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.emit(x.mean(dim=self.settings["dims"], keepdim=self.settings["keepdim"]))
+
+
+class MaxPool(_Configured):
+    """Max pooling of integers or real numbers: `kernel`, `stride`, `padding`, `dilation` per dimension, `ceil_mode`."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        s = self.settings
+        pool: Any = {1: F.max_pool1d, 2: F.max_pool2d}[len(s["kernel"])]
+        # torch pools few integer types; 16-bit integers are exact in float32
+        y = pool(x.float(), s["kernel"], s["stride"], s["padding"], s["dilation"], s["ceil_mode"])
+        return y.to(x.dtype)
+
+
+class Reshape(_Configured):
+    """New shape; 0 copies the input's size in that place, -1 is inferred (as in ONNX)."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        shape = [x.shape[i] if size == 0 else size for i, size in enumerate(self.settings["shape"])]
+        return x.reshape(shape)
+
+
+class Permute(_Configured):
+    """Reorder dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return x.permute(self.settings["dims"])
+
+
+class Slice(_Configured):
+    """`x[..., start:stop:step, ...]`: one `[dim, start, stop, step]` each; `stop` None is the end."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        for dim, start, stop, step in self.settings["slices"]:
+            index = [slice(None)] * x.dim()
+            index[dim] = slice(start, stop, step)
+            x = x[tuple(index)]
+        return x
+
+
+class Pad(_Configured):
+    """Constant padding; `pads` is (before, after) per dimension, `value` the zero point on integers."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        flat = [p for pair in reversed(self.settings["pads"]) for p in pair]
+        return F.pad(x, flat, value=self.settings["value"])
+
+
+class Concat(_Configured):
+    """Join tensors that lie on one grid along `dim`."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:  # noqa: D102
+        return torch.cat(tensors, dim=self.settings["dim"])
+
+
+FUNCTIONS: dict[str, Any] = {
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+}
+
+
+class Function(_Configured):
+    """An element-wise function of real numbers by `name`, key of FUNCTIONS: a float island in the integer network."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.emit(FUNCTIONS[self.settings["name"]](x))

@@ -1,0 +1,1 @@
+"""The small models, data modules and tasks that the shipped configs name."""
