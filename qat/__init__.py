@@ -5,6 +5,7 @@ from qat.export import export, load
 from qat.fake_quant import Mode, set_mode
 from qat.lower import lower
 from qat.prepare import prepare
+from qat.presets import preset
 from qat.scheme import Granularity, LayerRule, QuantConfig, RangeMode, TensorScheme
 
 __version__ = "0.1.0"
@@ -21,5 +22,6 @@ __all__ = [
     "load",
     "lower",
     "prepare",
+    "preset",
     "set_mode",
 ]

@@ -197,7 +197,7 @@ def _drop_in_place(prepared: fx.GraphModule) -> None:
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
         if module is not None:
             module = copy.copy(module)  # the original keeps its setting
-            module.inplace = False
+            setattr(module, "inplace", False)  # noqa: B010 (nn.Module types attributes as tensors)
             prepared.set_submodule(str(node.target), module)
         overwritten = node.all_input_nodes[0]
         for reader in [user for user in overwritten.users if position[user] > position[node]]:

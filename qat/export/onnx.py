@@ -1,7 +1,8 @@
 """Integer network -> ONNX, with QuantizeLinear and DequantizeLinear around integer initializers.
 
 Every layer is written by one function of EMIT. BatchNorm is folded already, so engines find `DequantizeLinear ->
-Conv -> QuantizeLinear` and run it in integers. A grid narrower than its type (4 bits in uint8) is a Clip on the integers after
+Conv -> QuantizeLinear` and run it in integers. A grid narrower than its type (4 bits in uint8) is a Clip on the
+integers after
 QuantizeLinear, which leaves that pattern whole. Signed 8-bit activations are stored 128 higher in uint8, zero point and
 all: the same real numbers, but engines have integer kernels only where a layer's input and output share a type.
 """
@@ -84,8 +85,9 @@ class _Model:
         return self.op("DequantizeLinear", [name, *self.grid_constants(grid, output)], output)
 
     def as_float(self, node: Node, emit: Callable[[str, str], str]) -> None:
-        """Write `emit(input, output)`, which keeps integers as they are, in float32: for 16-bit ones, which no engine
-        takes there and float32 holds exactly.
+        """Write `emit(input, output)`, which keeps integers as they are, in float32.
+
+        For 16-bit integers, which no engine takes there and float32 holds exactly.
         """
         grid = self.network.grid(node.inputs[0])
         assert grid is not None
@@ -117,9 +119,9 @@ def _integer_conv(model: _Model, node: Node, layer: RuntimeLayer) -> None:
     weight, zero = layer.weight.int(), layer.weight_zero_point
     centred = weight - zero.reshape(-1, *[1] * (weight.dim() - 1))
     if int(centred.min()) >= -128 and int(centred.max()) <= 127:  # engines are fastest without weight zero points
-        weight, zero, dtype = centred, torch.zeros_like(zero), np.dtype(np.int8)
+        weight, zero, dtype = centred, torch.zeros_like(zero), "int8"
     else:
-        dtype = np.dtype(np.uint8 if layer.weight_bounds[0] >= 0 else np.int8)
+        dtype = "uint8" if layer.weight_bounds[0] >= 0 else "int8"
     w = model.op(
         "DequantizeLinear",
         [model.constant(f"{name}.weight", weight, dtype), model.constant(f"{name}.weight_scale", layer.weight_scale),

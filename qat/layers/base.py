@@ -37,12 +37,12 @@ class QuantizedLayer(nn.Module):
             inputs = weight[0].numel()
             if scheme.group_size and inputs % scheme.group_size:
                 raise ValueError(
-                    f"quant.weight.group_size={scheme.group_size} does not divide the {inputs} inputs of layer '{name}' "
-                    f"(weight {list(weight.shape)}); give a divisor of {inputs}, exempt the layer by a rule, or set "
-                    f"quant.weight.allow_padding=true"
+                    f"quant.weight.group_size={scheme.group_size} does not divide the {inputs} inputs of layer "
+                    f"'{name}' (weight {list(weight.shape)}); give a divisor of {inputs}, exempt the layer by a rule, "
+                    f"or set quant.weight.allow_padding=true"
                 )
         layer = cls.__new__(cls)
-        # the float layer's state as it stands, hooks included; the containers are copied so that the original is untouched
+        # the float layer's state as it stands, hooks included; the containers are copied to leave the original alone
         layer.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
         layer.weight_quantizer = FakeQuantize(scheme, weight.shape)
         return layer

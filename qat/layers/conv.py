@@ -5,14 +5,14 @@ from torch import Tensor, nn
 from qat.layers.base import QuantizedLayer
 
 
-class QuantConv1d(QuantizedLayer, nn.Conv1d):
+class QuantConv1d(QuantizedLayer, nn.Conv1d):  # type: ignore[misc]
     """`nn.Conv1d` with a fake-quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
         return self._conv_forward(input, self.quantized_weight(), self.bias)
 
 
-class QuantConv2d(QuantizedLayer, nn.Conv2d):
+class QuantConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """`nn.Conv2d` with a fake-quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from qat.layers.base import QuantizedLayer
 
 
-class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]  # nn.Linear declares its bias only in __init__
+class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` with a fake-quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102

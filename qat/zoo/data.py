@@ -311,6 +311,16 @@ class TensorDataModule(LightningDataModule):
         images, labels = self.split("test")
         return normalise(images, self.mean, self.std), labels
 
+    def describe(self) -> dict[str, Any]:
+        """What a deployed network must know of its inputs, as plain data: shape, normalisation, class names."""
+        return {
+            "name": self.name,
+            "input_shape": [self.channels, self.image_size, self.image_size],
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
+            "classes": list(self.class_names),
+        }
+
     def checksum(self) -> str:
         """Return the SHA-256 (hexadecimal) of the raw pixels and labels of the train, val and test splits."""
         digest = hashlib.sha256()

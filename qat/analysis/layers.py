@@ -1,0 +1,101 @@
+"""What was quantized, how, and what was not and why: one row a layer and edge."""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qat.fake_quant import FakeQuantize, quantizers
+from qat.graph import Graph, Kind
+from qat.layers import SWAPS, QuantizedLayer
+from qat.scheme import RangeMode
+
+
+@torch.no_grad()
+def layer_table(prepared: fx.GraphModule) -> list[dict[str, Any]]:
+    """One row for every quantizable layer and every quantized edge.
+
+    Args:
+        prepared: from `qat.prepare`.
+
+    Returns:
+        Rows with `name`, `kind`, `scheme`, `reason`, `shape`, `parameters`, `bits`, `bytes`, `scale_min`, `scale_max`,
+        `sqnr_db` (signal to quantization noise of the weight); what does not apply is None.
+    """
+    graph = Graph(prepared)
+    reasons: dict[str, str] = prepared.meta["qat"]["reasons"]
+    rows: list[dict[str, Any]] = []
+    for name, module in prepared.named_modules():
+        if isinstance(module, QuantizedLayer):
+            rows.append(_layer_row(name, module, reasons.get(name, "")))
+        elif type(module) in SWAPS and name in reasons:
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
+            rows.append(_row(name, type(module).__name__, "float", f"stays float: {reasons[name]}", weight, 32))
+    edges = {str(node.target): node for node in graph.nodes if graph.kind(node) is Kind.quantizer}
+    for name, quantizer in quantizers(prepared):
+        if name in edges:
+            rows.append(_edge_row(name, quantizer))
+    return rows
+
+
+def _row(name: str, kind: str, scheme: str, reason: str, weight: torch.Tensor, bits: int) -> dict[str, Any]:
+    return {
+        "name": name, "kind": kind, "scheme": scheme, "reason": reason, "shape": list(weight.shape),
+        "parameters": weight.numel(), "bits": bits, "bytes": -(-weight.numel() * bits // 8),
+    }  # fmt: skip
+
+
+def _layer_row(name: str, layer: QuantizedLayer, reason: str) -> dict[str, Any]:
+    quantizer = layer.weight_quantizer
+    row = _row(
+        name, type(layer).__name__, quantizer.scheme.describe(), reason, layer.weight, quantizer.scheme.bits or 32
+    )
+    if quantizer.calibrated:
+        scale, _ = quantizer.qparams(layer.weight)
+        mode, quantizer.mode = quantizer.mode, type(quantizer.mode).frozen
+        noise = quantizer(layer.weight) - layer.weight
+        quantizer.mode = mode
+        signal = float(layer.weight.square().sum())
+        power = float(noise.square().sum())
+        row |= {
+            "scale_min": float(scale.min()),
+            "scale_max": float(scale.max()),
+            "sqnr_db": 10 * float(torch.log10(torch.tensor(signal / power))) if power > 0 and signal > 0 else None,
+        }
+    return row
+
+
+def _edge_row(name: str, quantizer: FakeQuantize) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": name, "kind": "edge", "scheme": quantizer.scheme.describe(), "bits": quantizer.scheme.bits,
+        "reason": f"[{quantizer.quant_min}, {quantizer.quant_max}]" + (", absorbs ReLU" if quantizer.relu else ""),
+    }  # fmt: skip
+    if quantizer.calibrated and quantizer.scheme.range is not RangeMode.dynamic:
+        scale, _ = quantizer.qparams()
+        row |= {"scale_min": float(scale), "scale_max": float(scale)}
+    return row
+
+
+def report(prepared: fx.GraphModule) -> str:
+    """A table of every layer and edge as text: scheme, why, shape, parameters, size.
+
+    >>> import qat
+    >>> net = qat.prepare(torch.nn.Sequential(torch.nn.Linear(4, 2)), qat.preset("int8"), torch.zeros(1, 4))
+    >>> print(report(net).splitlines()[2].split()[:4])
+    ['0', 'QuantLinear', 'int8', 'symmetric']
+    """
+    rows = layer_table(prepared)
+    header = ["layer or edge", "kind", "scheme", "why", "shape", "bytes"]
+    lines = [
+        [row["name"], row["kind"], row["scheme"], row["reason"], "x".join(map(str, row.get("shape", []))),
+         str(row.get("bytes", ""))]
+        for row in rows
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in [header, ["-" * width for width in widths], *lines]]  # fmt: skip
+    parameters = sum(row.get("parameters", 0) for row in rows)
+    size = sum(row.get("bytes", 0) for row in rows)
+    text.append(f"{parameters:,} weights in {size:,} bytes ({size / max(4 * parameters, 1):.1%} of float32)")
+    return "\n".join(text) + "\n"

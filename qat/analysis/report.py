@@ -1,0 +1,214 @@
+"""One HTML file that shows a whole run: opens offline, in light and dark, and prints."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.analysis import plots
+from qat.analysis.console import number_text, verdict
+from qat.analysis.summary import (
+    MISSING,
+    PAIRS,
+    STAGES,
+    Summary,
+    bytes_text,
+    difference_text,
+    is_share,
+    metric_names,
+    metric_text,
+    percent_text,
+    share_text,
+    stages,
+    time_text,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PARITY_HELP = {
+    "Largest difference": "the largest absolute difference between two output values, in the output's unit.",
+    "In steps": "the same, counted in steps of the quantizer: 0 is identical, 1 is a tie rounded the other way.",
+    "Same prediction": "share of the samples on which both predict the same class.",
+    "Equal values": "share of the compared integers that are exactly equal.",
+}
+"""Column of the parity table -> what it says."""
+
+Cell = tuple[str, float | str | None]
+"""What is shown, and what to sort by (None sorts last)."""
+
+
+@dataclass
+class Table:
+    """A table of the report.
+
+    Attributes:
+        caption: what it shows.
+        columns: (heading, whether its cells are numbers).
+        rows: cells; the first of a row is its heading.
+        sortable: whether headings are buttons that sort.
+    """
+
+    caption: str
+    columns: list[tuple[str, bool]]
+    rows: list[list[Cell]] = field(default_factory=list)
+    sortable: bool = True
+
+
+def write_report(
+    path: Path | str, summary: Summary, layers: Sequence[dict[str, Any]] = (),
+    history: Sequence[dict[str, Any]] = (), config_yaml: str = "",
+) -> Path:  # fmt: skip
+    """Write the report of a run: one file that needs nothing beside it.
+
+    Args:
+        path: the HTML file.
+        summary: the content of `summary.json`.
+        layers: one dict a quantized layer or edge. Keys, all optional: name, kind, scheme, reason, shape, parameters,
+            bits, bytes, scale_min, scale_max, sqnr_db.
+        history: training curves, as from `qat.analysis.plots.read_history`.
+        config_yaml: the run's composed configuration.
+
+    Returns:
+        The path.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    measured = [row for row in layers if row.get("sqnr_db") is not None or row.get("bytes") is not None]
+    html = environment.get_template("report.html").render(
+        name=summary.get("name") or "Run",
+        verdict=verdict(summary),
+        stages=_stages_table(summary),
+        stages_plot=_inline(plots.stages_figure(summary), "stages") if metric_names(summary) else "",
+        training_plot=_inline(plots.training_figure(history), "training") if history else "",
+        parity=_parity_table(summary),
+        parity_help=PARITY_HELP,
+        layers=_layers_table(layers),
+        layers_plot=_inline(plots.layers_figure(measured), "layers") if measured else "",
+        config_yaml=config_yaml,
+        files=_files_table(summary),
+        seconds=_seconds_table(summary),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def _inline(fig: "Figure", prefix: str) -> str:
+    """A figure as an SVG element for HTML: text in the page's colour, ids of its own, no fixed size."""
+    from markupsafe import Markup
+
+    text = plots.svg(fig)
+    text = text[text.index("<svg") :]
+    start, rest = text[: text.index(">")], text[text.index(">") :]
+    start = re.sub(r'\s(width|height|xmlns(:\w+)?|version)="[^"]*"', "", start)
+    rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
+    rest = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{prefix}-", rest)
+    return Markup(start + ' aria-hidden="true"' + rest.replace(plots.INK, "currentColor"))
+
+
+def _number(value: float | None, text: Callable[[float | None], str]) -> Cell:
+    return text(value), value
+
+
+def _stages_table(summary: Summary) -> Table:
+    names = metric_names(summary)
+    table = Table("Metrics, file size and latency of each stage", [("Stage", False)], sortable=False)
+    for name in names:
+        table.columns += [(name, True), ("points to float" if is_share(name) else "to float", True)]
+    table.columns += [("Size", True), ("of float", True), ("ms at batch 1", True), ("ms at batch 64", True)]
+    for stage in stages(summary):
+        row: list[Cell] = [(stage.label, None)]
+        for name in names:
+            value, gain = stage.metrics.get(name), stage.gains.get(name)
+            row += [(metric_text(name, value), value), (difference_text(name, gain), gain)]
+        row += [_number(stage.size, bytes_text), _number(stage.ratio, percent_text)]
+        row += [_number(stage.latency.get(batch), time_text) for batch in ("1", "64")]
+        table.rows.append(row)
+    return table
+
+
+def _parity_table(summary: Summary) -> Table:
+    columns = [("Pair", False), *((name, True) for name in PARITY_HELP)]
+    table = Table("How far the outputs of two stages are apart", columns, sortable=False)
+    parity = summary.get("parity") or {}
+    for key, label in PAIRS.items():
+        if pair := parity.get(key):
+            steps, equal = pair.get("max_steps"), pair.get("equal_share")
+            table.rows.append(
+                [
+                    (label, None),
+                    _number(pair.get("max_abs"), number_text),
+                    _number(steps, number_text),
+                    _number(pair.get("agreement"), share_text),
+                    _number(equal, share_text),
+                ]
+            )
+    return table
+
+
+def _layers_table(layers: Sequence[dict[str, Any]]) -> Table:
+    columns = ["Name", "Kind", "Scheme", "Bits", "Shape", "Parameters", "Size", "Scale", "SQNR (dB)", "Reason"]
+    numeric = {"Bits", "Parameters", "Size", "Scale", "SQNR (dB)"}
+    table = Table(f"{len(layers)} layers and edges", [(name, name in numeric) for name in columns])
+    for layer in layers:
+        get = layer.get
+        table.rows.append(
+            [
+                _words(get("name")),
+                _words(get("kind")),
+                _words(get("scheme")),
+                _number(get("bits"), number_text),
+                _shape(get("shape")),
+                _number(get("parameters"), lambda n: MISSING if n is None else f"{n:,}"),
+                _number(get("bytes"), bytes_text),
+                _scale(get("scale_min"), get("scale_max")),
+                _number(get("sqnr_db"), lambda db: MISSING if db is None else f"{db:.1f}"),
+                _words(get("reason")),
+            ]
+        )
+    return table
+
+
+def _words(value: Any) -> Cell:
+    return (MISSING, None) if value is None else (str(value), str(value))
+
+
+def _shape(shape: Sequence[int] | None) -> Cell:
+    """Sorts by the number of elements of the first dimension, then the next, as text of fixed width."""
+    if shape is None:
+        return MISSING, None
+    return "\N{MULTIPLICATION SIGN}".join(map(str, shape)), " ".join(f"{size:09d}" for size in shape)
+
+
+def _scale(low: float | None, high: float | None) -> Cell:
+    known = list(dict.fromkeys(number_text(v) for v in (low, high) if v is not None))
+    return " to ".join(known) or MISSING, high if high is not None else low
+
+
+def _files_table(summary: Summary) -> Table:
+    table = Table("Files, relative to the run's directory", [("Stage", False), ("File", False), ("Size", True)])
+    table.sortable = False
+    sizes = {stage.key: stage.size for stage in stages(summary)}
+    for key, name in (summary.get("files") or {}).items():
+        table.rows.append([(STAGES.get(key, key), None), _words(name), _number(sizes.get(key), bytes_text)])
+    return table
+
+
+def _seconds_table(summary: Summary) -> Table:
+    table = Table("Where the time went", [("Part", False), ("Seconds", True)], sortable=False)
+    seconds = summary.get("seconds") or {}
+    table.rows = [[(STAGES.get(key, key), None), _number(value, time_text)] for key, value in seconds.items()]
+    if len(seconds) > 1:
+        total = sum(value for value in seconds.values() if value is not None)
+        table.rows.append([("Together", None), _number(total, time_text)])
+    return table

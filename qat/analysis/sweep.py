@@ -1,0 +1,161 @@
+"""A Hydra multirun as one table and one plot."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qat.analysis import plots
+from qat.analysis.console import heading, new_table
+from qat.analysis.summary import MISSING, STAGES, bytes_text, is_share, metric_text, number, pick_metric, stages
+
+Row = dict[str, Any]
+
+RESULTS = (
+    "weight_bits", "activation_bits", "status", *(f"{stage}_bytes" for stage in STAGES)
+)  # fmt: skip
+"""Columns of a row, beside "job", the overrides and `<stage>_<metric>`."""
+
+
+def collect(sweep_dir: Path | str) -> list[Row]:
+    """Read the jobs of a sweep.
+
+    Args:
+        sweep_dir: Hydra's sweep directory, with a numbered directory a job; each has `.hydra/overrides.yaml` and,
+            when the job finished, `summary.json`.
+
+    Returns:
+        One dict a job, by number: "job", each override under its own key, "weight_bits" and "activation_bits",
+        `<stage>_<metric>` (float_accuracy, qat_accuracy, ...), `<stage>_bytes`, and "status", "finished" or "failed".
+        A job without a readable summary failed. Keys that a job has no value for are missing.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or it has no numbered directories.
+    """
+    folders = sorted((path for path in Path(sweep_dir).glob("*/") if path.name.isdecimal()), key=lambda p: int(p.name))
+    if not folders:
+        raise FileNotFoundError(f"'{sweep_dir}' has no job directories (0, 1, ...); give the directory of a multirun")
+    return [_row(folder) for folder in folders]
+
+
+def _row(folder: Path) -> Row:
+    overrides = _overrides(folder / ".hydra" / "overrides.yaml")
+    row: Row = {"job": int(folder.name), **overrides}
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        summary = {}
+    config = {**overrides, **(summary.get("config") or {})}
+    for name in ("weight", "activation"):
+        if (bits := config.get(f"quant.{name}.bits")) is not None:
+            row[f"{name}_bits"] = bits
+    if not summary:
+        return {**row, "status": "failed"}
+    found = stages(summary)
+    row |= {f"{stage.key}_{metric}": value for stage in found for metric, value in stage.metrics.items()}
+    row |= {f"{stage.key}_bytes": stage.size for stage in found if stage.size is not None}
+    return {**row, "status": "finished"}
+
+
+def _overrides(path: Path) -> Row:
+    """`["quant=w4a4", "+seed=1"]` -> {"quant": "w4a4", "seed": 1}."""
+    import yaml
+
+    if not path.is_file():
+        return {}
+    found: Row = {}
+    for line in yaml.safe_load(path.read_text(encoding="utf-8")) or []:
+        key, given, text = str(line).partition("=")
+        found[key.lstrip("+~")] = number(text) if given else "removed"
+    return found
+
+
+def override_names(rows: Sequence[Row]) -> list[str]:
+    """Columns that are overrides, in the order in which they first appear."""
+    names = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in names if key not in ("job", *RESULTS) and not key.startswith(tuple(f"{s}_" for s in STAGES))]
+
+
+def is_bits(name: str) -> bool:
+    """Whether an override sets the bit width that "weight_bits" or "activation_bits" has."""
+    return name in ("quant.weight.bits", "quant.activation.bits")
+
+
+def varying(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """The columns that differ between rows."""
+    return [name for name in names if len({str(row.get(name)) for row in rows}) > 1]
+
+
+def sweep_metric(rows: Sequence[Row]) -> str | None:
+    """The metric to judge a sweep by (see `qat.analysis.summary.pick_metric`)."""
+    names = [key.partition("_")[2] for row in rows for key in row if key.partition("_")[0] in STAGES]
+    return pick_metric(name for name in dict.fromkeys(names) if name != "bytes")
+
+
+def results_table(rows: Sequence[Row]) -> Table:
+    """A sweep in the terminal: one row a job, with the overrides that vary, the first metric of each stage, and size.
+
+    Args:
+        rows: from `collect`.
+    """
+    metric = sweep_metric(rows) or "metric"
+    overrides = [name for name in varying(rows, override_names(rows)) if not is_bits(name)]
+    exported = next((key for key in ("int8", "onnx") if any(f"{key}_bytes" in row for row in rows)), "int8")
+    numbers = {"weight_bits": "weight\nbits", "activation_bits": "act.\nbits"}
+    numbers |= {f"{key}_{metric}": STAGES[key] for key in ("float", "ptq", "qat")}
+    numbers |= {f"{exported}_{metric}": exported, f"{exported}_bytes": f"{exported}\nsize"}
+    finished = [row for row in rows if row["status"] == "finished"]
+    shown = {key for key in numbers if any(key in row for row in rows)} - {"weight_bits", "activation_bits"}
+    shown |= set(varying(finished, ["weight_bits", "activation_bits"]))
+    numbers = {key: label for key, label in numbers.items() if key in shown}
+    table = new_table(f"{len(rows)} jobs, {metric}{' in %' if is_share(metric) else ''}")
+    table.add_column("Job", justify="right", no_wrap=True)
+    for name in overrides:
+        table.add_column(heading(name.rpartition(".")[2]), overflow="fold", min_width=6)
+    for label in numbers.values():
+        table.add_column(label, justify="right", no_wrap=True)
+    if len(finished) < len(rows):
+        table.add_column("Status", no_wrap=True)
+    for row in rows:
+        cells: list[RenderableType] = [str(row["job"]), *(Text(str(row.get(name, MISSING))) for name in overrides)]
+        for key in numbers:
+            value = row.get(key)
+            if key.endswith("_bits"):
+                cells.append(MISSING if value is None else str(value))
+            elif key.endswith("_bytes"):
+                cells.append(bytes_text(value))
+            else:
+                cells.append(metric_text(metric, value).removesuffix(" %"))
+        if len(finished) < len(rows):
+            cells.append(Text("" if row["status"] == "finished" else row["status"], style="bold red"))
+        table.add_row(*cells)
+    return table
+
+
+def write_results(sweep_dir: Path | str) -> list[Path]:
+    """Write `results.csv`, `sweep.png` and `sweep.svg` into a sweep's directory.
+
+    Args:
+        sweep_dir: as for `collect`.
+
+    Returns:
+        The paths of the three files.
+    """
+    from qat.analysis.sweep_plot import sweep_figure
+
+    folder, rows = Path(sweep_dir), collect(sweep_dir)
+    names = dict.fromkeys(key for row in rows for key in row)
+    measured = [key for key in names if key.partition("_")[0] in STAGES]
+    columns = ["job", *override_names(rows), "weight_bits", "activation_bits", *measured, "status"]
+    table = folder / "results.csv"
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(columns)), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    fig = sweep_figure(rows)
+    return [table, plots.save(fig, folder / "sweep.png"), plots.save(fig, folder / "sweep.svg")]

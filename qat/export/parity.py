@@ -1,0 +1,277 @@
+"""Agreement, measured: what training simulated, the integer network, the int8 checkpoint and the ONNX file.
+
+Two measurements. Layer by layer, each layer of each implementation is given the same integers (those of training) and
+its integers are compared in steps; an error cannot hide behind, or be blamed on, an earlier layer. End to end, the
+logits and the decisions of whole networks are compared.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from qat.export.onnx import storage
+from qat.export.onnxruntime import OnnxNetwork
+from qat.runtime.network import IntegerNetwork
+
+
+class ParityError(RuntimeError):
+    """Two implementations of one network disagree by more than is allowed."""
+
+
+@dataclass(kw_only=True)
+class ParityLimits:
+    """What is allowed.
+
+    Attributes:
+        agreement: smallest share of equal top-1 decisions.
+        max_steps: largest difference of an integer, given equal inputs.
+        equal_share: smallest share of integers that are equal, given equal inputs; asked of grids of up to 8 bits (a
+            step of a 16-bit grid is as small as the rounding of a float32 convolution).
+    """
+
+    agreement: float = 0.999
+    max_steps: int = 1
+    equal_share: float = 0.999
+
+
+@dataclass(kw_only=True)
+class LayerParity:
+    """One tensor, given equal inputs. The first difference is kept to be shown."""
+
+    name: str
+    max_steps: int
+    equal_share: float
+    bits: int
+    first: str = ""
+
+
+@dataclass(kw_only=True)
+class Parity:
+    """One pair of implementations.
+
+    Attributes:
+        max_abs: worst difference of an output (logit), end to end.
+        max_steps: worst difference of an integer activation, given equal inputs.
+        agreement: share of equal top-1 decisions (of equal signs for a single output), end to end.
+        equal_share: share of equal integers over all layers.
+        layers: the same, layer by layer.
+    """
+
+    max_abs: float
+    max_steps: int
+    agreement: float
+    equal_share: float
+    layers: list[LayerParity] = field(default_factory=list)
+
+    def to_dict(self, layers: bool = False) -> dict[str, Any]:
+        """Plain data."""
+        data = asdict(self)
+        return data if layers else {k: v for k, v in data.items() if k != "layers"}
+
+    def check(self, pair: str, limits: ParityLimits) -> None:
+        """Raise ParityError, naming the first layer that departs, if a limit is broken."""
+        for layer in self.layers:
+            too_few = layer.bits <= 8 and layer.equal_share < limits.equal_share
+            if layer.max_steps > limits.max_steps or too_few:
+                raise ParityError(
+                    f"{pair}: layer '{layer.name}' departs given equal inputs: worst {layer.max_steps} steps (allowed "
+                    f"{limits.max_steps}), equal {layer.equal_share:.4%} (at least {limits.equal_share:.2%}). "
+                    f"{layer.first}"
+                )
+        if self.agreement < limits.agreement:
+            worst = min(self.layers, key=lambda layer: layer.equal_share, default=None)
+            hint = f"; least equal layer: '{worst.name}' ({worst.equal_share:.4%})" if worst else ""
+            raise ParityError(
+                f"{pair}: top-1 agreement {self.agreement:.4%} is below {limits.agreement:.2%}, although every layer "
+                f"agrees given equal inputs{hint}"
+            )
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a prepared network and keeps what its quantizers make."""
+
+    def __init__(self, prepared: fx.GraphModule, wanted: set[str]) -> None:
+        super().__init__(prepared)
+        self.wanted, self.kept = wanted, dict[str, Tensor]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.wanted:
+            self.kept[n.name] = result
+        return result
+
+
+@torch.no_grad()
+def training_integers(prepared: fx.GraphModule, network: IntegerNetwork, inputs: Tensor) -> dict[str, Tensor]:
+    """The integers behind every fake-quantized activation of `prepared`, by name of `network`'s tensor.
+
+    Args:
+        prepared: the network that `network` was lowered from, in eval mode.
+        network: from `qat.lower`.
+        inputs: float32, batch dimension first.
+    """
+    recorder = _Recorder(prepared, set(network.edges.values()))
+    recorder.run(inputs)
+    integers = {}
+    for name, node in network.edges.items():
+        grid = network.grid(name)
+        assert grid is not None
+        integers[name] = (torch.round(recorder.kept[node] / grid.scale) + grid.zero_point).to(grid.dtype)
+    return integers
+
+
+@torch.no_grad()
+def integers_given(network: IntegerNetwork, inputs: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What each layer of `network` makes of `given` integers, by name of tensor."""
+    made: dict[str, Tensor] = {}
+
+    def watch(name: str, tensor: Tensor) -> Tensor:
+        if name in given:
+            made[name] = tensor
+        return given.get(name, tensor)
+
+    network.run(inputs, watch=watch)
+    return made
+
+
+def onnx_integers_given(path: Path, target: str, network: IntegerNetwork, inputs: Tensor, given: dict[str, Tensor]) -> (
+    dict[str, Tensor]
+):  # fmt: skip
+    """What each layer of an ONNX file, read back from disk and run by ONNX Runtime, makes of `given` integers.
+
+    The file's graph is cut at every integer activation: readers get a new input instead, and the tensor is an output.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    graph = model.graph
+    kinds = {value.name: value for value in [*graph.value_info, *graph.output]}
+    present = [name for name in given if name in kinds]
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in given:
+                node.input[i] = f"{name}/given"
+    for name in present:
+        value = onnx.ValueInfoProto()
+        value.CopyFrom(kinds[name])
+        value.name = f"{name}/given"
+        graph.input.append(value)
+        if name not in {output.name for output in graph.output}:
+            graph.output.append(kinds[name])
+    session = OnnxNetwork(model.SerializeToString(), target)
+    feeds = {network.inputs[0]: inputs.numpy()}
+    for name in present:
+        dtype, offset = _storage(network, name)
+        feeds[f"{name}/given"] = (given[name].int() + offset).numpy().astype(dtype)
+    made = session.run({name: feeds[name] for name in session.inputs})
+    return {name: torch.from_numpy(made[name].astype(np.int32)) - _storage(network, name)[1] for name in present}
+
+
+def _storage(network: IntegerNetwork, name: str) -> tuple[np.dtype[Any], int]:
+    grid = network.grid(name)
+    assert grid is not None
+    return storage(grid)
+
+
+def compare(outputs: tuple[Tensor, Tensor], integers: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> Parity:
+    """Compare two implementations.
+
+    Args:
+        outputs: end-to-end results of both, shape [samples, ...].
+        integers: per batch, the integers of both given equal inputs.
+    """
+    a, b = outputs
+    layers: dict[str, tuple[int, int, int, str]] = {}
+    bits: dict[str, int] = {}
+    for first, second in integers:
+        for name in first:
+            if name not in second:
+                continue
+            bits[name] = 8 * min(first[name].element_size(), second[name].element_size())
+            steps = (first[name].int() - second[name].int()).abs()
+            worst, unequal, total, shown = layers.get(name, (0, 0, 0, ""))
+            differs = torch.nonzero(steps.flatten())
+            if not shown and differs.numel():
+                i = int(differs[0])
+                pair = (int(first[name].flatten()[i]), int(second[name].flatten()[i]))
+                shown = f"First difference at flat index {i}: {pair[0]} against {pair[1]}."
+            largest = int(steps.max()) if steps.numel() else 0
+            layers[name] = (max(worst, largest), unequal + differs.numel(), total + steps.numel(), shown)
+    rows = [
+        LayerParity(name=name, max_steps=worst, equal_share=1 - unequal / max(total, 1), bits=bits[name], first=shown)
+        for name, (worst, unequal, total, shown) in layers.items()
+    ]
+    unequal, total = sum(v[1] for v in layers.values()), sum(v[2] for v in layers.values())
+    return Parity(
+        max_abs=float((a - b).abs().max()),
+        max_steps=max((row.max_steps for row in rows), default=0),
+        agreement=float((decisions(a) == decisions(b)).float().mean()),
+        equal_share=1 - unequal / max(total, 1),
+        layers=rows,
+    )
+
+
+def decisions(outputs: Tensor) -> Tensor:
+    """Top-1 class along dimension 1; the sign where there is only one output."""
+    if outputs.dim() < 2 or outputs.shape[1] == 1:
+        return outputs > 0
+    return outputs.argmax(dim=1)
+
+
+@torch.no_grad()
+def measure(
+    prepared: fx.GraphModule,
+    network: IntegerNetwork,
+    checkpoint: IntegerNetwork | None,
+    onnx_path: Path | None,
+    inputs: Tensor,
+    *,
+    target: str = "generic",
+    layer_samples: int = 256,
+    batch_size: int = 128,
+) -> dict[str, Parity]:
+    """Compare training's network with the files exported from it.
+
+    Args:
+        prepared: what training simulated, in eval mode.
+        network: lowered from `prepared`.
+        checkpoint: the int8 checkpoint as reloaded from disk; None if there is none.
+        onnx_path: the ONNX file; None if there is none.
+        inputs: real test inputs, shape [samples, ...].
+        target: key of TARGETS, how the ONNX file is run.
+        layer_samples: how many samples are compared layer by layer.
+        batch_size: samples at a time.
+
+    Returns:
+        `qat_int8`, `qat_onnx` and `int8_onnx`, those of them whose files are there.
+    """
+    prepared.eval()
+    batches = inputs.split(batch_size)
+    outputs = {"qat": torch.cat([prepared(x) for x in batches])}
+    integers: dict[str, list[dict[str, Tensor]]] = {"qat": [], "int8": [], "onnx": []}
+    if checkpoint is not None:
+        outputs["int8"] = torch.cat([_first(checkpoint(x)) for x in batches])
+    if onnx_path is not None:
+        session = OnnxNetwork(onnx_path, target)
+        outputs["onnx"] = torch.cat([session(x) for x in batches])
+    for x in inputs[:layer_samples].split(batch_size):
+        given = training_integers(prepared, network, x)
+        integers["qat"].append(given)
+        if checkpoint is not None:
+            integers["int8"].append(integers_given(checkpoint, x, given))
+        if onnx_path is not None:
+            integers["onnx"].append(onnx_integers_given(onnx_path, target, network, x, given))
+    return {
+        f"{a}_{b}": compare((outputs[a], outputs[b]), list(zip(integers[a], integers[b], strict=True)))
+        for a, b in (("qat", "int8"), ("qat", "onnx"), ("int8", "onnx"))
+        if a in outputs and b in outputs
+    }
+
+
+def _first(y: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return y if isinstance(y, Tensor) else y[0]

@@ -1,0 +1,121 @@
+"""Hydra: the structured schema of `quant`, one option a preset, and what turns a composed config into ours.
+
+Import it before `hydra.main` composes (train.py does). It is the only file of the package that imports hydra.
+"""
+
+import logging
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qat.analysis.sweep import collect, results_table, write_results
+from qat.presets import PRESETS, fields
+from qat.scheme import QuantConfig
+from qat.targets import TARGETS, check_target
+
+log = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Store the schema (`quant/schema`) and one option a preset (`quant=int8`, ...). May be called again."""
+    store = ConfigStore.instance()
+    store.store(group="quant", name="schema", node=QuantConfig, provider="qat")
+    for name in PRESETS:
+        node = {"defaults": ["schema", "_self_"], **fields(name, target=None), "target": "${target.name}"}
+        store.store(group="quant", name=name, node=node, provider="qat")
+    OmegaConf.register_new_resolver("widest", _widest, replace=True)
+
+
+def _widest(bits: int, *, _root_: DictConfig) -> int:
+    """The widest integer weight up to `bits` that the chosen target computes exactly."""
+    target = TARGETS.get(str(_root_.target.name))
+    return min(bits, target.weight_bits) if target else bits
+
+
+def quant_config(cfg: DictConfig) -> QuantConfig:
+    """The `quant` part of a composed config, validated and checked against its target.
+
+    Raises:
+        ValueError: names the field, its value and what would be valid.
+    """
+    try:
+        data = OmegaConf.to_container(cfg.quant, resolve=True, throw_on_missing=True, enum_to_str=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"quant: {error}") from None
+    assert isinstance(data, dict)
+    config = QuantConfig.from_dict({str(k): v for k, v in data.items()})
+    check_target(config)
+    return config
+
+
+def plain(cfg: Any) -> dict[str, Any]:
+    """A part of a composed config as plain data, interpolations resolved."""
+    data = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    assert isinstance(data, dict)
+    return {str(k): v for k, v in data.items()}
+
+
+USER_ERRORS = (ValueError, FileNotFoundError, ImportError, RuntimeError)
+"""What a run raises with a message written for its user: bad input, a missing file or package, no parity, NaN."""
+
+
+def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
+    """Run a job; say what went wrong in one message, keep the traceback in the run directory.
+
+    Alone, a failed job ends the process with exit code 1. In a sweep it is recorded and the other jobs go on.
+    """
+    try:
+        return job(cfg)
+    except USER_ERRORS as error:
+        config = HydraConfig.get()
+        path = Path(config.runtime.output_dir) / "error.txt"
+        path.write_text(traceback.format_exc())
+        log.error("%s: %s\n(traceback: %s)", type(error).__name__, error, path)
+        if config.mode is not RunMode.MULTIRUN:
+            sys.exit(1)
+        return math.nan
+
+
+def trainer(cfg: DictConfig, phase: str, *callbacks: L.Callback) -> L.Trainer:
+    """The Trainer of one phase (`float` or `qat`), with the configured callbacks and loggers, and `callbacks`."""
+    cfg.phase = phase
+    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
+    for logger in loggers:
+        logger.log_hyperparams(plain(cfg))
+    shared = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+    return instantiate(cfg.trainer, max_epochs=cfg[phase].max_epochs, logger=loggers, callbacks=[*shared, *callbacks])
+
+
+class SweepResults(Callback):
+    """At the end of a sweep: `results.csv`, `sweep.png` and a table on the console (`hydra.callbacks`)."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Collect what the jobs wrote."""
+        from rich.console import Console
+
+        folder = Path(config.hydra.sweep.dir)
+        rows = collect(folder)
+        if not rows:
+            return
+        written = write_results(folder)
+        Console().print(results_table(rows))
+        log.info("Sweep results: %s", ", ".join(str(path) for path in written))
+        failed = [row for row in rows if row["status"] != "finished"]
+        if failed:
+            log.error("%d of %d jobs failed; see error.txt in their directories", len(failed), len(rows))
+            sys.exit(1)
+
+
+register()

@@ -1,0 +1,148 @@
+"""Callbacks: stop at the first non-finite number, tell how to go on after an interruption, log scales."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from qat.fake_quant import quantizers
+from qat.scheme import RangeMode
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """A number became NaN or infinite while training."""
+
+
+class StopOnNonFinite(L.Callback):
+    """Stop before a NaN or an infinity reaches the weights, and say where it first arose.
+
+    The loss is checked before backward and the gradients before the optimizer steps, so the weights, and the checkpoint
+    that the exception leaves behind, are those of the last good step.
+    """
+
+    def __init__(self) -> None:
+        self._batch: Any = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the batch for the diagnosis."""
+        self._batch = batch
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Check the loss."""
+        if not bool(torch.isfinite(loss)):
+            where = first_non_finite(pl_module, self._batch)
+            raise NonFiniteError(f"the loss is {float(loss.detach())} at step {trainer.global_step}; {where}")
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Check the gradients."""
+        if trainer.precision == "16-mixed":  # its gradient scaler expects, and skips, steps that overflow
+            return
+        named = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([grad for _, grad in named])) if named else torch.zeros(0)
+        if not bool(torch.isfinite(norms).all()):
+            name = named[int(torch.nonzero(~torch.isfinite(norms))[0])][0]
+            raise NonFiniteError(f"the gradient of '{name}' is not finite at step {trainer.global_step}")
+
+
+@torch.no_grad()
+def first_non_finite(module: L.LightningModule, batch: Any) -> str:
+    """Run the batch once more and say in words where the first non-finite number arises."""
+    inputs = batch[0] if isinstance(batch, list | tuple) else batch
+    if isinstance(inputs, Tensor) and not bool(torch.isfinite(inputs).all()):
+        return f"the input batch itself holds {int((~torch.isfinite(inputs)).sum())} non-finite values"
+    for name, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"parameter '{name}' holds non-finite values"
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append(f"the first non-finite value arises in layer '{name}' ({type(layer).__name__})")
+
+        return hook
+
+    leaves = [(name, layer) for name, layer in module.named_modules() if not list(layer.children())]
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in leaves]
+    try:
+        module(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "every layer's output is finite, so it arises in the loss"
+
+
+class ResumeHint(L.Callback):
+    """Keep a checkpoint when training is interrupted (Ctrl-C too) or fails, and say how to go on from it.
+
+    After a NonFiniteError nothing is saved: the forward pass has already spoilt BatchNorm's statistics. The checkpoint
+    of the last whole epoch is named instead. (Lightning's OnExceptionCheckpoint would make every later `fit` without a
+    checkpoint look for one.)
+
+    Args:
+        dirpath: folder of the checkpoint.
+        filename: its name without `.ckpt`.
+    """
+
+    def __init__(self, dirpath: str, filename: str = "interrupted") -> None:
+        self.path = Path(dirpath) / f"{filename}.ckpt"
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save, then tell."""
+        if isinstance(exception, NonFiniteError):
+            kept = Path(getattr(trainer.checkpoint_callback, "last_model_path", "") or "none")
+        else:
+            trainer.save_checkpoint(self.path)
+            kept = self.path
+        if kept.is_file():
+            _say(f"Training stopped at step {trainer.global_step}. Go on with: ckpt_path={kept}")
+        else:
+            _say(f"Training stopped at step {trainer.global_step}, before the first checkpoint.")
+
+
+class Progress(RichProgressBar):
+    """Lightning's rich progress bar without the logger's version number."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """What stands behind the bar."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        return dict(items)
+
+
+@rank_zero_only
+def _say(message: str) -> None:
+    log.info(message)
+
+
+class LogQuantizers(L.Callback):
+    """Log every quantizer's scale as a histogram, to loggers that have them (wandb, TensorBoard), once an epoch."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log scales; weights whose range is dynamic have none of their own."""
+        scales = {
+            f"scale/{name.removeprefix('net.')}": q.scale.detach().abs().float().cpu().reshape(-1)
+            for name, q in quantizers(pl_module)
+            if q.scheme.range is not RangeMode.dynamic and q.calibrated
+        }
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                values = {name: wandb.Histogram(scale.tolist()) for name, scale in scales.items()}
+                logger.experiment.log({**values, "trainer/global_step": trainer.global_step})
+            elif isinstance(logger, TensorBoardLogger):
+                for name, scale in scales.items():
+                    logger.experiment.add_histogram(name, scale, trainer.global_step)

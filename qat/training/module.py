@@ -1,0 +1,158 @@
+"""QATModule: a network, a task and an optimizer, described by plain data: a checkpoint is enough to rebuild it."""
+
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, fx, nn
+
+from qat.fake_quant import FakeQuantize, Mode, get_mode, quantizers
+from qat.prepare import prepare
+from qat.scheme import QuantConfig, RangeMode
+
+
+def build(description: Mapping[str, Any], *args: Any) -> Any:
+    """Call what `_target_` names with the other entries as keyword arguments.
+
+    Raises:
+        ValueError: no `_target_`, or nothing of that name.
+    """
+    arguments = dict(description)
+    target = arguments.pop("_target_", None)
+    if target is None:
+        raise ValueError(
+            f"a description needs _target_, the dotted name of a class or function; got {dict(description)}"
+        )
+    try:
+        function = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"_target_={target} names nothing that can be imported: {error}") from error
+    return function(*args, **arguments)
+
+
+def parameter_groups(net: nn.Module, weight_decay: float = 0.0, scale_lr: float | None = None) -> list[dict[str, Any]]:
+    """Optimizer groups: weights with decay; biases and norms without; learned scales without, at a rate of their own.
+
+    Args:
+        net: float or prepared.
+        weight_decay: of parameters with two or more dimensions.
+        scale_lr: learning rate of learned scales; None for the optimizer's.
+    """
+    scales = {q.scale for _, q in quantizers(net) if q.scheme.range is RangeMode.learned}
+    trained = [p for p in net.parameters() if p.requires_grad and p not in scales]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in net.parameters() if p in scales], "weight_decay": 0.0},
+    ]
+    if scale_lr is not None:
+        groups[2]["lr"] = scale_lr
+    return [group for group in groups if group["params"]]
+
+
+class QATModule(L.LightningModule):
+    """An ordinary LightningModule: supervised training of one network, float or prepared.
+
+    All arguments are plain data and are saved as hyperparameters, so `QATModule.load_from_checkpoint(path)` needs no
+    other argument, in any phase. With `quant`, the network is prepared here, before any optimizer exists.
+
+    Args:
+        model: `_target_` and arguments of the network.
+        task: `_target_` and arguments of the task (`loss` and `metrics`, see `qat.zoo.tasks`).
+        optimizer: `_target_` and arguments of the optimizer; `weight_decay` is not applied to biases, norms and scales.
+        quant: a `QuantConfig` as plain data; None for the float network.
+        input_shape: shape of one input without the batch dimension; needed with `quant`.
+        cosine: lower the learning rate to nought along a half cosine over the whole fit.
+        scale_lr: learning rate of learned scales; None for the optimizer's.
+    """
+
+    def __init__(
+        self,
+        model: Mapping[str, Any],
+        task: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        quant: Mapping[str, Any] | None = None,
+        input_shape: list[int] | None = None,
+        cosine: bool = True,
+        scale_lr: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.task = build(task)
+        self.net: nn.Module = build(model)
+        if quant is not None:
+            if input_shape is None:
+                raise ValueError(
+                    "QATModule(quant=...) needs input_shape, the shape of one input, to prepare the network"
+                )
+            self.net = prepare(self.net, QuantConfig.from_dict(quant), torch.zeros(2, *input_shape))
+        self.metrics = nn.ModuleDict({stage: self.task.metrics() for stage in ("val", "test")})
+
+    @property
+    def prepared(self) -> fx.GraphModule:
+        """The network, of a module with `quant`."""
+        if not isinstance(self.net, fx.GraphModule):
+            raise TypeError("this module's network is float; QATModule.quantized(config, ...) makes a prepared one")
+        return self.net
+
+    def quantized(self, config: QuantConfig, input_shape: list[int], **changes: Any) -> "QATModule":
+        """A module for the prepared network, starting from copies of this module's weights.
+
+        Args:
+            config: what to quantize and how.
+            input_shape: shape of one input without the batch dimension.
+            changes: other constructor arguments to replace (`optimizer`, ...).
+        """
+        arguments = {**self.hparams, **changes, "quant": config.to_dict(), "input_shape": list(input_shape)}
+        module = QATModule(**arguments)
+        module.net.load_state_dict({**module.net.state_dict(), **self.net.state_dict()})
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
+        inputs, targets = batch
+        loss = self.task.loss(self.net(inputs), targets)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: D102
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: D102
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        inputs, targets = batch
+        outputs = self.net(inputs)
+        self.log(f"{stage}_loss", self.task.loss(outputs, targets), prog_bar=True, sync_dist=True)
+        metrics = self.metrics[stage]
+        metrics.update(outputs, targets)  # type: ignore[operator]
+        self.log_dict({f"{stage}_{name}": metric for name, metric in metrics.items()}, prog_bar=True)  # type: ignore
+
+    def configure_optimizers(self) -> Any:  # noqa: D102
+        description = dict(self.hparams["optimizer"])
+        weight_decay = description.pop("weight_decay", 0.0)
+        groups = parameter_groups(self.net, weight_decay, self.hparams["scale_lr"])
+        optimizer = build(description, groups)
+        if not self.hparams["cosine"]:
+            return optimizer
+        steps = max(int(self.trainer.estimated_stepping_batches), 1)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is not a tensor: the mode of the quantizers."""
+        checkpoint["qat"] = {"mode": get_mode(self.net).value, "quant": self.hparams["quant"]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put quantizers into the mode they were saved in (their ranges come with the tensors)."""
+        mode = Mode(checkpoint.get("qat", {}).get("mode", "float"))
+        for quantizer in self._quantizers():
+            quantizer.mode = mode
+
+    def _quantizers(self) -> Iterator[FakeQuantize]:
+        return (quantizer for _, quantizer in quantizers(self.net))

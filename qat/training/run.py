@@ -1,0 +1,130 @@
+"""What a run of the main job keeps and says: times, stages, files, tables, `summary.json`, `report.html`."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import Logger, WandbLogger
+from torch import nn
+
+from qat.export.files import write_atomically
+from qat.training.stages import Network, measure_stage, save_weights, write_summary
+
+
+class Run:
+    """Collects results of one run and writes them into its folder.
+
+    Args:
+        folder: the run directory.
+        name: for titles.
+        config: the composed configuration as plain data.
+        data: the data module; its test set is what every stage is measured on.
+        task: has `metrics()`.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], data: Any, task: Any) -> None:
+        self.folder, self.config, self.task = folder, config, task
+        self.inputs, self.targets = data.test_tensors()
+        self.summary: dict[str, Any] = {
+            "name": name,
+            "config": dict(flatten(config)),
+            "test_samples": len(self.inputs),
+            "data_sha256": data.checksum(),
+            "stages": {},
+            "parity": {},
+            "seconds": {},
+            "files": {},
+        }
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time spent inside to `seconds`."""
+        start = time.perf_counter()
+        yield
+        self.summary["seconds"][what] = round(time.perf_counter() - start, 2)
+
+    def stage(self, name: str, network: Network, file: Path | None = None) -> None:
+        """Measure one stage on the whole test set."""
+        self.summary["stages"][name] = measure_stage(network, self.task, self.inputs, self.targets, file)
+        if file is not None:
+            self.summary["files"][name] = str(file.relative_to(self.folder))
+
+    def float_stage(self, net: nn.Module) -> None:
+        """Measure the float network; its weights' file is what exports are compared with in size."""
+        self.stage("float", net, save_weights(net, self.folder / "float.safetensors"))
+
+    def write(self, layers: list[dict[str, Any]], config_yaml: str) -> None:
+        """Write `summary.json` and `report.html`, and print the tables."""
+        from rich.console import Console
+
+        from qat.analysis.console import parity_table, summary_table, verdict
+        from qat.analysis.plots import read_history, save, stages_figure
+        from qat.analysis.report import write_report
+
+        write_summary(self.summary, self.folder / "summary.json")
+        write_report(self.folder / "report.html", self.summary, layers, read_history(self.folder), config_yaml)
+        if len(self.summary["stages"]) > 1:
+            save(stages_figure(self.summary), self.folder / "stages.svg")
+        console = Console()
+        console.print(summary_table(self.summary))
+        if self.summary["parity"]:
+            console.print(parity_table(self.summary))
+        console.print(verdict(self.summary))
+        console.print(f"Run directory: {self.folder}", soft_wrap=True)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file into the run directory."""
+        write_atomically(self.folder / name, text.encode())
+
+    def metric(self) -> float:
+        """The first metric of the last stage, for sweepers."""
+        stages: dict[str, Any] = self.summary["stages"]
+        return float(next(iter(list(stages.values())[-1]["metrics"].values())))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested plain data as (dotted name, value) pairs."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def float_weights_of(ckpt_path: str | Path) -> Path:
+    """The float weights of the run that wrote a checkpoint of its `qat` phase.
+
+    Raises:
+        FileNotFoundError: the run directory is not whole; says what to do.
+    """
+    path = Path(ckpt_path).resolve().parents[2] / "float.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"ckpt_path={ckpt_path} is of the qat phase, which is compared with the run's float weights, but {path} is "
+            f"not there; give them with float_checkpoint="
+        )
+    return path
+
+
+def main_process_only(trainer: L.Trainer) -> None:
+    """End every process but the first: the others were there to train; it alone measures and writes."""
+    if not trainer.is_global_zero:
+        sys.exit(0)
+
+
+def close_loggers(loggers: Iterable[Logger], artifacts: Mapping[str, Path] | None = None) -> None:
+    """End wandb runs, so that the next phase starts its own; with `artifacts`, exported files are logged first."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            if artifacts:
+                import wandb
+
+                artifact = wandb.Artifact(f"exported-{logger.experiment.id}", type="model")
+                for path in artifacts.values():
+                    artifact.add_file(str(path))
+                logger.experiment.log_artifact(artifact)
+            logger.experiment.finish()

@@ -1,0 +1,96 @@
+"""Reading weights and phases out of files."""
+
+import difflib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+def load_float_weights(net: nn.Module, path: str | Path) -> None:
+    """Load trained float weights into a network that has not been prepared.
+
+    Args:
+        net: receives the weights.
+        path: `.safetensors`, or a `.ckpt` / `.pt` / `.pth` that `torch.load(weights_only=True)` reads: a state dict, or
+            a Lightning checkpoint. A common prefix (`net.`, `model.`, `module.`) is taken off.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file of tensors, or it does not fit: lists missing and unexpected keys and differing shapes.
+    """
+    tensors = _strip_prefix(read_tensors(path), net)
+    own = net.state_dict()
+    optional = {name for name in own if name.endswith("num_batches_tracked")}
+    missing = [name for name in own if name not in tensors and name not in optional]
+    unexpected = [name for name in tensors if name not in own]
+    shapes = [
+        f"{name}: file {list(tensors[name].shape)}, network {list(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [_listing("missing from the file", missing), _listing("unexpected in the file", unexpected),
+                 _listing("of another shape", shapes)]  # fmt: skip
+        close = difflib.get_close_matches(missing[0], unexpected, n=1) if missing else []
+        hint = f". Is '{close[0]}' meant to be '{missing[0]}'?" if close else ""
+        raise ValueError(
+            f"float_checkpoint={path} does not fit {type(net).__name__}: {'; '.join(filter(None, parts))}{hint}"
+        )
+    net.load_state_dict(tensors, strict=False)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, a state dict or a Lightning checkpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"float_checkpoint={path}: there is no such file")
+    try:
+        data: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"float_checkpoint={path} cannot be read: {error}") from error
+    data = data.get("state_dict", data) if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
+        raise ValueError(f"float_checkpoint={path} holds no state dict (a mapping of names to tensors)")
+    return data
+
+
+def _strip_prefix(tensors: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
+    own = set(net.state_dict())
+    best = tensors
+    for prefix in ("net.", "model.", "module."):
+        stripped = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        if len(own & set(stripped)) > len(own & set(best)):
+            best = stripped
+    return best
+
+
+def _listing(label: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{len(names)} {label} ({', '.join(names[:4])}{more})"
+
+
+def checkpoint_phase(path: str | Path | None) -> str | None:
+    """The phase (`float` or `qat`) in which a training checkpoint was written; None for no path.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint of QATModule.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"ckpt_path={path}: there is no such file")
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=False)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"ckpt_path={path} cannot be read: {error}") from error
+    if not isinstance(checkpoint, dict) or "qat" not in checkpoint:
+        raise ValueError(f"ckpt_path={path} is not a checkpoint of a training run; for weights use float_checkpoint=")
+    return "float" if checkpoint["qat"]["quant"] is None else "qat"
