@@ -17,11 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.analysis.sweep import collect, results_table, write_results
-from qat.presets import PRESETS, fields
+from qat.presets import DESCRIPTIONS, PRESETS, fields
 from qat.scheme import QuantConfig
 from qat.targets import TARGETS, check_target
 
@@ -36,12 +37,18 @@ def register() -> None:
         node = {"defaults": ["schema", "_self_"], **fields(name, target=None), "target": "${target.name}"}
         store.store(group="quant", name=name, node=node, provider="qat")
     OmegaConf.register_new_resolver("widest", _widest, replace=True)
+    OmegaConf.register_new_resolver("quant_options", _quant_options, replace=True)
 
 
 def _widest(bits: int, *, _root_: DictConfig) -> int:
     """The widest integer weight up to `bits` that the chosen target computes exactly."""
     target = TARGETS.get(str(_root_.target.name))
     return min(bits, target.weight_bits) if target else bits
+
+
+def _quant_options() -> str:
+    """The presets with their descriptions, for `--help`."""
+    return "\n".join(f"  {name:<17} {text}" for name, text in DESCRIPTIONS.items())
 
 
 def quant_config(cfg: DictConfig) -> QuantConfig:
@@ -95,7 +102,13 @@ def trainer(cfg: DictConfig, phase: str, *callbacks: L.Callback) -> L.Trainer:
     for logger in loggers:
         logger.log_hyperparams(plain(cfg))
     shared = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
-    return instantiate(cfg.trainer, max_epochs=cfg[phase].max_epochs, logger=loggers, callbacks=[*shared, *callbacks])
+    return instantiate(
+        cfg.trainer,
+        max_epochs=cfg[phase].max_epochs,
+        logger=loggers,
+        callbacks=[*shared, *callbacks],
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in shared),
+    )
 
 
 class SweepResults(Callback):

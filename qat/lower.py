@@ -127,7 +127,9 @@ class _Lowering:
 def _quantizer(lowering: _Lowering, node: fx.Node) -> None:
     layer = ops.QuantizeInput(_grid(lowering.graph.submodule(node)))
     source = node.all_input_nodes[0]
-    lowering.add(lowering.graph.name(source), layer, [lowering.to_real(source)], node)
+    name = lowering.graph.name(source)
+    name = f"{name}.quantized" if lowering.graph.kind(source) is Kind.input else name
+    lowering.add(name, layer, [lowering.to_real(source)], node)
 
 
 def _layer(lowering: _Lowering, node: fx.Node) -> None:

@@ -38,7 +38,10 @@ class ObserverOptions:
 
 
 class Observer(nn.Module):
-    """Base: state is buffers (it is saved, moved and loaded with the network)."""
+    """Base: state is buffers (it is saved, moved and loaded with the network).
+
+    Moving extremes pass over a batch with NaN: one bad batch must not spoil a range that later batches extend.
+    """
 
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__()
@@ -83,8 +86,8 @@ class MinMax(Observer):
 
     def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
         low, high = self.measure(x)
-        torch.minimum(self.low, low, out=self.low)
-        torch.maximum(self.high, high, out=self.high)
+        torch.fmin(self.low, low, out=self.low)  # fmin and fmax pass over NaN
+        torch.fmax(self.high, high, out=self.high)
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
         self._require(bool((self.low <= self.high).all()))
@@ -119,8 +122,8 @@ class Ema(Observer):
 
     def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
         for average, value in zip((self.low, self.high), self.measure(x), strict=True):
-            fresh = torch.lerp(average[site], value, self.options.momentum)
-            average[site] = torch.where(average[site].isnan(), value, fresh)
+            old = torch.where(average[site].isnan(), value, average[site])
+            average[site] = torch.where(value.isnan(), average[site], torch.lerp(old, value, self.options.momentum))
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
         low, high = self.low, self.high
@@ -161,7 +164,8 @@ class Histogram(Observer):
         needed = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest)) + 1), 0.0)
         self._grow(torch.maximum(self.limit, needed))
         span = torch.where(self.limit > 0, self.limit, 1.0).unsqueeze(1)
-        index = ((x / span + 1) * (BINS // 2)).long().clamp_(0, BINS - 1)
+        # floor before the shift: x / span + 1 would round small values into a neighbour's bin
+        index = (torch.floor(x / span * (BINS // 2)).long() + BINS // 2).clamp_(0, BINS - 1)
         self.counts.scatter_add_(1, index, torch.ones_like(x, dtype=self.counts.dtype))
 
     def _grow(self, limit: Tensor) -> None:

@@ -215,7 +215,9 @@ def check_scheme(scheme: TensorScheme, where: str, role: str) -> None:
     valid_bits = "2 to 8" if role == "weight" else "2 to 8, or 16"
     bits = scheme.bits
     if bits is not None and (
-        isinstance(bits, bool) or int(bits) != bits or not (2 <= bits <= 8 or (bits == 16 and role == "activation"))
+        isinstance(bits, bool)
+        or not isinstance(bits, int)
+        or not (2 <= bits <= 8 or (bits == 16 and role == "activation"))
     ):
         raise ValueError(f"{where}.bits={bits}: an int {role} has {valid_bits} bits; null leaves it float")
     choice(f"{where}.format", scheme.format, FORMATS)

@@ -60,7 +60,7 @@ def summary_table(summary: Summary) -> Table:
     """
     main, *others = metric_names(summary) or ["metric"]
     table = new_table(summary.get("name"))
-    table.add_column("Stage")
+    table.add_column("Stage", min_width=10)
     columns = [heading(main), Text("to\nfloat,\npoints" if is_share(main) else "to\nfloat")]
     if others:
         columns.append(heading(others[0]) if len(others) == 1 else Text("other\nmetrics"))
@@ -76,7 +76,7 @@ def summary_table(summary: Summary) -> Table:
         if len(others) == 1:
             cells.append(metric_text(others[0], stage.metrics.get(others[0])))
         elif others:
-            lines = [name + (" " if len(name) < 8 else "\n") for name in others]
+            lines = [f"{name} " if len(name) < 8 else f"{heading(name)}\n" for name in others]
             texts = [metric_text(name, stage.metrics.get(name)) for name in others]
             cells.append(Text("\n".join(map(str.__add__, lines, texts))))
         cells += [bytes_text(stage.size), percent_text(stage.ratio)]

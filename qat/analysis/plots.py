@@ -247,7 +247,8 @@ def layers_figure(layers: Sequence[dict[str, Any]]) -> "Figure":
     rows = [row for row in layers if row.get("sqnr_db") is not None or row.get("bytes") is not None]
     found, title = len(rows), ""
     if found > MOST_LAYERS:
-        worst = sorted(range(found), key=lambda i: rows[i].get("sqnr_db") or float("inf"))[:MOST_LAYERS]
+        ratios = [row.get("sqnr_db") for row in rows]
+        worst = sorted(range(found), key=lambda i: (ratios[i] is None, ratios[i] or 0.0))[:MOST_LAYERS]
         rows, title = [rows[i] for i in sorted(worst)], f", the {MOST_LAYERS} lowest of {found}"
     widths = sorted({row["bits"] for row in rows if row.get("bits") is not None})
     color_of = {bits: COLORS[i % len(COLORS)] for i, bits in enumerate(widths)}

@@ -143,14 +143,13 @@ def _parity_table(summary: Summary) -> Table:
     parity = summary.get("parity") or {}
     for key, label in PAIRS.items():
         if pair := parity.get(key):
-            steps, equal = pair.get("max_steps"), pair.get("equal_share")
             table.rows.append(
                 [
                     (label, None),
                     _number(pair.get("max_abs"), number_text),
-                    _number(steps, number_text),
+                    _number(pair.get("max_steps"), number_text),
                     _number(pair.get("agreement"), share_text),
-                    _number(equal, share_text),
+                    _number(pair.get("equal_share"), share_text),
                 ]
             )
     return table
@@ -180,11 +179,11 @@ def _layers_table(layers: Sequence[dict[str, Any]]) -> Table:
 
 
 def _words(value: Any) -> Cell:
-    return (MISSING, None) if value is None else (str(value), str(value))
+    return (MISSING, None) if value in (None, "") else (str(value), str(value))
 
 
 def _shape(shape: Sequence[int] | None) -> Cell:
-    """Sorts by the number of elements of the first dimension, then the next, as text of fixed width."""
+    """Sorts by the first dimension, then the next: as text of fixed width."""
     if shape is None:
         return MISSING, None
     return "\N{MULTIPLICATION SIGN}".join(map(str, shape)), " ".join(f"{size:09d}" for size in shape)

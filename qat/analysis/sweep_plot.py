@@ -1,5 +1,6 @@
 """The plot of a sweep: a metric against what varies, and against the size of the exported file."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -53,6 +54,14 @@ class Axis:
     of: Callable[[Row], Any]
     lines: tuple[str, ...] = ()
 
+    def name(self, row: Row) -> str:
+        """What tells a row from the others: its bit widths where they vary, else where it stands; and its line."""
+        if self.label in BITS.values() or self.of is bits_label:
+            place, lines = bits_label(row), tuple(name for name in self.lines if name not in BITS)
+        else:
+            place, lines = f"job {row['job']}" if self.label == "job" else str(self.of(row)), self.lines
+        return ", ".join([place, *(str(row.get(name, "default")) for name in lines)])
+
     def line(self, row: Row) -> str:
         """The name of the line that a row is on; empty where there is only one."""
         words = {"activation_bits": "activation bits"}
@@ -76,7 +85,8 @@ def choose_axis(rows: Sequence[Row]) -> Axis:
         if len(bits) == 1:
             return _lines(rows, BITS[bits[0]], lambda row: row.get(bits[0]), rest)
         pairs = {(row.get("weight_bits"), row.get("activation_bits")) for row in rows}
-        if len({a for _, a in pairs}) == len(pairs):  # both change together: no line would have two points
+        on_line = Counter(activation for _, activation in pairs)
+        if 2 * sum(points > 1 for points in on_line.values()) < len(on_line):  # most lines would be a single point
             return _lines(rows, "bits of weights (W) and activations (A)", bits_label, rest)
         return _lines(rows, BITS["weight_bits"], lambda row: row.get("weight_bits"), ["activation_bits", *rest])
     if not (free := free or overrides):
@@ -129,9 +139,17 @@ def sweep_figure(rows: Sequence[Row]) -> "Figure":
             axis = choose_axis(finished)
             _against_axis(left, finished, metric, axis)
             _against_size(right, finished, metric, axis)
-        for axes in (left, right):
+        for axes in (left, right) if finished else ():
             axes.set_ylabel(f"{metric} (%)" if is_share(metric) else metric)
             axes.grid(axis="y")
+            if is_share(metric):
+                bottom, top = axes.get_ylim()
+                axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= min(top, 100 + 1e-9)])
+                axes.set_ylim(bottom, top)
+        if not finished:
+            left.set_axis_off()
+            right.set_axis_off()
+            fig.text(0.5, 0.5, "no job finished", ha="center")
         if failed:
             numbers = ", ".join(map(str, failed[:12])) + (", ..." if len(failed) > 12 else "")
             note = f"{len(failed)} of {len(rows)} jobs failed and {'is' if len(failed) == 1 else 'are'} not shown: job"
@@ -143,7 +161,10 @@ def _against_axis(axes: "Axes", rows: Sequence[Row], metric: str, axis: Axis) ->
     scale = 100 if is_share(metric) else 1
     places = [axis.of(row) for row in rows]
     numeric = all(isinstance(place, int | float) for place in places)
-    order = sorted(set(places)) if numeric else sorted(dict.fromkeys(map(str, places)), key=_natural)
+    texts = list(dict.fromkeys(map(str, places)))
+    order: list[Any] = (
+        sorted(set(places)) if numeric else sorted(texts, key=_natural) if axis.of is bits_label else texts
+    )
     x_of = {place: place if numeric else i for i, place in enumerate(order)}
     names = sorted({axis.line(row) for row in rows}, key=_natural)
     for name, color in zip(names, _cycle(len(names)), strict=True):
@@ -164,10 +185,14 @@ def _against_axis(axes: "Axes", rows: Sequence[Row], metric: str, axis: Axis) ->
     floats = [scale * row[f"float_{metric}"] for row in rows if f"float_{metric}" in row]
     if floats:
         axes.axhline(fmean(floats), color=plots.INK, linestyle=":", linewidth=1, label="float")
+    if numeric and order[0] > 0 and order[-1] >= 50 * order[0]:
+        axes.set_xscale("log")
     if numeric and len(order) <= 12:
         axes.set_xticks(order, [f"{place:g}" for place in order])
+        axes.set_xticks([], minor=True)
     elif not numeric:
-        axes.set_xticks(range(len(order)), order, rotation=30 if max(map(len, order)) > 8 else 0)
+        crowded = sum(map(len, order)) > 48
+        axes.set_xticks(range(len(order)), order, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     axes.set_xlabel(axis.label)
     axes.set_title(f"{metric} against {axis.label if len(axis.label) < 30 else 'bits'}")
     if axes.get_legend_handles_labels()[0]:
@@ -181,7 +206,7 @@ def _against_size(axes: "Axes", rows: Sequence[Row], metric: str, axis: Axis) ->
         value = row.get(f"{stage}_{metric}", row.get(f"qat_{metric}", row.get(f"ptq_{metric}")))
         if value is not None and f"{stage}_bytes" in row:
             points.append((row[f"{stage}_bytes"] / 1e3, value * (100 if is_share(metric) else 1)))
-            labels.append(bits_label(row) if axis.lines or "bits" in axis.label else str(axis.of(row)))
+            labels.append(axis.name(row))
     file = {"int8": "int8 checkpoint", "onnx": "ONNX file"}[stage]
     axes.set_title(f"{metric} against file size")
     axes.set_xlabel(f"size of the {file} (KB)")
@@ -189,14 +214,18 @@ def _against_size(axes: "Axes", rows: Sequence[Row], metric: str, axis: Axis) ->
         axes.set_xticks([])
         axes.text(0.5, 0.5, "no job exported a file", transform=axes.transAxes, ha="center")
         return
-    front = pareto_front(points, lower_is_better(metric))
+    lower = lower_is_better(metric)
+    front = pareto_front(points, lower)
     axes.plot(*zip(*points, strict=True), linestyle="", marker="o", markersize=4, color=plots.COLORS[0], alpha=0.5)
     axes.plot(
         *zip(*(points[i] for i in front), strict=True), drawstyle="steps-post", marker="o", markersize=5,
         color=plots.COLORS[0], linewidth=1.2, label="Pareto front",
     )  # fmt: skip
     for i in front:
-        axes.annotate(labels[i], points[i], xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(  # beyond the front, where no point can be
+            labels[i], points[i], xytext=(-4, -4 if lower else 4), textcoords="offset points", fontsize=8,
+            ha="right", va="top" if lower else "bottom",
+        )  # fmt: skip
     axes.margins(x=0.12, y=0.15)
     axes.legend(loc="best")
 

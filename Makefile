@@ -1,0 +1,35 @@
+# make train   environment and the main job           make test   environment and the tests
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+
+.PHONY: help train test lint types check clean
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "qat needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12 train"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+train: $(STAMP) ## install what is missing and run the main job; ARGS="quant=w4a4_lsq" for another
+	$(RUN) train.py $(ARGS)
+
+test: $(STAMP) ## install what is missing and run the tests; ARGS="tests/test_scheme.py" for some
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP) ## mypy
+	$(VENV)/bin/mypy
+
+check: test lint types ## all three
+
+clean: ## remove the environment and every run
+	rm -rf $(VENV) outputs multirun

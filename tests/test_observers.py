@@ -1,0 +1,296 @@
+"""Observers against numpy: quantiles, running averages and a brute-force search in float64."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qat.observers import BINS, OBSERVERS, Ema, Histogram, Mse, Observer, ObserverOptions, Percentile
+
+
+def make(name: str, **options: object) -> Observer:
+    return OBSERVERS[name](ObserverOptions(**options))  # type: ignore[arg-type]
+
+
+def ranges(observer: Observer) -> list[list[float]]:
+    return [bound.tolist() for bound in observer.range()]
+
+
+def long_tailed(rows: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(rows, count, generator=generator) ** 3 * torch.linspace(0.01, 3, rows).unsqueeze(1)
+
+
+# ---- what holds for all ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_nothing_seen_is_an_error_also_after_reset(name: str) -> None:
+    observer = make(name, rows=2)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"has seen no data; run qat\.calibrate"):
+            observer.range()
+        observer.update(torch.randn(2, 10))
+        observer.range()
+        observer.reset()
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_measure_leaves_the_state_alone(name: str) -> None:
+    observer = make(name, rows=2)
+    low, high = observer.measure(torch.randn(2, 50))
+    assert low.shape == high.shape == (2,)
+    assert (low < high).all()
+    with pytest.raises(RuntimeError, match="no data"):
+        observer.range()
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_range_shapes_dtype_and_rows_are_apart(name: str) -> None:
+    x = long_tailed(3, 400)
+    together = make(name, rows=3)
+    together.update(x)
+    low, high = together.range()
+    assert low.shape == high.shape == (3,)
+    assert low.dtype == high.dtype == torch.float32
+    for row in range(3):
+        alone = make(name)
+        alone.update(x[row : row + 1])
+        assert ranges(alone) == [[low[row].item()], [high[row].item()]]
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_state_is_saved_and_loaded(name: str) -> None:
+    first, second = make(name, rows=2), make(name, rows=2)
+    first.update(long_tailed(2, 100))
+    second.load_state_dict(first.state_dict())
+    assert ranges(second) == ranges(first)
+    x = long_tailed(2, 300) * 5
+    first.update(x)
+    second.update(x)
+    assert ranges(second) == ranges(first)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("value", [0.0, 3.0, -2.0, 1e-40, 1e30, -1e30])
+def test_constants(name: str, value: float) -> None:
+    observer = make(name)
+    observer.update(torch.full((1, 7), value))
+    for low, high in (observer.range(), observer.measure(torch.full((1, 7), value))):
+        assert torch.isfinite(torch.stack([low, high])).all()
+        assert low <= high
+        assert low.item() == pytest.approx(value, rel=0.02, abs=1e-40)
+        assert high.item() == pytest.approx(value, rel=0.02, abs=1e-40)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_half_precision_input(name: str) -> None:
+    observer = make(name)
+    x = long_tailed(1, 500).bfloat16()
+    observer.update(x)
+    other = make(name)
+    other.update(x.float())
+    assert ranges(observer) == ranges(other)
+    assert observer.range()[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["minmax", "ema"])
+def test_nan_does_not_poison_the_range(name: str) -> None:
+    observer = make(name, momentum=1.0)
+    observer.update(torch.tensor([[-1.0, 2.0]]))
+    observer.update(torch.tensor([[torch.nan, 5.0]]))
+    assert ranges(observer) == [[-1.0], [2.0]]
+    observer.update(torch.tensor([[-3.0, 4.0]]))
+    assert ranges(observer) == [[-3.0], [4.0]]
+
+
+# ---- minmax ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_minmax(batches: list[list[float]]) -> None:
+    observer = make("minmax")
+    for batch in batches:
+        observer.update(torch.tensor([batch]))
+    values = [value for batch in batches for value in batch]
+    assert ranges(observer) == [[min(values)], [max(values)]]
+
+
+# ---- ema -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.01, 1), st.integers(1, 6))
+def test_ema_is_the_recursion_in_numpy(momentum: float, count: int) -> None:
+    batches = [long_tailed(2, 30) * (i + 1) for i in range(count)]
+    observer = make("ema", rows=2, momentum=momentum)
+    for batch in batches:
+        observer.update(batch)
+    low, high = (f(batches[0].numpy().astype(np.float64), axis=1) for f in (np.min, np.max))
+    for batch in batches[1:]:
+        low = (1 - momentum) * low + momentum * batch.numpy().min(axis=1)
+        high = (1 - momentum) * high + momentum * batch.numpy().max(axis=1)
+    assert np.allclose(observer.range()[0].numpy(), low, rtol=1e-5)
+    assert np.allclose(observer.range()[1].numpy(), high, rtol=1e-5)
+
+
+def test_ema_by_hand() -> None:
+    observer = make("ema", momentum=0.25)
+    for batch in ([-1.0, 1.0], [-5.0, 3.0], [-2.0, 1.5]):
+        observer.update(torch.tensor([batch]))
+    # low: -1, -1 - 0.25 * 4 = -2, -2; high: 1, 1.5, 1.5
+    assert ranges(observer) == [[-2.0], [1.5]]
+
+
+def test_ema_averages_sites_apart_and_joins_them() -> None:
+    observer = make("ema", sites=3, momentum=0.5)
+    observer.update(torch.tensor([[-1.0, 1.0]]), site=0)
+    observer.update(torch.tensor([[0.0, 10.0]]), site=1)
+    assert ranges(observer) == [[-1.0], [10.0]]  # not pulled towards the smaller edge; site 2 has seen nothing
+    observer.update(torch.tensor([[-3.0, 3.0]]), site=0)
+    observer.update(torch.tensor([[0.0, 20.0]]), site=1)
+    assert ranges(observer) == [[-2.0], [15.0]]
+    assert isinstance(observer, Ema)
+
+
+# ---- histogram -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["percentile", "mse"])
+def test_no_count_is_lost_when_the_range_grows(name: str) -> None:
+    observer = make(name, rows=2)
+    assert isinstance(observer, Histogram)
+    seen = []
+    generator = torch.Generator().manual_seed(3)
+    for power in (-20, -3, 0, 4, 13, 2):
+        seen.append(torch.rand(2, 257, generator=generator) * 2.0**power * torch.tensor([[1.0], [-1.0]]))
+        observer.update(seen[-1])
+    values = torch.cat(seen, dim=1).double().numpy()
+    for row in range(2):
+        limit = observer.limit[row].item()
+        assert np.abs(values[row]).max() <= limit <= 2 * np.abs(values[row]).max()
+        expected, _ = np.histogram(values[row], bins=BINS, range=(-limit, limit))
+        assert observer.counts[row].sum() == 257 * 6
+        assert np.array_equal(observer.counts[row].numpy(), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.builds(lambda v, e: v * 2.0**e, st.floats(-1, 1, width=32), st.integers(-30, 30)), min_size=2),
+    st.lists(st.integers(1, 39), max_size=6),
+    st.sampled_from(["percentile", "mse"]),
+)
+def test_any_split_into_batches_gives_the_same_histogram(values: list[float], cuts: list[int], name: str) -> None:
+    values = [value if abs(value) > 2.0**-80 else 0.0 for value in values]
+    whole, split = make(name), make(name)
+    x = torch.tensor([values])
+    whole.update(x)
+    for part in torch.tensor_split(x, sorted(cuts), dim=1):
+        if part.numel():
+            split.update(part)
+    assert isinstance(whole, Histogram)
+    assert isinstance(split, Histogram)
+    assert torch.equal(whole.counts, split.counts)
+    assert torch.equal(whole.limit, split.limit)
+    assert ranges(whole) == ranges(split)
+
+
+def test_a_tiny_negative_value_stays_on_its_side_of_zero() -> None:
+    together, apart = make("percentile"), make("percentile")
+    assert isinstance(together, Histogram)
+    assert isinstance(apart, Histogram)
+    together.update(torch.tensor([[-1e-9, 1.0]]))
+    apart.update(torch.tensor([[-1e-9]]))
+    apart.update(torch.tensor([[1.0]]))
+    assert together.counts[0, BINS // 2 - 1] == apart.counts[0, BINS // 2 - 1] == 1
+
+
+# ---- percentile ------------------------------------------------------------------------------------------------------
+
+PERCENTILES = [(0.0, 100.0), (0.01, 99.99), (1.0, 99.0), (25.0, 60.0)]
+
+
+@pytest.mark.parametrize("percentiles", PERCENTILES)
+def test_percentile_of_one_tensor_is_numpys(percentiles: tuple[float, float]) -> None:
+    x = long_tailed(3, 1001)
+    low, high = make("percentile", rows=3, percentiles=percentiles).measure(x)
+    expected = np.percentile(x.numpy().astype(np.float64), percentiles, axis=1)
+    assert np.allclose(low.numpy(), expected[0], rtol=1e-4, atol=1e-6)
+    assert np.allclose(high.numpy(), expected[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("percentiles", PERCENTILES)
+def test_percentile_of_a_stream_is_numpys_to_a_bin(percentiles: tuple[float, float]) -> None:
+    x = torch.randn(2, 60_000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [9.0]])
+    observer = make("percentile", rows=2, percentiles=percentiles)
+    for batch in x.split(7000, dim=1):
+        observer.update(batch)
+    assert isinstance(observer, Percentile)
+    # inverted_cdf: a value that was seen, as a histogram counts; the bin's width is the resolution
+    expected = np.percentile(x.numpy().astype(np.float64), percentiles, axis=1, method="inverted_cdf")
+    for got, want in zip(observer.range(), expected, strict=True):
+        width = 2 * observer.limit.numpy() / BINS
+        assert (np.abs(got.numpy() - want) <= 1.01 * width).all()
+
+
+def test_percentile_is_interpolated_inside_a_bin() -> None:
+    observer = make("percentile", percentiles=(25.0, 75.0))
+    observer.update(torch.tensor([[0.75] * 100]))  # one bin of width 1 / 2048, from 0.75 up
+    low, high = observer.range()
+    assert low.item() == pytest.approx(0.75 + 0.25 / 2048, abs=1e-7)
+    assert high.item() == pytest.approx(0.75 + 0.75 / 2048, abs=1e-7)
+
+
+# ---- mse -------------------------------------------------------------------------------------------------------------
+
+
+def squared_error(x: np.ndarray, low: float, high: float, grid: tuple[int, int], symmetric: bool) -> float:
+    """Sum of squared errors of quantize-dequantize at a range, float64."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(-low, high) / grid[1] if symmetric else (high - low) / (grid[1] - grid[0])
+    zero = 0.0 if symmetric else np.clip(np.round(grid[0] - low / scale), *grid)
+    x_q = np.clip(np.round(x / scale) + zero, *grid)
+    return float((((x_q - zero) * scale - x) ** 2).sum())
+
+
+GRIDS: Sequence[tuple[tuple[int, int], bool]] = [
+    ((-7, 7), True),
+    ((0, 15), False),
+    ((-2, 1), True),
+    ((-127, 127), True),
+]
+
+
+@pytest.mark.parametrize(("grid", "symmetric"), GRIDS)
+def test_mse_of_one_tensor_is_the_best_of_the_candidates(grid: tuple[int, int], symmetric: bool) -> None:
+    x = long_tailed(2, 2000)
+    options = {"rows": 2, "quant_min": grid[0], "quant_max": grid[1], "symmetric": symmetric}
+    low, high = make("mse", **options).measure(x)
+    for row in range(2):
+        values = x[row].double().numpy()
+        candidates = [
+            squared_error(values, values.min() * i / 100, values.max() * i / 100, grid, symmetric)
+            for i in range(1, 101)
+        ]
+        got = squared_error(values, low[row].item(), high[row].item(), grid, symmetric)
+        assert got == pytest.approx(min(candidates), rel=1e-4)
+        if grid[1] < 20:
+            assert got < 0.9 * candidates[-1]  # clipping pays on a long tail
+
+
+@pytest.mark.parametrize(("grid", "symmetric"), GRIDS[:3])
+def test_mse_of_a_stream_is_nearly_that_of_the_whole(grid: tuple[int, int], symmetric: bool) -> None:
+    x = torch.randn(1, 50_000, generator=torch.Generator().manual_seed(1))
+    observer = make("mse", quant_min=grid[0], quant_max=grid[1], symmetric=symmetric)
+    assert isinstance(observer, Mse)
+    for batch in x.split(8000, dim=1):
+        observer.update(batch)
+    values = x[0].double().numpy()
+    best = min(
+        squared_error(values, values.min() * i / 100, values.max() * i / 100, grid, symmetric) for i in range(1, 101)
+    )
+    low, high = observer.range()
+    assert squared_error(values, low.item(), high.item(), grid, symmetric) == pytest.approx(best, rel=0.02)

@@ -1,0 +1,222 @@
+import json
+import re
+from typing import Any
+
+import pytest
+
+from qat.observers import OBSERVERS
+from qat.scheme import Granularity, LayerRule, QuantConfig, RangeMode, TensorScheme, override
+
+W8 = {"bits": 8, "granularity": "channel"}
+
+
+def config(**data: Any) -> QuantConfig:
+    return QuantConfig.from_dict(data)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 33, -4, 1.5, 8.0, True, "8", "many", 16, float("nan")])
+def test_weight_bits(bits: Any) -> None:
+    with pytest.raises(ValueError, match=rf"quant\.weight\.bits={re.escape(str(bits))}: .*2 to 8 bits; null"):
+        config(weight={"bits": bits})
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 15, 33, 1.5, True])
+@pytest.mark.parametrize("field", ["activation", "input"])
+def test_activation_bits(bits: Any, field: str) -> None:
+    with pytest.raises(ValueError, match=rf"quant\.{field}\.bits={bits}: .*2 to 8, or 16 bits"):
+        config(**{field: {"bits": bits}})
+
+
+def test_valid_bits() -> None:
+    for bits in (None, 2, 3, 4, 5, 6, 7, 8):
+        assert config(weight={"bits": bits}).weight.bits == bits
+    assert config(activation={"bits": 16}).activation.bits == 16
+
+
+UNKNOWN = [
+    ({"weight": {"rounding": "neerest"}}, "quant.weight.rounding='neerest'", "nearest", "floor, ceil, truncate"),
+    ({"weight": {"observer": "min_max"}}, "quant.weight.observer='min_max'", "minmax", ", ".join(OBSERVERS)),
+    ({"activation": {"observer": "emma"}}, "quant.activation.observer='emma'", "ema", ", ".join(OBSERVERS)),
+    ({"weight": {"granularity": "chanel"}}, "quant.weight.granularity='chanel'", "channel", "tensor, channel, group"),
+    ({"weight": {"range": "learnt"}}, "quant.weight.range='learnt'", "learned", "fixed, running, learned, dynamic"),
+    ({"input": {"format": "imt"}}, "quant.input.format='imt'", "int", "int"),
+    ({"weight": {"bit": 8}}, "quant.weight: field='bit'", "bits", "granularity"),
+    ({"weigth": {"bits": 8}}, "quant: field='weigth'", "weight", "activation, input, rules, target"),
+    ({"rules": [{"macth": "first"}]}, "quant.rules[0]: field='macth'", "match", "match, weight, activation"),
+    (
+        {"rules": [{"match": "first"}, {"match": "last", "weight": {"bitz": 8}}]},
+        "quant.rules[1].weight: field='bitz'",
+        "bits",
+        "rounding",
+    ),
+    (
+        {"rules": [{"match": "last", "activation": {"observer": "ms"}}]},
+        "quant.rules[0].activation.observer='ms'",
+        "mse",
+        "percentile",
+    ),
+]
+
+
+@pytest.mark.parametrize(("data", "names", "close", "valid"), UNKNOWN)
+def test_unknown_names_list_the_valid_ones_and_the_closest(
+    data: dict[str, Any], names: str, close: str, valid: str
+) -> None:
+    with pytest.raises(ValueError, match="is not known") as error:
+        QuantConfig.from_dict(data)
+    message = str(error.value)
+    assert message.startswith(f"{names} is not known; did you mean '{close}'? (valid: ")
+    assert valid in message.split("(valid: ")[1]
+
+
+def test_a_name_like_no_other_gets_no_guess() -> None:
+    with pytest.raises(ValueError, match=r"quant\.weight\.rounding='xyz' is not known \(valid: nearest"):
+        config(weight={"rounding": "xyz"})
+
+
+REFUSED = [
+    ({"weight": {"granularity": "group"}}, r"quant\.weight\.group_size=None: .*group_size=32"),
+    ({"weight": {"granularity": "group", "group_size": 0}}, r"quant\.weight\.group_size=0: .*positive"),
+    ({"weight": {"granularity": "channel", "group_size": 4}}, r"group_size=4 has no effect with granularity=channel"),
+    ({"weight": {"percentiles": [99, 1]}}, r"quant\.weight\.percentiles=\[99, 1\]: give \[low, high\]"),
+    ({"weight": {"percentiles": [1.0]}}, r"percentiles=\[1\.0\]"),
+    ({"activation": {"percentiles": [-1, 99]}}, r"quant\.activation\.percentiles=\[-1, 99\]"),
+    ({"activation": {"percentiles": [0, 100.5]}}, r"percentiles=\[0, 100\.5\]"),
+    ({"activation": {"percentiles": [5, 5]}}, r"percentiles=\[5, 5\]"),
+    ({"activation": {"momentum": 0}}, r"quant\.activation\.momentum=0: give a number in \(0, 1\]"),
+    ({"input": {"momentum": 1.1}}, r"quant\.input\.momentum=1\.1"),
+    ({"weight": {"momentum": float("nan")}}, r"quant\.weight\.momentum=nan"),
+    ({"activation": {"granularity": "channel"}}, r"quant\.activation\.granularity=channel: .*quant\.weight\.granul"),
+    ({"input": {"granularity": "group", "group_size": 4}}, r"quant\.input\.granularity=group"),
+    ({"activation": {"rounding": "floor"}}, r"quant\.activation\.rounding=floor: .*'nearest'.*quant\.weight\.round"),
+    ({"activation": {"range": "dynamic"}}, r"quant\.activation\.range=dynamic: .*fixed, running or learned"),
+    ({"weight": {"signed": False}}, r"quant\.weight\.signed=false with symmetric=true .*use symmetric=false"),
+    ({"rules": [{}]}, r"quant\.rules\[0\]\.match is missing; .*'type:Conv2d', 'first' or 'last'"),
+    ({"rules": [{"match": ""}]}, r"quant\.rules\[0\]\.match is missing"),
+    ({"rules": [{"match": "a", "weight": {"bits": 33}}]}, r"quant\.rules\[0\]\.weight\.bits=33"),
+    ({"rules": [{"match": "a"}, {"match": "b", "activation": {"bits": 0}}]}, r"quant\.rules\[1\]\.activation\.bits=0"),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), REFUSED)
+def test_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantConfig.from_dict(data)
+
+
+def test_dataclasses_are_checked_as_well_and_again_by_validate() -> None:
+    with pytest.raises(ValueError, match=r"quant\.weight\.bits=33"):
+        QuantConfig(weight=TensorScheme(bits=33))
+    changed = QuantConfig()
+    changed.weight.bits = 33
+    with pytest.raises(ValueError, match=r"quant\.weight\.bits=33"):
+        changed.validate()
+
+
+FULL = {
+    "weight": {
+        "bits": 4,
+        "symmetric": False,
+        "granularity": "group",
+        "group_size": 32,
+        "allow_padding": True,
+        "rounding": "floor",
+        "observer": "percentile",
+        "percentiles": [1.0, 98.5],
+        "momentum": 0.5,
+        "range": "learned",
+        "signed": True,
+    },
+    "activation": {"bits": 16, "observer": "mse", "range": "running", "narrow_range": True},
+    "input": {"bits": 7},
+    "rules": [
+        {"match": "first", "weight": {"bits": 8, "granularity": "channel", "group_size": None}},
+        {"match": "type:Linear", "weight": {"bits": None}, "activation": {"bits": None}},
+    ],
+    "target": "onnxruntime_x86",
+}
+
+
+def test_round_trip_through_json() -> None:
+    config = QuantConfig.from_dict(FULL)
+    assert config.weight.granularity is Granularity.group
+    assert config.weight.range is RangeMode.learned
+    data = json.loads(json.dumps(config.to_dict()))
+    assert QuantConfig.from_dict(data) == config
+    for part in ("weight", "activation", "input"):
+        for name, value in FULL[part].items():  # type: ignore[attr-defined]
+            assert data[part][name] == value
+    assert data["target"] == "onnxruntime_x86"
+    assert [rule["match"] for rule in data["rules"]] == ["first", "type:Linear"]
+    assert data["rules"][1]["weight"] == {"bits": None}
+
+
+def test_enum_members_in_rules_become_names() -> None:
+    rule = LayerRule(match="a", weight={"granularity": Granularity.tensor})
+    config = QuantConfig(weight=TensorScheme(bits=8), rules=[rule])
+    data = json.loads(json.dumps(config.to_dict()))
+    assert data["rules"][0]["weight"] == {"granularity": "tensor"}
+
+
+def test_to_dict_is_a_copy() -> None:
+    config = QuantConfig.from_dict(FULL)
+    config.to_dict()["weight"]["percentiles"].append(3)
+    config.to_dict()["rules"][0]["weight"]["bits"] = 2
+    assert config == QuantConfig.from_dict(FULL)
+
+
+def test_what_is_missing_takes_the_default() -> None:
+    config = QuantConfig.from_dict({"weight": {"bits": 8}})
+    default = QuantConfig()
+    assert config.weight == override(default.weight, {"bits": 8}, "")
+    assert config.weight.granularity is Granularity.channel  # the weight's default, not TensorScheme's
+    assert config.weight.range is RangeMode.dynamic
+    assert config.weight.narrow_range
+    assert config.activation == default.activation == TensorScheme()
+    assert config.rules == []
+    assert config.target == "generic"
+
+
+def test_override_changes_a_copy() -> None:
+    scheme = TensorScheme(bits=4, observer="mse")
+    assert override(scheme, {"bits": None}, "") == TensorScheme(bits=None, observer="mse")
+    assert override(scheme, {"granularity": "channel"}, "").granularity is Granularity.channel
+    assert override(scheme, {"range": RangeMode.running}, "").range is RangeMode.running
+    assert scheme == TensorScheme(bits=4, observer="mse")
+
+
+def test_enabled() -> None:
+    assert not QuantConfig().enabled
+    assert config(weight={"bits": 8}).enabled
+    assert config(activation={"bits": 8}).enabled
+    assert config(rules=[{"match": "first", "weight": {"bits": 8}}]).enabled
+
+
+@pytest.mark.parametrize(
+    ("scheme", "nonnegative", "expected"),
+    [
+        ({"bits": 8}, False, (-128, 127)),
+        ({"bits": 8}, True, (0, 255)),
+        ({"bits": 8, "narrow_range": True}, False, (-127, 127)),
+        ({"bits": 8, "symmetric": False}, False, (0, 255)),
+        ({"bits": 8, "symmetric": False, "signed": True}, False, (-128, 127)),
+        ({"bits": 4, "signed": True}, True, (-8, 7)),
+        ({"bits": 4, "signed": False}, False, (0, 15)),
+        ({"bits": 2, "narrow_range": True}, False, (-1, 1)),
+        ({"bits": 16}, False, (-32768, 32767)),
+    ],
+)
+def test_bounds(scheme: dict[str, Any], nonnegative: bool, expected: tuple[int, int]) -> None:
+    assert TensorScheme(**scheme).bounds(nonnegative) == expected
+
+
+def test_bounds_of_a_float_scheme() -> None:
+    with pytest.raises(ValueError, match="bits=None"):
+        TensorScheme().bounds()
+
+
+def test_describe() -> None:
+    assert TensorScheme().describe() == "float"
+    scheme = TensorScheme(bits=4, granularity=Granularity.group, group_size=32, range=RangeMode.learned, observer="mse")
+    assert scheme.describe() == "int4 symmetric group 32, learned (mse)"
+    assert TensorScheme(bits=8, symmetric=False).describe() == "int8 affine tensor, fixed (minmax)"
