@@ -142,7 +142,7 @@ class FakeQuantize(nn.Module):
         learned = self.scheme.range is RangeMode.learned and self.mode is Mode.quantize
         if not learned:
             scale = scale.detach()
-        features = x[0].numel() if self.shape is None and x.dim() else x.numel() // max(scale.numel(), 1)
+        features = math.prod(x.shape[1:]) if self.shape is None else x.numel() // max(scale.numel(), 1)
         grad_scale = (max(features, 1) * self.quant_max) ** -0.5 if learned else None
         grouped = self.shape is not None and self.scheme.granularity is Granularity.group
         y = fake_quantize(

@@ -3,8 +3,8 @@
 import copy
 import difflib
 import fnmatch
+import itertools
 import operator
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,15 +111,16 @@ def _place(prepared: fx.GraphModule, config: QuantConfig, choices: dict[str, Cho
     while passing := _relus_behind_quantizers(graph, requests):
         graph.passing_relus |= passing
         requests = _requests(graph, config, choices)
-    counts: Counter[str] = Counter()
+    taken: set[str] = set()
     placed: list[tuple[fx.Node, bool, int, str, FakeQuantize]] = []
     for edges, scheme in requests:
         relu = all(graph.kind(edge) is Kind.relu for edge in edges)
         nonnegative = all(graph.nonnegative(edge) for edge in edges)
         quantizer = FakeQuantize(scheme, nonnegative=nonnegative, relu=relu, sites=len(edges))
-        name = graph.name(edges[0]).replace(".", "_")
-        counts[name] += 1
-        name = f"{QUANTIZERS}.{name}" if counts[name] == 1 else f"{QUANTIZERS}.{name}_{counts[name]}"
+        base = graph.name(edges[0]).replace(".", "_")
+        names = (f"{QUANTIZERS}.{base}" if i == 1 else f"{QUANTIZERS}.{base}_{i}" for i in itertools.count(1))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
         placed += [(edge, relu, site, name, quantizer) for site, edge in enumerate(edges)]
     for edge, relu, site, name, quantizer in placed:
         prepared.add_submodule(name, quantizer)

@@ -123,6 +123,7 @@ def test_minmax(batches: list[list[float]]) -> None:
 # ---- ema -------------------------------------------------------------------------------------------------------------
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.floats(0.01, 1), st.integers(1, 6))
 def test_ema_is_the_recursion_in_numpy(momentum: float, count: int) -> None:
     batches = [long_tailed(2, 30) * (i + 1) for i in range(count)]

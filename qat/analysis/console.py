@@ -76,9 +76,9 @@ def summary_table(summary: Summary) -> Table:
         if len(others) == 1:
             cells.append(metric_text(others[0], stage.metrics.get(others[0])))
         elif others:
-            lines = [f"{name} " if len(name) < 8 else f"{heading(name)}\n" for name in others]
-            texts = [metric_text(name, stage.metrics.get(name)) for name in others]
-            cells.append(Text("\n".join(map(str.__add__, lines, texts))))
+            names = [f"{name} " if len(name) < 8 else f"{heading(name)}\n" for name in others]
+            values = [metric_text(name, stage.metrics.get(name)) for name in others]
+            cells.append(Text("\n".join(name + value for name, value in zip(names, values, strict=True))))
         cells += [bytes_text(stage.size), percent_text(stage.ratio)]
         cells += [time_text(stage.latency.get(batch)) for batch in ("1", "64")]
         table.add_row(*cells)

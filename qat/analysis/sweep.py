@@ -16,11 +16,6 @@ from qat.analysis.summary import MISSING, STAGES, bytes_text, is_share, metric_t
 
 Row = dict[str, Any]
 
-RESULTS = (
-    "weight_bits", "activation_bits", "status", *(f"{stage}_bytes" for stage in STAGES)
-)  # fmt: skip
-"""Columns of a row, beside "job", the overrides and `<stage>_<metric>`."""
-
 
 def collect(sweep_dir: Path | str) -> list[Row]:
     """Read the jobs of a sweep.
@@ -30,9 +25,9 @@ def collect(sweep_dir: Path | str) -> list[Row]:
             when the job finished, `summary.json`.
 
     Returns:
-        One dict a job, by number: "job", each override under its own key, "weight_bits" and "activation_bits",
-        `<stage>_<metric>` (float_accuracy, qat_accuracy, ...), `<stage>_bytes`, and "status", "finished" or "failed".
-        A job without a readable summary failed. Keys that a job has no value for are missing.
+        One dict a job, by number: "job", "overrides" (their keys), each override under its key, "weight_bits" and
+        "activation_bits", `<stage>_<metric>` (float_accuracy, qat_accuracy, ...), `<stage>_bytes`, and "status",
+        "finished" or "failed". A job without a readable summary failed. Keys without a value are missing.
 
     Raises:
         FileNotFoundError: there is no such directory, or it has no numbered directories.
@@ -45,14 +40,14 @@ def collect(sweep_dir: Path | str) -> list[Row]:
 
 def _row(folder: Path) -> Row:
     overrides = _overrides(folder / ".hydra" / "overrides.yaml")
-    row: Row = {"job": int(folder.name), **overrides}
+    row: Row = {**overrides, "job": int(folder.name), "overrides": list(overrides)}
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         summary = {}
     config = {**overrides, **(summary.get("config") or {})}
     for name in ("weight", "activation"):
-        if (bits := config.get(f"quant.{name}.bits")) is not None:
+        if isinstance(bits := config.get(f"quant.{name}.bits"), int):
             row[f"{name}_bits"] = bits
     if not summary:
         return {**row, "status": "failed"}
@@ -77,8 +72,13 @@ def _overrides(path: Path) -> Row:
 
 def override_names(rows: Sequence[Row]) -> list[str]:
     """Columns that are overrides, in the order in which they first appear."""
-    names = dict.fromkeys(key for row in rows for key in row)
-    return [key for key in names if key not in ("job", *RESULTS) and not key.startswith(tuple(f"{s}_" for s in STAGES))]
+    return list(dict.fromkeys(key for row in rows for key in row["overrides"]))
+
+
+def measured_names(rows: Sequence[Row]) -> list[str]:
+    """Columns that a summary gave: `<stage>_<metric>` and `<stage>_bytes`."""
+    names = dict.fromkeys(key for row in rows for key in row if key not in row["overrides"])
+    return [key for key in names if key.partition("_")[0] in STAGES]
 
 
 def is_bits(name: str) -> bool:
@@ -93,8 +93,8 @@ def varying(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 def sweep_metric(rows: Sequence[Row]) -> str | None:
     """The metric to judge a sweep by (see `qat.analysis.summary.pick_metric`)."""
-    names = [key.partition("_")[2] for row in rows for key in row if key.partition("_")[0] in STAGES]
-    return pick_metric(name for name in dict.fromkeys(names) if name != "bytes")
+    names = dict.fromkeys(key.partition("_")[2] for key in measured_names(rows))
+    return pick_metric(name for name in names if name != "bytes")
 
 
 def results_table(rows: Sequence[Row]) -> Table:
@@ -149,12 +149,10 @@ def write_results(sweep_dir: Path | str) -> list[Path]:
     from qat.analysis.sweep_plot import sweep_figure
 
     folder, rows = Path(sweep_dir), collect(sweep_dir)
-    names = dict.fromkeys(key for row in rows for key in row)
-    measured = [key for key in names if key.partition("_")[0] in STAGES]
-    columns = ["job", *override_names(rows), "weight_bits", "activation_bits", *measured, "status"]
+    columns = ["job", *override_names(rows), "weight_bits", "activation_bits", *measured_names(rows), "status"]
     table = folder / "results.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(columns)), restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, list(dict.fromkeys(columns)), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     fig = sweep_figure(rows)

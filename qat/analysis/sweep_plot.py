@@ -1,5 +1,6 @@
 """The plot of a sweep: a metric against what varies, and against the size of the exported file."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,12 +84,12 @@ def choose_axis(rows: Sequence[Row]) -> Axis:
     if bits := varying(rows, list(BITS)):
         rest = [name for name in free if not _follows(rows, name, bits)]
         if len(bits) == 1:
-            return _lines(rows, BITS[bits[0]], lambda row: row.get(bits[0]), rest)
+            return _lines(rows, BITS[bits[0]], lambda row: bits_of(row, bits[0]), rest)
         pairs = {(row.get("weight_bits"), row.get("activation_bits")) for row in rows}
         on_line = Counter(activation for _, activation in pairs)
         if 2 * sum(points > 1 for points in on_line.values()) < len(on_line):  # most lines would be a single point
             return _lines(rows, "bits of weights (W) and activations (A)", bits_label, rest)
-        return _lines(rows, BITS["weight_bits"], lambda row: row.get("weight_bits"), ["activation_bits", *rest])
+        return _lines(rows, BITS["weight_bits"], lambda row: bits_of(row, "weight_bits"), ["activation_bits", *rest])
     if not (free := free or overrides):
         return Axis("job", lambda row: row["job"])
     numeric = [name for name in free if all(isinstance(row.get(name), int | float) for row in rows)]
@@ -115,10 +116,16 @@ def _follows(rows: Sequence[Row], name: str, given: Sequence[str]) -> bool:
     )
 
 
+def bits_of(row: Row, name: str) -> int | None:
+    """A job's bit width; 32 for the float half of a job that quantizes the other, None where nothing is quantized."""
+    quantized = any(key in row for key in BITS)
+    return row.get(name, 32 if quantized else None)
+
+
 def bits_label(row: Row) -> str:
     """A job's bit widths: "W4A4"; "float" where nothing is quantized."""
-    weight, activation = row.get("weight_bits"), row.get("activation_bits")
-    return "float" if weight is None and activation is None else f"W{weight or 32}A{activation or 32}"
+    weight, activation = (bits_of(row, name) for name in BITS)
+    return "float" if weight is None else f"W{weight}A{activation}"
 
 
 def sweep_figure(rows: Sequence[Row]) -> "Figure":
@@ -159,18 +166,19 @@ def sweep_figure(rows: Sequence[Row]) -> "Figure":
 
 def _against_axis(axes: "Axes", rows: Sequence[Row], metric: str, axis: Axis) -> None:
     scale = 100 if is_share(metric) else 1
-    places = [axis.of(row) for row in rows]
+    quantized = [row for row in rows if axis.of(row) is not None]
+    places = [axis.of(row) for row in quantized]
     numeric = all(isinstance(place, int | float) for place in places)
     texts = list(dict.fromkeys(map(str, places)))
     order: list[Any] = (
         sorted(set(places)) if numeric else sorted(texts, key=_natural) if axis.of is bits_label else texts
     )
     x_of = {place: place if numeric else i for i, place in enumerate(order)}
-    names = sorted({axis.line(row) for row in rows}, key=_natural)
+    names = sorted({axis.line(row) for row in quantized}, key=_natural)
     for name, color in zip(names, _cycle(len(names)), strict=True):
         for stage, dashes in (("qat", "-"), ("ptq", (0, (4, 2)))):
             found: dict[Any, list[float]] = {}
-            for row in rows:
+            for row in quantized:
                 if axis.line(row) == name and (value := row.get(f"{stage}_{metric}")) is not None:
                     place = axis.of(row)
                     found.setdefault(x_of[place if numeric else str(place)], []).append(scale * value)
@@ -236,6 +244,4 @@ def _cycle(count: int) -> list[str]:
 
 def _natural(text: str) -> list[tuple[int, float, str]]:
     """Sorts "W4A8" before "W16A4"."""
-    import re
-
     return [(0, float(p), "") if p.isdecimal() else (1, 0.0, p) for p in re.split(r"(\d+)", text)]

@@ -73,6 +73,6 @@ def exact_dtype(w_q: Tensor, w_zero: Tensor, largest_input: int) -> torch.dtype:
     return torch.float32 if bound < EXACT_FLOAT32 else torch.float64
 
 
-def centred(x_q: Tensor, zero: int, dtype: torch.dtype) -> Tensor:
+def centred(x_q: Tensor, zero: int | Tensor, dtype: torch.dtype) -> Tensor:
     """`x_q - zero` in a float dtype."""
-    return x_q.to(dtype) - zero if zero else x_q.to(dtype)
+    return x_q.to(dtype) if isinstance(zero, int) and zero == 0 else x_q.to(dtype) - zero

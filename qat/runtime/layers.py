@@ -112,28 +112,37 @@ class IntegerConv(RuntimeLayer):
         """The integers before scaling, bias included: int32 or int64, channels second (last for a linear layer)."""
         dims = self.weight.dim() - 2
         bias = self.bias.reshape(-1, *[1] * dims)
-        zero = int(self.input_zero_point)
         if self.reference:
+            zero = int(self.input_zero_point)
             weight = self.weight if dims else self.weight.unsqueeze(2)
             x = x_q if dims else x_q.reshape(-1, x_q.shape[-1], 1)
             geometry = (self.stride, self.padding, self.dilation) if dims else ([1], [[0, 0]], [1])
             total = reference_conv(x, weight, zero, self.weight_zero_point, *geometry, self.groups)
             return bias + (total if dims else total.reshape(*x_q.shape[:-1], -1))
-        weight = self._centred_weight()
+        weight, zero = self._fast_form()
         total = convolve(
             centred(x_q, zero, weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups
         )
         return bias + total.to(self.bias.dtype)
 
-    def _centred_weight(self) -> Tensor:
-        """`w_q - w_zero` in the float dtype that holds every sum exactly; made once per set of weights."""
-        if self._fast is None or self._fast[0].device != self.weight.device:
-            zero = int(self.input_zero_point)
-            largest = max(self.input_bounds[1] - zero, zero - self.input_bounds[0])
-            dtype = exact_dtype(self.weight, self.weight_zero_point, largest)
-            w_zero = self.weight_zero_point.to(dtype).reshape(-1, *[1] * (self.weight.dim() - 1))
-            self._fast = (self.weight.to(dtype) - w_zero, zero)
-        return self._fast[0]
+    def _fast_form(self) -> tuple[Tensor, int | Tensor]:
+        """`w_q - w_zero` in the float dtype that holds every sum exactly, and the input's zero point.
+
+        Made once per set of weights. While torch.export or torch.compile traces a layer that has not run yet, numbers
+        cannot be read: float64 holds the sums of any weights.
+        """
+        if self._fast is not None and self._fast[0].device == self.weight.device:
+            return self._fast
+        if torch.compiler.is_compiling():
+            return self._centred_weight(torch.float64), self.input_zero_point.double()
+        zero = int(self.input_zero_point)
+        largest = max(self.input_bounds[1] - zero, zero - self.input_bounds[0])
+        self._fast = self._centred_weight(exact_dtype(self.weight, self.weight_zero_point, largest)), zero
+        return self._fast
+
+    def _centred_weight(self, dtype: torch.dtype) -> Tensor:
+        w_zero = self.weight_zero_point.to(dtype).reshape(-1, *[1] * (self.weight.dim() - 1))
+        return self.weight.to(dtype) - w_zero
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qat.runtime import layers, operations
@@ -102,9 +103,10 @@ class IntegerNetwork(nn.Module):
                 f"the network takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(inputs)}"
             )
         tensors = dict(zip(self.inputs, inputs, strict=True))
-        for node in self.nodes:
-            y = self.layers[_key(node.name)](*(tensors[name] for name in node.inputs))
-            tensors[node.name] = y if watch is None else watch(node.name, y)
+        with torch.autocast(inputs[0].device.type, enabled=False):  # half precision does not hold the sums
+            for node in self.nodes:
+                y = self.layers[_key(node.name)](*(tensors[name] for name in node.inputs))
+                tensors[node.name] = y if watch is None else watch(node.name, y)
         return tensors
 
     def set_reference(self, reference: bool = True) -> None:

@@ -113,6 +113,8 @@ class Reshape(_Configured):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         shape = [x.shape[i] if size == 0 else size for i, size in enumerate(self.settings["shape"])]
+        if shape == [*x.shape[: len(shape) - 1], -1]:  # reshape cannot infer the size of an empty batch
+            return x.flatten(len(shape) - 1)
         return x.reshape(shape)
 
 

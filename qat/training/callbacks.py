@@ -102,11 +102,13 @@ class ResumeHint(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save, then tell."""
         if isinstance(exception, NonFiniteError):
-            kept = Path(getattr(trainer.checkpoint_callback, "last_model_path", "") or "none")
+            names = ("best_model_path", "last_model_path")
+            saved = [Path(getattr(callback, name, "")) for callback in trainer.checkpoint_callbacks for name in names]
+            kept = max((path for path in saved if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
         else:
             trainer.save_checkpoint(self.path)
             kept = self.path
-        if kept.is_file():
+        if kept is not None:
             _say(f"Training stopped at step {trainer.global_step}. Go on with: ckpt_path={kept}")
         else:
             _say(f"Training stopped at step {trainer.global_step}, before the first checkpoint.")

@@ -70,9 +70,12 @@ class Run:
         if len(self.summary["stages"]) > 1:
             save(stages_figure(self.summary), self.folder / "stages.svg")
         console = Console()
+        console.print()
         console.print(summary_table(self.summary))
         if self.summary["parity"]:
+            console.print()
             console.print(parity_table(self.summary))
+        console.print()
         console.print(verdict(self.summary))
         console.print(f"Run directory: {self.folder}", soft_wrap=True)
 

@@ -24,9 +24,9 @@ def row_of(table: Table, label: str) -> list[str]:
 
 def test_every_stage_is_a_row_with_its_numbers(summary: Summary) -> None:
     table = summary_table(summary)
-    assert row_of(table, "Float") == ["98.00", "%", "–", "0.0812", "41.2", "KB", "100", "%", "0.40", "3.10"]
-    # 96.11 - 98.00 and 97.78 - 98.00 points; 9120 / 41234 = 22.1 %, 14321 / 41234 = 34.7 %
     minus, dash = "\N{MINUS SIGN}", "\N{EN DASH}"
+    assert row_of(table, "Float") == f"98.00 % {dash} 0.0812 41.2 KB 100 % 0.40 3.10".split()
+    # 96.11 - 98.00 and 97.78 - 98.00 points; 9120 / 41234 = 22.1 %, 14321 / 41234 = 34.7 %
     assert row_of(table, "PTQ") == ["96.11", "%", f"{minus}1.89", "0.1912", dash, dash, dash, dash]
     assert row_of(table, "QAT") == ["97.78", "%", f"{minus}0.22", "0.0901", dash, dash, "0.52", "4.10"]
     assert row_of(table, "int8 checkpoint") == f"97.77 % {minus}0.23 0.0901 9.1 KB 22 % 1.20 12.4".split()
@@ -35,14 +35,14 @@ def test_every_stage_is_a_row_with_its_numbers(summary: Summary) -> None:
 
 def test_many_metrics_fit_80_columns_with_no_number_cut(summary: Summary) -> None:
     for stage in summary["stages"].values():
-        stage["metrics"] |= {"f1": 0.97123, "MulticlassCalibrationError": 0.012345, "perplexity": 1234.5}
+        stage["metrics"] |= {"f1": 0.97123, "MulticlassCalibrationError": 0.01231, "perplexity": 1234.5}
         stage["bytes"] = 123_456_789
     lines = lines_of(summary_table(summary))
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 80
     assert "\u2026" not in text
     assert text.count("123.46 MB") == 5
-    assert text.count("0.01234") == text.count("f1 97.12 %") == 5
+    assert text.count("0.01231") == text.count("f1 97.12 %") == 5
     assert "97.78 %" in text
 
 
@@ -51,6 +51,8 @@ def test_parity_rounds_down(summary: Summary) -> None:
     assert row_of(table, "QAT / int8 checkpoint") == ["0.0001", "1", "100", "%", "99.998", "%"]
     assert row_of(table, "QAT / ONNX") == ["0.0013", "2", "99.99", "%", "99.98", "%"]
     assert row_of(table, "int8 checkpoint / ONNX") == ["0", "0", "100", "%", "100", "%"]
+    summary["parity"]["qat_onnx"]["equal_share"] = 0.12345678
+    assert row_of(parity_table(summary), "QAT / ONNX")[-2] == "12.3456"
     summary["parity"] = {"qat_int8": {"max_abs": 0.5, "agreement": 1 - 1e-12}}
     assert row_of(parity_table(summary), "QAT / int8 checkpoint") == ["0.5", "\u2013", "99.9999", "%", "\u2013"]
 
@@ -99,6 +101,7 @@ def test_verdict_within_one_sample(summary: Summary, direction: int) -> None:
     assert text.startswith("QAT and PTQ cannot be told apart here: accuracy 9")
     assert text.endswith("within one of 360 test samples.")
     assert "worth" in verdict(set_accuracy(summary, 350 / 360, (350 + 2 * direction) / 360, 360))
+    assert "cannot be told apart" in verdict(set_accuracy(summary, 0.75, 0.75 + 0.25 * direction, 4))  # exact in binary
 
 
 def test_verdict_where_lower_is_better(summary: Summary) -> None:

@@ -19,6 +19,7 @@ def test_a_row_has_overrides_metrics_bits_and_sizes(sweep: Make, job: Make) -> N
     assert collect(folder) == [
         {
             "job": 0,
+            "overrides": ["quant", "model.lr", "trainer"],
             "quant": "w4a8",
             "model.lr": 0.001,
             "trainer": "fast",
@@ -42,7 +43,13 @@ def test_failed_jobs_are_kept_and_jobs_are_in_order(sweep: Make, job: Make) -> N
     rows = collect(folder)
     assert [row["job"] for row in rows] == list(range(11))
     assert [row["job"] for row in rows if row["status"] == "failed"] == [1, 7]
-    assert rows[1] == {"job": 1, "quant.weight.bits": 3, "weight_bits": 3, "status": "failed"}
+    assert rows[1] == {
+        "job": 1,
+        "overrides": ["quant.weight.bits"],
+        "quant.weight.bits": 3,
+        "weight_bits": 3,
+        "status": "failed",
+    }
 
 
 def test_no_jobs_is_an_error(tmp_path: Path) -> None:
@@ -164,6 +171,19 @@ def test_runs_without_exports_or_quantization(sweep: Make, job: Make) -> None:
     plain = {"config": {}, "stages": {"float": {"metrics": {"loss": 0.5}}}}
     svg = write_results(sweep((["lr=1"], plain), (["lr=2"], plain)))[2].read_text()
     assert "no job exported a file" in svg
+
+
+def test_an_override_named_like_a_stage_is_an_override(sweep: Make, job: Make) -> None:
+    rows = collect(sweep(*[([f"qat_epochs={n}"], job(4, 4, qat=v)) for n, v in ((1, 0.9), (2, 0.95))]))
+    assert choose_axis(rows).label == "qat_epochs"
+    assert curves(rows)["QAT"] == [(1, 90), (2, 95)]
+
+
+def test_a_float_job_in_a_sweep_over_bits(sweep: Make, job: Make) -> None:
+    plain = {"config": {}, "stages": {"float": {"metrics": {"accuracy": 0.98}}}}
+    rows = collect(sweep((["quant=off"], plain), (["quant=w4a8"], job(4, 8)), (["quant=w8a8"], job(8, 8, qat=0.97))))
+    assert curves(rows)["QAT, 8 activation bits"] == [(4, 90), (8, 97)]
+    assert list(sweep_figure(rows).axes[0].lines[-1].get_ydata()) == pytest.approx([98, 98])
 
 
 def test_results_table(sweep: Make, job: Make) -> None:

@@ -14,7 +14,8 @@ from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from qat.zoo.data import Digits, ImageParquet, Split, TensorBatches, TensorDataModule, crop_and_flip, normalise
+from qat.zoo.data import Digits, ImageParquet
+from qat.zoo.tensor_data import Split, TensorBatches, TensorDataModule, crop_and_flip, normalise
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared"

@@ -1,0 +1,301 @@
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import qat
+from qat import hydra_schema
+from qat.scheme import Granularity, QuantConfig, RangeMode
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = ("data", "model", "quant", "target", "trainer", "logger", "callbacks", "export", "optimizer")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _hydra() -> Iterator[None]:
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> DictConfig:
+    return compose("config", list(overrides))
+
+
+def quant(*overrides: str) -> QuantConfig:
+    return hydra_schema.quant_config(composed(*overrides))
+
+
+def options(group: str) -> list[str]:
+    names = GlobalHydra.instance().config_loader().get_group_options(group)  # type: ignore[union-attr]
+    return [name for name in names if name != "schema"]
+
+
+def pairwise(groups: dict[str, list[str]]) -> list[dict[str, str]]:
+    """Rows, one option of each group, such that any two options of two groups meet in some row (greedy)."""
+    open_pairs = {
+        frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(groups, 2) for x in groups[a] for y in groups[b]
+    }
+    rows = []
+    while open_pairs:
+        row = dict(min(sorted(pair) for pair in open_pairs))
+        for group in groups:
+            if group not in row:
+                met = {
+                    option: sum(frozenset([(group, option), item]) in open_pairs for item in row.items())
+                    for option in groups[group]
+                }
+                row[group] = max(met, key=met.__getitem__)
+        open_pairs -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
+        rows.append(row)
+    return rows
+
+
+# -------------------------------------------------------------------------------------- any group with any other
+
+
+def test_the_groups_of_the_issue_have_their_options() -> None:
+    assert set(options("data")) == {"digits", "mnist", "fashion_mnist", "cifar10"}
+    assert set(options("model")) == {"small_cnn", "resnet20", "mlp"}
+    assert set(options("quant")) == set(qat.presets.PRESETS)
+    assert set(options("quant")) >= {"off", "int8", "w8a8_asymmetric", "w4a8", "w4a4", "w4a4_lsq", "w2a2_lsq", "w4g32"}
+    assert set(options("target")) == {"generic", "onnxruntime_x86"}
+    assert set(options("trainer")) == {"cpu", "gpu", "ddp"}
+    assert set(options("logger")) == {"csv", "tensorboard", "wandb"}
+
+
+def test_every_option_composes_with_every_option_of_every_other_group() -> None:
+    groups = {group: options(group) for group in GROUPS}
+    rows = pairwise(groups)
+    for a, b in itertools.combinations(GROUPS, 2):
+        assert {(row[a], row[b]) for row in rows} == set(itertools.product(groups[a], groups[b]))
+    for row in rows:
+        overrides = [f"{group}={option}" for group, option in row.items()]
+        cfg = composed(*overrides)
+        config = hydra_schema.quant_config(cfg)
+        assert config == qat.preset(row["quant"], target=row["target"]), overrides
+        data, trainer = cfg.data, cfg.trainer
+        assert data.name == row["data"]
+        assert (trainer.devices, trainer.accelerator) == {"cpu": (1, "cpu"), "gpu": (1, "gpu"), "ddp": (2, "auto")}[
+            row["trainer"]
+        ]
+        assert "csv" in cfg.logger and row["logger"] in cfg.logger
+        assert (cfg.callbacks.progress is None) == (row["callbacks"] == "quiet")
+        assert list(cfg.export.formats) == (["int8"] if row["export"] == "int8" else ["int8", "onnx"])
+        assert cfg.float.lr == cfg.optimizer.lr
+        assert cfg.task.num_classes == cfg.model.num_classes == data.num_classes
+        net = instantiate(cfg.model)
+        parameters = [torch.nn.Parameter(torch.zeros(1))]
+        assert type(instantiate(cfg.optimizer, parameters)).__name__.lower() == row["optimizer"]
+        with torch.no_grad():
+            outputs = net.eval()(torch.zeros(1, data.channels, data.image_size, data.image_size))
+        assert outputs.shape == (1, data.num_classes)
+
+
+def test_every_preset_prepares_every_model() -> None:
+    small = itertools.product(sorted({*options("model")} - {"resnet20"}), options("quant"))
+    for model, preset in [*small, ("resnet20", "w4a4_lsq"), ("resnet20", "w4g32")]:  # a second each
+        cfg = composed(f"model={model}", f"quant={preset}")
+        example = torch.zeros(2, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
+        config = hydra_schema.quant_config(cfg)
+        net = qat.prepare(instantiate(cfg.model), config, example)
+        weights = [q for name, q in qat.fake_quant.quantizers(net) if name.endswith("weight_quantizer")]
+        assert bool(weights) == config.weight.quantized, (model, preset)
+
+
+def test_presets_in_python_equal_what_hydra_composes() -> None:
+    for name, target in itertools.product(options("quant"), options("target")):
+        assert quant(f"quant={name}", f"target={target}") == qat.preset(name, target=target), (name, target)
+
+
+def test_a_composed_quant_config_survives_plain_data() -> None:
+    for name in options("quant"):
+        config = quant(f"quant={name}")
+        assert QuantConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_experiment_sets_what_it_says() -> None:
+    cfg = composed("experiment=cifar10_resnet20_w4a4")
+    assert cfg.data.name == "cifar10"
+    assert cfg.model.depth == 20
+    assert cfg.optimizer._target_ == "torch.optim.SGD"
+    assert list(cfg.data.mean) == [0.485, 0.456, 0.406]
+    assert hydra_schema.quant_config(cfg) == qat.preset("w4a4_lsq")
+    assert (cfg.float.max_epochs, cfg.qat.max_epochs, cfg.qat.lr) == (3, 3, 0.01)
+
+
+def test_the_experiment_can_be_overridden() -> None:
+    cfg = composed("experiment=cifar10_resnet20_w4a4", "quant=int8", "qat.lr=0.1", "target=onnxruntime_x86")
+    assert cfg.qat.lr == 0.1
+    assert hydra_schema.quant_config(cfg) == qat.preset("int8", target="onnxruntime_x86")
+
+
+# -------------------------------------------------------------------------------------------- the command line
+
+
+def test_overrides_of_one_tensor() -> None:
+    config = quant(
+        "quant.weight.bits=4",
+        "quant.weight.symmetric=false",
+        "quant.weight.granularity=channel",
+        "quant.weight.narrow_range=false",
+        "quant.activation.bits=6",
+        "quant.activation.range=learned",
+        "quant.activation.observer=mse",
+    )
+    assert (config.weight.bits, config.weight.symmetric, config.weight.granularity) == (4, False, Granularity.channel)
+    assert (config.activation.bits, config.activation.range) == (6, RangeMode.learned)
+    assert config.activation.observer == "mse"
+    assert config.input == qat.preset("int8").input  # nothing else moved
+
+
+def test_the_command_line_of_the_issue() -> None:
+    config = quant(
+        "quant.weight.bits=4",
+        "quant.weight.symmetric=false",
+        "quant.weight.granularity=channel",
+        "quant.activation.bits=8",
+        'quant.rules=[{match: first, weight: {bits: 8}}, {match: "*.conv2", weight: {bits: null}}]',
+    )
+    assert (config.weight.bits, config.weight.symmetric, config.activation.bits) == (4, False, 8)
+    first, second = config.rules
+    assert (first.match, first.weight, first.activation) == ("first", {"bits": 8}, {})
+    assert (second.match, second.weight, second.activation) == ("*.conv2", {"bits": None}, {})
+
+
+def test_rules_are_exceptions_to_the_schemes_of_the_configuration() -> None:
+    cfg = composed(
+        "quant=w4a4_lsq",
+        'quant.rules=[{match: "conv2.*", weight: {bits: null}}, {match: "type:Linear", activation: {bits: 8}},'
+        " {match: last, weight: {granularity: tensor, symmetric: false}}]",
+    )
+    net = qat.prepare(instantiate(cfg.model), hydra_schema.quant_config(cfg), torch.zeros(2, 1, 8, 8))
+    schemes = {n: q.scheme for n, q in qat.fake_quant.quantizers(net)}
+    weights = {name: s for name, s in schemes.items() if name.endswith("weight_quantizer")}
+    assert not any(name.startswith("conv2") for name in weights)
+    assert {s.bits for s in weights.values()} == {4}
+    assert len(weights) > 2
+    linear = {name for name, module in net.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert all(weights[f"{name}.weight_quantizer"].granularity is Granularity.channel for name in linear)
+    assert 8 in {s.bits for name, s in schemes.items() if name not in weights and "input" not in name}
+
+
+def test_one_rule_of_a_preset_can_be_indexed() -> None:
+    config = quant("quant=w4a4", "quant.rules.0.weight.bits=6")
+    assert config.rules[0].weight == {"bits": 6}
+    assert config.rules[1] == qat.preset("w4a4").rules[1]
+
+
+def test_bits_null_leaves_a_tensor_float() -> None:
+    config = quant("quant.activation.bits=null", "quant.input.bits=null")
+    assert not config.activation.quantized
+    assert config.weight.quantized
+    assert not quant("quant=off").enabled
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+REFUSED: list[tuple[list[str], list[str]]] = [
+    (["quant.weight.bits=0"], ["quant.weight.bits=0", "2 to 8", "null"]),
+    (["quant.weight.bits=33"], ["quant.weight.bits=33", "2 to 8"]),
+    (["quant.weight.bits=16"], ["quant.weight.bits=16", "2 to 8"]),
+    (["quant.activation.bits=33"], ["quant.activation.bits=33", "2 to 8, or 16"]),
+    (["quant.input.bits=-4"], ["quant.input.bits=-4", "2 to 8, or 16"]),
+    (["quant.weight.rounding=nearset"], ["quant.weight.rounding='nearset'", "did you mean 'nearest'", "valid: "]),
+    (
+        ["quant.activation.observer=minmx"],
+        ["quant.activation.observer='minmx'", "did you mean 'minmax'", "minmax, ema, percentile, mse"],
+    ),
+    (["quant.weight.format=uint"], ["quant.weight.format='uint'", "valid: int"]),
+    (["quant.activation.granularity=channel"], ["quant.activation.granularity=channel", "'tensor'"]),
+    (["quant.activation.range=dynamic"], ["quant.activation.range=dynamic", "fixed, running or learned"]),
+    (["quant.weight.granularity=group"], ["quant.weight.group_size=None", "quant.weight.group_size=32"]),
+    (["quant.weight.group_size=32"], ["quant.weight.group_size=32", "granularity=channel", "granularity=group"]),
+    (["quant.weight.percentiles=[99,1]"], ["quant.weight.percentiles=[99.0, 1.0]", "low < high"]),
+    (["quant.weight.momentum=0"], ["quant.weight.momentum=0", "(0, 1]"]),
+    (["quant.weight.signed=false"], ["quant.weight.signed=false", "symmetric=false"]),
+    (["quant.target=tpu"], ["quant.target='tpu'", "generic, onnxruntime_x86"]),
+    (["quant.rules=[{weight: {bits: 8}}]"], ["quant.rules[0].match is missing", "'first'"]),
+    (["quant.rules=[{match: first, weight: {bit: 8}}]"], ["quant.rules[0].weight", "'bit'", "did you mean 'bits'"]),
+    (["quant.rules=[{match: first, weight: {bits: 33}}]"], ["quant.rules[0].weight.bits=33", "2 to 8"]),
+    (["quant.rules=[{match: first, weight: {bits: 1.5}}]"], ["quant.rules[0].weight.bits=1.5", "2 to 8"]),
+    (["quant.rules=[{match: first, weight: {bits: many}}]"], ["quant.rules[0].weight.bits=", "many", "2 to 8"]),
+    (
+        ["quant.rules=[{match: first, weight: {granularity: chanel}}]"],
+        ["quant.rules[0].weight.granularity='chanel'", "did you mean 'channel'", "tensor, channel, group"],
+    ),
+    (
+        ["target=onnxruntime_x86", "quant.weight.bits=8"],
+        ["quant.weight.bits=8", "onnxruntime_x86", "at most 7", "saturates", "quant.weight.bits=7", "target=generic"],
+    ),
+    (
+        ["target=onnxruntime_x86", "quant=w4a4", "quant.rules.0.weight.bits=8"],
+        ["quant.rules[0].weight.bits=8", "at most 7", "quant.rules[0].weight.bits=7"],
+    ),
+    (
+        ["target=onnxruntime_x86", "quant.activation.bits=16"],
+        ["quant.activation.bits=16", "at most 8", "quant.activation.bits=8"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED])
+def test_a_bad_value_is_refused_with_field_value_and_what_is_valid(overrides: list[str], said: list[str]) -> None:
+    cfg = composed(*overrides)
+    with pytest.raises(ValueError, match=re.escape(said[0])) as error:
+        hydra_schema.quant_config(cfg)
+    for words in said:
+        assert words in str(error.value)
+
+
+REFUSED_BY_HYDRA: list[tuple[str, list[str]]] = [
+    ("quant.weight.bits=1.5", ["quant.weight.bits", "1.5", "Integer"]),
+    ("quant.weight.bits=four", ["quant.weight.bits", "four", "Integer"]),
+    ("quant.weight.granularity=chanel", ["quant.weight.granularity", "chanel", "tensor, channel, group"]),
+    ("quant.activation.range=leaned", ["quant.activation.range", "leaned", "fixed, running, learned, dynamic"]),
+    ("quant.weight.bit=4", ["quant.weight.bit", "'bit' not in 'TensorScheme'"]),
+    ("quant.wieght.bits=4", ["quant.wieght.bits", "'wieght' not in 'QuantConfig'"]),
+    ("quant.rules=[{mach: first}]", ["mach", "LayerRule"]),
+    ("quant=nosuch", ["quant/nosuch", *qat.presets.PRESETS]),
+    ("model=resnet21", ["model/resnet21", "resnet20"]),
+    ("trainer.max_epoch=3", ["trainer.max_epoch", "max_epoch"]),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), REFUSED_BY_HYDRA, ids=[override for override, _ in REFUSED_BY_HYDRA])
+def test_what_hydra_refuses_names_the_key_and_what_is_valid(override: str, said: list[str]) -> None:
+    with pytest.raises(HydraException) as error:
+        composed(override)
+    message = str(error.value)
+    cause: BaseException | None = error.value.__cause__  # what hydra.main prints too
+    while cause is not None:
+        message, cause = f"{message}\n{cause}", cause.__cause__
+    for words in said:
+        assert words in message
+
+
+def test_int8_takes_as_many_bits_as_the_target_runs() -> None:
+    assert quant("quant=int8", "target=onnxruntime_x86").weight.bits == 7
+    assert quant("quant=int8").weight.bits == 8
+    rules = quant("quant=w4a4", "target=onnxruntime_x86").rules
+    assert [(rule.weight["bits"], rule.activation["bits"]) for rule in rules] == [(7, 8), (7, 8)]
+
+
+def test_an_interpolation_that_leads_nowhere_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        quant("quant.weight.bits=${nowhere}")
+
+
+def test_plain_resolves_interpolations() -> None:
+    cfg = composed("data=cifar10")
+    plain: dict[str, Any] = hydra_schema.plain(cfg.model)
+    assert plain["in_channels"] == 3
+    assert "${" in str(OmegaConf.to_container(cfg.model))
