@@ -36,6 +36,7 @@ def run(cfg: DictConfig) -> float:
     example = data.example_input()
     model, task, optimizer = (hydra_schema.plain(cfg[group]) for group in ("model", "task", "optimizer"))
     module = QATModule(model, task, {**optimizer, "lr": cfg.float.lr})
+    qat.prepare(copy.deepcopy(module.net), config, example)  # a config that does not fit fails now, not after float
     result = Run(Path(HydraConfig.get().runtime.output_dir), cfg.name, hydra_schema.plain(cfg), data, module.task)
 
     # 1. Float: trained here, or given

@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -74,7 +75,7 @@ def plain(cfg: Any) -> dict[str, Any]:
     return {str(k): v for k, v in data.items()}
 
 
-USER_ERRORS = (ValueError, FileNotFoundError, ImportError, RuntimeError)
+USER_ERRORS = (ValueError, FileNotFoundError, ImportError, RuntimeError, InstantiationException)
 """What a run raises with a message written for its user: bad input, a missing file or package, no parity, NaN."""
 
 
@@ -86,6 +87,8 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     try:
         return job(cfg)
     except USER_ERRORS as error:
+        if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
+            error = error.__cause__  # Hydra wraps what a constructor says
         config = HydraConfig.get()
         path = Path(config.runtime.output_dir) / "error.txt"
         path.write_text(traceback.format_exc())

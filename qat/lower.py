@@ -34,12 +34,18 @@ def lower(prepared: fx.GraphModule) -> IntegerNetwork:
         A network of integer layers, sharing nothing with `prepared`.
 
     Raises:
-        RuntimeError: a quantizer has no range yet.
+        RuntimeError: a quantizer has no range yet, or is in a mode that simulates nothing.
         ValueError: an operation that the integer runtime does not have; names it and where it stands.
     """
     for name, quantizer in quantizers(prepared):
         if not quantizer.calibrated:
             raise RuntimeError(f"quantizer '{name}' has no range yet; run qat.calibrate(net, batches) before lowering")
+    for name, quantizer in quantizers(prepared):
+        if quantizer.mode in (Mode.float, Mode.observe):
+            raise RuntimeError(
+                f"quantizer '{name}': a network in mode 'float' or 'observe' cannot be lowered; "
+                f"qat.set_mode(net, 'quantize') first"
+            )
     return _Lowering(prepared).run()
 
 
@@ -265,10 +271,6 @@ _LOWER = {
 
 def _grid(module: nn.Module | None) -> Quantize:
     assert isinstance(module, FakeQuantize)
-    if module.mode in (Mode.float, Mode.observe):
-        raise RuntimeError(
-            "a network in mode 'float' or 'observe' cannot be lowered; qat.set_mode(net, 'quantize') first"
-        )
     scale, zero_point = (t.detach() for t in module.qparams())
     relu = module.relu and int(zero_point) != module.quant_min
     return Quantize(module.quant_min, module.quant_max, relu, float(scale), int(zero_point))

@@ -106,11 +106,9 @@ def passing_layer(graph: Graph, node: fx.Node, zero_point: int) -> RuntimeLayer:
             raise unsupported(graph, node, f"flatten from {start} to {end}; flatten(k, -1) with k >= 1 can be lowered")
         return ops.Reshape(shape=[0] * start + [-1])
     if key in (torch.reshape, "reshape", "view"):
-        sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], list | tuple) else node.args[1:]
-        return ops.Reshape(shape=_shape(graph, node, sizes))
+        return ops.Reshape(shape=_shape(graph, node, args.sizes("shape")))
     if key in (torch.permute, "permute"):
-        sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], list | tuple) else node.args[1:]
-        return ops.Permute(dims=list(sizes))
+        return ops.Permute(dims=list(args.sizes("dims")))
     if key is operator.getitem:
         return ops.Slice(slices=_slices(graph, node, node.args[1]))
     if key is F.pad:
@@ -130,6 +128,11 @@ class _Arguments:
         if len(self.node.args) > position:
             return self.node.args[position]
         return self.node.kwargs[name] if default is ... else self.node.kwargs.get(name, default)
+
+    def sizes(self, name: str) -> tuple[Any, ...]:
+        """A list of numbers, given as one list or as arguments of their own."""
+        first = self.get(1, name)
+        return tuple(first) if isinstance(first, list | tuple) else tuple(self.node.args[1:])
 
 
 def unsupported(graph: Graph, node: fx.Node, why: str) -> ValueError:

@@ -107,8 +107,11 @@ def test_batch_norm_statistics_and_training_flags_are_left_alone(training: bool)
 
 def test_no_gradients_are_recorded() -> None:
     net = prepared("w4a4_lsq")
+    enabled = []
+    net.linear.register_forward_hook(lambda *_: enabled.append(torch.is_grad_enabled()))
     qat.calibrate(net, BATCHES)
-    assert all(q.scale.is_leaf and q.scale.grad is None for _, q in quantizers(net))
+    assert enabled == [False] * 3
+    assert all(q.scale.is_leaf and q.scale.grad is None for _, q in quantizers(net) if q.scale.requires_grad)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

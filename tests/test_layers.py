@@ -94,7 +94,9 @@ def test_shares_parameters_and_keeps_names_arguments_and_hooks(kind: nn.Module) 
 def test_group_size_that_does_not_divide() -> None:
     options: dict[str, Any] = {"bits": 4, "granularity": Granularity.group, "group_size": 4}
     module = nn.Conv2d(3, 8, 3)
-    with pytest.raises(ValueError, match=r"group_size=4 does not divide the 27 inputs of layer 'a\.b' .*\[8, 3, 3, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"group_size=4 does not divide the 27 inputs of layer 'a\.b' .*\[8, 3, 3, 3\]"
+    ):
         QuantConv2d.from_float(module, TensorScheme(**options), "a.b")
     padded = QuantConv2d.from_float(module, TensorScheme(**options, allow_padding=True), "a.b")
     assert padded.weight_quantizer.scale.shape == (8, 7)

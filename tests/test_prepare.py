@@ -177,9 +177,7 @@ def test_concatenation_of_relus_absorbs_them_all_and_takes_the_widest_bits() -> 
         y, z = F.relu(s.a(x)), F.relu(s.b(x))
         return s.d(torch.cat((y, z), 1)) + s.c(y)
 
-    p = prepared(
-        Net(run, a=conv(), b=conv(), c=conv(4), d=conv(8)), rules=[{"match": "d", "activation": {"bits": 4}}]
-    )
+    p = prepared(Net(run, a=conv(), b=conv(), c=conv(4), d=conv(8)), rules=[{"match": "d", "activation": {"bits": 4}}])
     assert p.quantizers.a.relu
     assert p.quantizers.a.sites == 2
     assert grids(p)["a"] == UNSIGNED  # c asks for 8 bits, d for 4
@@ -337,7 +335,7 @@ def test_resnet_quantizes_every_layer_and_add() -> None:
     adds = [inputs for name, inputs in edges.items() if name.startswith("add")]
     assert len(adds) == 9
     # what an add reads is a quantizer's tensor, or (option A's shortcut) a padded slice of one
-    assert all(name.startswith("q:") or name.startswith("pad") for inputs in adds for name in inputs)
+    assert all(name.startswith(("q:", "pad")) for inputs in adds for name in inputs)
     assert edges["pad"] == ["getitem"]
     assert edges["getitem"][0].startswith("q:")
     assert sum(grid == UNSIGNED for grid in grids(p).values()) == 1 + 9 + 9 + 1  # stem, inner ReLUs, adds, pool
@@ -372,7 +370,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "resnet_a": lambda: ResNet(20, "A"),
     "resnet_b": lambda: ResNet(20, "B"),
     "mlp": lambda: MLP(3, 8, 10),
-    "conv1d": lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 3)),
+    "conv1d": lambda: nn.Sequential(
+        nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 3)
+    ),
 }
 
 
@@ -558,7 +558,9 @@ def test_a_rule_shadowed_by_an_earlier_one_is_no_error() -> None:
 
 
 def test_group_size_that_does_not_divide() -> None:
-    with pytest.raises(ValueError, match=r"group_size=32 does not divide the 27 inputs of layer 'stem\.0' .*\[16, 3, 3, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"group_size=32 does not divide the 27 inputs of layer 'stem\.0' .*\[16, 3, 3, 3\]"
+    ):
         prepared(SmallCNN(3, 10), weight={"bits": 4, "granularity": "group", "group_size": 32})
 
 

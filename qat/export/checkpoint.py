@@ -73,7 +73,7 @@ def load_checkpoint(path: str | Path) -> IntegerNetwork:
     try:
         description = json.loads(metadata["qat"])
         version, stated = description["format_version"], description.pop("sha256")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}': the description in its metadata is damaged ({error!r})") from error
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(

@@ -45,6 +45,6 @@ def round_ste(x: Tensor, mode: str = "nearest") -> Tensor:
     Source: Bengio, Leonard, Courville 2013, "Estimating or Propagating Gradients Through Stochastic Neurons".
 
     >>> round_ste(torch.tensor([0.5, 1.5, -2.5]))
-    tensor([0., 2., -2.])
+    tensor([ 0.,  2., -2.])
     """
     return _RoundSTE.apply(x, mode)

@@ -7,8 +7,8 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.fake_quant import Mode
-from qat.fold import fold, integer_bias
-from qat.graph import Graph
+from qat.fold import batch_norm_affine, fold, integer_bias
+from qat.graph import Graph, Kind
 from qat.layers import QuantizedLayer
 from qat.scheme import Granularity
 
@@ -64,6 +64,9 @@ def round_biases(prepared: fx.GraphModule) -> None:
     Source: Jacob et al. 2018, section 2.4 (int32 biases).
     """
     graph = Graph(prepared)
+    for node in graph.nodes:  # a ReLU behind a quantizer clamps integers and keeps their scale
+        if graph.kind(node) is Kind.relu and graph.quantizer_of(node.all_input_nodes[0]) is not None:
+            graph.passing_relus.add(node)
     calls = [layer for _, layer in graph.layers()]
     for node, layer in graph.layers():
         quantizer = graph.quantizer_of(node.all_input_nodes[0])
@@ -91,8 +94,10 @@ def _add_to_output(layer: QuantizedLayer, norm: nn.Module | None, delta: Tensor)
 def _add_to_folded_bias(layer: QuantizedLayer, norm: nn.Module | None, delta: Tensor) -> None:
     """Shift the output of the layer and its BatchNorm by `delta` a channel."""
     if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
-        if norm.bias is None:
-            raise ValueError("a BatchNorm with affine=False has no bias that could be rounded; use affine=True")
-        norm.bias.data.copy_(norm.bias.double() + delta)
+        if norm.bias is not None:
+            norm.bias.data.copy_(norm.bias.double() + delta)
+        elif norm.running_mean is not None:  # affine=False: the mean is the only constant to move
+            gain, _ = batch_norm_affine(norm, delta.numel())
+            norm.running_mean.copy_(norm.running_mean.double() - delta / gain)
     elif layer.bias is not None:
         layer.bias.data.copy_(layer.bias.double() + delta)

@@ -74,8 +74,8 @@ def first_non_finite(module: L.LightningModule, batch: Any) -> str:
 
         return hook
 
-    leaves = [(name, layer) for name, layer in module.named_modules() if not list(layer.children())]
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in leaves]
+    # Quantized layers have children too; an inner layer's hook runs before the hook of what contains it.
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in module.named_modules() if name]
     try:
         module(inputs)
     finally:
@@ -98,9 +98,21 @@ class ResumeHint(L.Callback):
 
     def __init__(self, dirpath: str, filename: str = "interrupted") -> None:
         self.path = Path(dirpath) / f"{filename}.ckpt"
+        self._training = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on there is something to keep; what fails earlier, as a ckpt_path that does not fit, has nothing."""
+        self._training = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing to keep any more."""
+        self._training = False
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save, then tell."""
+        if not self._training:
+            return
+        self._training = False
         if isinstance(exception, NonFiniteError):
             names = ("best_model_path", "last_model_path")
             saved = [Path(getattr(callback, name, "")) for callback in trainer.checkpoint_callbacks for name in names]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,12 +50,18 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"float_checkpoint={path}: there is no such file")
     try:
         data: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"float_checkpoint={path} cannot be read: {error}") from error
+    except Exception as error:  # broken files raise many types
+        raise ValueError(f"float_checkpoint={path} cannot be read: {_why_unreadable(error)}") from error
     data = data.get("state_dict", data) if isinstance(data, dict) else data
     if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
         raise ValueError(f"float_checkpoint={path} holds no state dict (a mapping of names to tensors)")
     return data
+
+
+def _why_unreadable(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own message recommends weights_only=False
+        return "it is damaged, or holds Python objects; save tensors alone: torch.save(net.state_dict(), path)"
+    return f"{error}; is it whole, and of the kind that its name says?"
 
 
 def _strip_prefix(tensors: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
@@ -89,8 +94,8 @@ def checkpoint_phase(path: str | Path | None) -> str | None:
         raise FileNotFoundError(f"ckpt_path={path}: there is no such file")
     try:
         checkpoint = torch.load(path, "cpu", weights_only=False)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"ckpt_path={path} cannot be read: {error}") from error
+    except Exception as error:  # broken files raise many types
+        raise ValueError(f"ckpt_path={path} cannot be read: {_why_unreadable(error)}") from error
     if not isinstance(checkpoint, dict) or "qat" not in checkpoint:
         raise ValueError(f"ckpt_path={path} is not a checkpoint of a training run; for weights use float_checkpoint=")
     return "float" if checkpoint["qat"]["quant"] is None else "qat"

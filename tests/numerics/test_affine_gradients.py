@@ -106,7 +106,7 @@ def test_lsq_equals_the_paper_in_float64(grid: tuple[int, int], scale: float, se
     span = grid[1] - grid[0]
     v = (torch.rand(300, generator=generator) * 1.6 - 0.3) * span + grid[0] - zero_point
     ends = torch.tensor([bound - zero_point for bound in grid])
-    # Half a step beyond an end the paper clips already, while this code (as ATen) clips where the *rounded* value leaves
+    # Up to half a step beyond an end the paper clips, while this code (as ATen) clips where the *rounded* value leaves
     # the grid; those values, and ties, are left to the comparison with ATen.
     margin = ((v - ends[0] <= 0.01) & (v - ends[0] >= -0.51)) | ((v - ends[1] >= -0.01) & (v - ends[1] <= 0.51))
     v = v[~margin & ((v - v.floor() - 0.5).abs() > 1e-3)]

@@ -14,7 +14,7 @@ from qat.zoo.data import Digits
 MODEL = {"_target_": "qat.zoo.models.SmallCNN", "in_channels": 1, "num_classes": 10, "width": 4}
 TASK = {"_target_": "qat.zoo.tasks.Classification", "num_classes": 10}
 ADAMW = {"_target_": "torch.optim.AdamW", "lr": 3e-3, "weight_decay": 0.01}
-F, O, Q, Z = Mode.float, Mode.observe, Mode.quantize, Mode.frozen
+F, B, Q, Z = Mode.float, Mode.observe, Mode.quantize, Mode.frozen
 
 
 @pytest.fixture(scope="module")
@@ -86,22 +86,22 @@ class Record(L.Callback):
         # the default: quantized at once, frozen for the last tenth
         ({}, 10, [Q, Q, Q, Q, Q, Q, Q, Q, Q, Z]),
         # shares: a boundary is inclusive
-        ({"observe_at": 0.2, "quantize_at": 0.5, "freeze_ranges_at": 0.8}, 10, [F, F, O, O, O, Q, Q, Q, Z, Z]),
+        ({"observe_at": 0.2, "quantize_at": 0.5, "freeze_ranges_at": 0.8}, 10, [F, F, B, B, B, Q, Q, Q, Z, Z]),
         # steps
-        ({"observe_at": 1, "quantize_at": 3, "freeze_ranges_at": 4}, 6, [F, O, O, Q, Z, Z]),
+        ({"observe_at": 1, "quantize_at": 3, "freeze_ranges_at": 4}, 6, [F, B, B, Q, Z, Z]),
         # steps and shares together; 0.5 of 7 is 3.5, so step 4 is the first
-        ({"observe_at": 1, "quantize_at": 0.5, "freeze_ranges_at": 6}, 7, [F, O, O, O, Q, Q, Z]),
+        ({"observe_at": 1, "quantize_at": 0.5, "freeze_ranges_at": 6}, 7, [F, B, B, B, Q, Q, Z]),
         # None never freezes
         ({"freeze_ranges_at": None}, 4, [Q, Q, Q, Q]),
         # frozen cannot come before quantized
-        ({"quantize_at": 2, "freeze_ranges_at": 0}, 4, [O, O, Z, Z]),
+        ({"quantize_at": 2, "freeze_ranges_at": 0}, 4, [B, B, Z, Z]),
         # observed only when quantized: quantization wins
         ({"observe_at": 3, "quantize_at": 1, "freeze_ranges_at": None}, 4, [F, Q, Q, Q]),
         # the int 1 is a step, the float 1.0 the end of training
-        ({"quantize_at": 1, "freeze_ranges_at": None}, 3, [O, Q, Q]),
-        ({"quantize_at": 1.0, "freeze_ranges_at": None}, 3, [O, O, O, Q]),
+        ({"quantize_at": 1, "freeze_ranges_at": None}, 3, [B, Q, Q]),
+        ({"quantize_at": 1.0, "freeze_ranges_at": None}, 3, [B, B, B, Q]),
         # a step beyond the end
-        ({"quantize_at": 100}, 3, [O, O, O]),
+        ({"quantize_at": 100}, 3, [B, B, B]),
     ],
 )
 def test_mode_at(arguments: dict[str, Any], total: int, expected: list[Mode]) -> None:
@@ -121,7 +121,8 @@ def test_batch_norm_frozen_at(at: float | None, expected: list[bool]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "at"), [("observe_at", -1), ("quantize_at", 1.5), ("freeze_ranges_at", -0.1), ("freeze_batch_norm_at", 2.0)]
+    ("name", "at"),
+    [("observe_at", -1), ("quantize_at", 1.5), ("freeze_ranges_at", -0.1), ("freeze_batch_norm_at", 2.0)],
 )
 def test_a_moment_outside_of_training_is_refused(name: str, at: float) -> None:
     with pytest.raises(ValueError, match=rf"QATSchedule\.{name}={at}: give a step \(int\) or a share"):
@@ -141,7 +142,7 @@ def test_modes_follow_the_global_step(digits: Digits) -> None:
     module = module_of("int8", digits)
     fit(module, digits, schedule, record)
     assert record.modes == {step: schedule.mode_at(step, 10) for step in range(10)}
-    assert set(record.modes.values()) == {O, Q, Z}
+    assert set(record.modes.values()) == {B, Q, Z}
     assert get_mode(module.net) is Z  # and stays, for export
 
 
@@ -150,7 +151,7 @@ def test_ranges_need_no_calibration_when_they_are_observed_first(digits: Digits)
     fit(module_of("int8"), digits, QATSchedule(quantize_at=4), record, epochs=1)
     assert bool(record.scales[3].isnan().all())
     assert not bool(record.scales[4].isnan().any())
-    assert record.modes == {0: O, 1: O, 2: O, 3: O, 4: Q}
+    assert record.modes == {0: B, 1: B, 2: B, 3: B, 4: Q}
 
 
 def test_quantizing_what_was_never_calibrated_is_an_error(digits: Digits) -> None:
