@@ -12,11 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 import qat
 from qat import hydra_schema
 from qat.analysis.layers import layer_table, report
-from qat.export import parity
-from qat.export.onnxruntime import OnnxNetwork
+from qat.export.parity import ParityLimits
 from qat.ptq import finalize
 from qat.training import QATModule
-from qat.training.run import Run, close_loggers, float_weights_of, main_process_only
+from qat.training.run import Run, close_loggers, float_weights_of, main_process_only, shows_progress
 from qat.training.weights import checkpoint_phase, load_float_weights
 
 
@@ -36,7 +35,8 @@ def run(cfg: DictConfig) -> float:
     example = data.example_input()
     model, task, optimizer = (hydra_schema.plain(cfg[group]) for group in ("model", "task", "optimizer"))
     module = QATModule(model, task, {**optimizer, "lr": cfg.float.lr})
-    qat.prepare(copy.deepcopy(module.net), config, example)  # a config that does not fit fails now, not after float
+    if config.enabled:  # what does not fit the network fails now, not after the float phase
+        qat.prepare(copy.deepcopy(module.net), config, example)
     result = Run(Path(HydraConfig.get().runtime.output_dir), cfg.name, hydra_schema.plain(cfg), data, module.task)
 
     # 1. Float: trained here, or given
@@ -47,8 +47,7 @@ def run(cfg: DictConfig) -> float:
             close_loggers(fit(cfg, "float", module, data, cfg.ckpt_path).loggers)
     result.float_stage(module.net)
     if not config.enabled:
-        result.write([], OmegaConf.to_yaml(cfg, resolve=True))
-        return result.metric()
+        return result.write([], OmegaConf.to_yaml(cfg, resolve=True))
 
     # 2. The baseline: PTQ of the float weights
     calibration = data.calibration_batches(cfg.ptq.calibration_batches)
@@ -58,13 +57,13 @@ def run(cfg: DictConfig) -> float:
     result.stage("ptq", baseline)
 
     # 3. Quantization-aware training. The structure changes here, before the Trainer sees the module
-    optimizer = {**optimizer, "lr": cfg.qat.lr}
-    module = module.quantized(config, list(example.shape[1:]), optimizer=optimizer, scale_lr=cfg.qat.scale_lr)
+    changes = {"optimizer": {**optimizer, "lr": cfg.qat.lr}, "scale_lr": cfg.qat.scale_lr}
+    module = module.quantized(config, list(example.shape[1:]), **changes)
     result.write_text("report.txt", report(module.prepared))
     with result.timed("qat"):
         qat.calibrate(module.prepared, calibration)
-        schedule = instantiate(cfg.qat.schedule)
-        trainer = fit(cfg, "qat", module, data, cfg.ckpt_path if resume == "qat" else None, schedule)
+        ckpt_path = cfg.ckpt_path if resume == "qat" else None
+        trainer = fit(cfg, "qat", module, data, ckpt_path, instantiate(cfg.qat.schedule))
 
     # 4. The PTQ step on the trained weights, lowering, export
     with result.timed("export"):
@@ -74,32 +73,27 @@ def run(cfg: DictConfig) -> float:
         integer.info["data"] = data.describe()
         paths = qat.export(integer, result.folder / "export", example, list(cfg.export.formats))
 
-    # 5. Every file as reloaded from disk, on the same test set
-    result.stage("qat", net)
-    int8 = qat.load(paths["int8"]) if "int8" in paths else None
-    if int8 is not None:
-        result.stage("int8", int8, paths["int8"])
-    if "onnx" in paths:
-        result.stage("onnx", OnnxNetwork(paths["onnx"], config.target), paths["onnx"])
-    pairs = parity.measure(net, integer, int8, paths.get("onnx"), result.inputs, target=config.target,
-                           layer_samples=cfg.export.layer_samples)  # fmt: skip
-    result.summary["parity"] = {pair: measured.to_dict() for pair, measured in pairs.items()}
-
-    # 6. What people look at
-    result.write(layer_table(net), OmegaConf.to_yaml(cfg, resolve=True))
+    # 5. Every file as reloaded from disk on the same test set; then what people look at
+    pairs = result.exports(net, integer, paths)
+    metric = result.write(layer_table(net), OmegaConf.to_yaml(cfg, resolve=True))
     close_loggers(trainer.loggers, paths)
-    for pair, measured in pairs.items():
-        measured.check(pair, parity.ParityLimits(**cfg.export.parity))
-    return result.metric()
+    for pair, parity in pairs.items():
+        parity.check(pair, ParityLimits(**cfg.export.parity))
+    return metric
 
 
 def fit(cfg: DictConfig, phase: str, module: QATModule, data: L.LightningDataModule, ckpt_path: str | None,
-        *callbacks: L.Callback) -> L.Trainer:  # fmt: skip
-    """Train one phase with the configured Trainer, callbacks and loggers."""
-    trainer = hydra_schema.trainer(cfg, phase, *callbacks)
+        *extra: L.Callback) -> L.Trainer:  # fmt: skip
+    """Train one phase (`float` or `qat`) with the configured Trainer, callbacks and loggers."""
+    cfg.phase = phase
+    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
+    for logger in loggers:
+        logger.log_hyperparams(hydra_schema.plain(cfg))
+    callbacks = [*(instantiate(callback) for callback in cfg.callbacks.values() if callback), *extra]
+    trainer = instantiate(cfg.trainer, max_epochs=cfg[phase].max_epochs, logger=loggers, callbacks=callbacks,
+                          enable_progress_bar=shows_progress(callbacks))  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     main_process_only(trainer)
-    module.cpu()
     return trainer
 
 

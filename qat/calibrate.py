@@ -5,9 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from qat.fake_quant import Mode, quantizers, set_mode
+from qat.fake_quant import Mode, eval_mode, quantizers, set_mode
 from qat.layers import QuantizedLayer
-from qat.scheme import RangeMode
 
 
 @torch.no_grad()
@@ -23,34 +22,38 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) ->
         ValueError: no batches, or a batch with NaN or infinity (names the batch).
         RuntimeError: a quantizer saw no data (its branch never ran).
     """
-    weights = {module.weight_quantizer for module in net.modules() if isinstance(module, QuantizedLayer)}
+    weights = {m.weight_quantizer: m.weight for m in net.modules() if isinstance(m, QuantizedLayer)}
+    modes = {quantizer: quantizer.mode for _, quantizer in quantizers(net)}
     for _, quantizer in quantizers(net):
         quantizer.observer.reset()
         quantizer.mode = Mode.float if quantizer in weights else Mode.observe
-    training = {module: module.training for module in net.modules()}
-    net.eval()
     count = 0
     try:
-        for batch in batches:
-            inputs = batch if isinstance(batch, tuple) else (batch,)
-            for x in inputs:
-                if not bool(torch.isfinite(x).all()):
-                    raise ValueError(
-                        f"calibration batch {count} holds {int((~torch.isfinite(x)).sum())} non-finite values"
-                    )
-            net(*inputs)
-            count += 1
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    if count == 0:
-        raise ValueError("calibration needs at least one batch of inputs, got none")
-    for module in net.modules():
-        if isinstance(module, QuantizedLayer) and module.weight_quantizer.scheme.range is not RangeMode.dynamic:
-            module.weight_quantizer.observe(module.weight)
-    for name, quantizer in quantizers(net):
-        try:
-            quantizer.set_range_from_observer()
-        except RuntimeError as error:
-            raise RuntimeError(f"quantizer '{name}': {error}") from None
+        with eval_mode(net):
+            for batch in batches:
+                inputs = batch if isinstance(batch, tuple) else (batch,)
+                _check_finite(inputs, count)
+                net(*inputs)
+                count += 1
+        if count == 0:
+            raise ValueError("calibration needs at least one batch of inputs, got none")
+        for name, quantizer in quantizers(net):
+            try:
+                if quantizer in weights:
+                    quantizer.set_range_from(weights[quantizer])
+                else:
+                    quantizer.set_range_from_observer()
+            except RuntimeError as error:
+                raise RuntimeError(f"quantizer '{name}': {error}") from None
+    except BaseException:
+        for quantizer, mode in modes.items():
+            quantizer.mode = mode
+        raise
     set_mode(net, Mode.quantize)
+
+
+def _check_finite(inputs: tuple[Tensor, ...], count: int) -> None:
+    for x in inputs:
+        bad = int((~torch.isfinite(x)).sum())
+        if bad:
+            raise ValueError(f"calibration batch {count} holds {bad} non-finite values")

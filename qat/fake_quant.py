@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 
 import torch
@@ -109,9 +110,18 @@ class FakeQuantize(nn.Module):
     def set_range_from_observer(self) -> None:
         """Take scale and zero point from what was observed. Raises RuntimeError when nothing was."""
         if self.scheme.range is not RangeMode.dynamic:
-            scale, zero_point = self._choose(*self.observer.range())
-            self.scale.copy_(scale)
-            self.zero_point.copy_(zero_point)
+            self._set(*self.observer.range())
+
+    @torch.no_grad()
+    def set_range_from(self, x: Tensor) -> None:
+        """Take scale and zero point from this one tensor; observers keep what they saw."""
+        if self.scheme.range is not RangeMode.dynamic:
+            self._set(*self.observer.measure(self.rows(x)))
+
+    def _set(self, low: Tensor, high: Tensor) -> None:
+        scale, zero_point = self._choose(low, high)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
 
     def _choose(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero_point = choose_qparams(low, high, self.quant_min, self.quant_max, self.scheme.symmetric)
@@ -196,6 +206,19 @@ def set_mode(net: nn.Module, mode: Mode | str) -> None:
             )
     for _, quantizer in quantizers(net):
         quantizer.mode = mode
+
+
+@contextmanager
+def eval_mode(*nets: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in the mode it was in."""
+    training = {module: module.training for net in nets for module in net.modules()}
+    for net in nets:
+        net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 def get_mode(net: nn.Module) -> Mode:

@@ -6,6 +6,7 @@ only move or select values (max pooling, flatten, slices, zero padding) pass the
 a concatenation share one. Average pooling makes new values and so gets a scale of its own.
 """
 
+import copy
 import operator
 from collections.abc import Iterator
 from enum import Enum, auto
@@ -65,6 +66,26 @@ class _Tracer(fx.Tracer):
         return isinstance(m, QuantizedLayer | FakeQuantize) or super().is_leaf_module(m, module_qualified_name)
 
 
+class PreparedNetwork(fx.GraphModule):
+    """A GraphModule whose copies keep what a GraphModule's lose: `meta`, and modules that `forward` does not call."""
+
+    def __reduce__(self) -> Any:
+        return _unpickle, (super().__reduce__(), self.meta, self._modules)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PreparedNetwork":
+        result: Any = super().__deepcopy__(memo)
+        result._modules = copy.deepcopy(self._modules, memo)
+        return result
+
+
+def _unpickle(reduced: tuple[Any, ...], meta: dict[str, Any], modules: dict[str, nn.Module | None]) -> PreparedNetwork:
+    module = reduced[0](*reduced[1])
+    prepared = PreparedNetwork(module, module.graph)
+    prepared.meta.update(meta)
+    prepared._modules = modules
+    return prepared
+
+
 def trace(net: nn.Module) -> fx.GraphModule:
     """Record `net` as a graph. Parameters and submodules are shared with `net`, which is not changed.
 
@@ -79,7 +100,25 @@ def trace(net: nn.Module) -> fx.GraphModule:
             f"qat cannot trace {type(net).__name__}{where}: {error}. Control flow that depends on the values of "
             f"tensors cannot be recorded; move it out of forward, or prepare the traceable submodules one by one."
         ) from error
-    return fx.GraphModule(net, graph, type(net).__name__)
+    traced = PreparedNetwork(net, graph, type(net).__name__)
+    for node in graph.nodes:
+        if node.target in (F.dropout, torch.dropout):
+            raise ValueError(
+                f"{type(net).__name__} calls dropout as a function ('{node.name}'), which a trace records with the "
+                f"mode of the moment; use nn.Dropout, which knows whether it is training"
+            )
+    for name, module in net.named_modules():  # what forward does not call belongs to a float checkpoint, too
+        if name and not _has(traced, name):
+            traced.add_submodule(name, module)
+    return traced
+
+
+def _has(net: nn.Module, name: str) -> bool:
+    try:
+        net.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _last_user_line(error: BaseException) -> str:
@@ -127,7 +166,7 @@ class Graph:
         if isinstance(module, FakeQuantize):
             return Kind.quantizer
         kind = KINDS.get(self.key(node), Kind.other)
-        if kind is Kind.add and not (len(node.all_input_nodes) == 2 and node.kwargs.get("alpha", 1) == 1):
+        if kind is Kind.add and not (len(tensor_arguments(node)) == 2 and node.kwargs.get("alpha", 1) == 1):
             return Kind.other
         if node.target is F.pad and not _pads_with_zeros(node):
             return Kind.other
@@ -187,6 +226,11 @@ class Graph:
             module = self.submodule(node)
             if isinstance(module, QuantizedLayer):
                 yield node, module
+
+
+def tensor_arguments(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operation reads, one that it reads twice twice."""
+    return [arg for arg in [*node.args, *node.kwargs.values()] if isinstance(arg, fx.Node)]
 
 
 def tensor_list(node: fx.Node) -> list[fx.Node]:

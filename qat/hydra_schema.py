@@ -11,14 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -96,22 +93,6 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
         if config.mode is not RunMode.MULTIRUN:
             sys.exit(1)
         return math.nan
-
-
-def trainer(cfg: DictConfig, phase: str, *callbacks: L.Callback) -> L.Trainer:
-    """The Trainer of one phase (`float` or `qat`), with the configured callbacks and loggers, and `callbacks`."""
-    cfg.phase = phase
-    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
-    for logger in loggers:
-        logger.log_hyperparams(plain(cfg))
-    shared = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
-    return instantiate(
-        cfg.trainer,
-        max_epochs=cfg[phase].max_epochs,
-        logger=loggers,
-        callbacks=[*shared, *callbacks],
-        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in shared),
-    )
 
 
 class SweepResults(Callback):

@@ -14,7 +14,7 @@ from torch import fx, nn
 from qat import translate
 from qat.fake_quant import FakeQuantize, Mode, quantizers
 from qat.fold import FoldedWeight, batch_norm_affine, fold, integer_bias
-from qat.graph import Graph, Kind, tensor_list
+from qat.graph import Graph, Kind, tensor_arguments, tensor_list
 from qat.layers import QuantizedLayer
 from qat.numerics.granularity import rows_of
 from qat.runtime import operations as ops
@@ -118,7 +118,7 @@ class _Lowering:
     def real_operation(self, node: fx.Node, layer: RuntimeLayer) -> None:
         """Append an operation on real numbers, with the quantizer that follows it."""
         layer.output = self.output_grid(node)
-        inputs = [self.to_real(arg) for arg in node.all_input_nodes]
+        inputs = [self.to_real(arg) for arg in tensor_arguments(node)]
         self.add(self.graph.name(node), layer, inputs, node, *self.fused_quantizer(node))
 
     def integer_operation(self, node: fx.Node, layer: RuntimeLayer, args: list[fx.Node]) -> None:

@@ -86,8 +86,8 @@ class MinMax(Observer):
 
     def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
         low, high = self.measure(x)
-        torch.fmin(self.low, low, out=self.low)  # fmin and fmax pass over NaN
-        torch.fmax(self.high, high, out=self.high)
+        torch.minimum(self.low, torch.where(low.isfinite(), low, torch.inf), out=self.low)
+        torch.maximum(self.high, torch.where(high.isfinite(), high, -torch.inf), out=self.high)
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
         self._require(bool((self.low <= self.high).all()))
@@ -123,7 +123,7 @@ class Ema(Observer):
     def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
         for average, value in zip((self.low, self.high), self.measure(x), strict=True):
             old = torch.where(average[site].isnan(), value, average[site])
-            average[site] = torch.where(value.isnan(), average[site], torch.lerp(old, value, self.options.momentum))
+            average[site] = torch.where(value.isfinite(), torch.lerp(old, value, self.options.momentum), average[site])
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
         low, high = self.low, self.high
@@ -161,7 +161,9 @@ class Histogram(Observer):
     def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
         x = x.float()
         largest = x.abs().amax(dim=1)
-        needed = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest)) + 1), 0.0)
+        if not bool(torch.isfinite(largest).all()):  # whoever trains is told by the loss; ranges stay sound
+            return
+        needed = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest)) + 1).clamp(max=2.0**127), 0.0)
         self._grow(torch.maximum(self.limit, needed))
         span = torch.where(self.limit > 0, self.limit, 1.0).unsqueeze(1)
         # floor before the shift: x / span + 1 would round small values into a neighbour's bin

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qat.fake_quant import FakeQuantize
+from qat.fake_quant import FakeQuantize, eval_mode, quantizers
 from qat.graph import Graph, Kind, trace
 from qat.layers import SWAPS
 from qat.scheme import LayerRule, QuantConfig, TensorScheme, override
@@ -59,6 +59,9 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
             module = prepared.get_submodule(name)
             prepared.set_submodule(name, SWAPS[type(module)].from_float(module, choice.weight, name))
     _place(prepared, config, choices)
+    device = next((p.device for p in net.parameters()), torch.device("cpu"))
+    for _, quantizer in quantizers(prepared):
+        quantizer.to(device)
     prepared.meta["qat"] = {"config": config, "reasons": {name: choice.reason for name, choice in choices.items()}}
     prepared.train(net.training)
     return prepared
@@ -135,7 +138,6 @@ def _place(prepared: fx.GraphModule, config: QuantConfig, choices: dict[str, Cho
             prepared.graph.erase_node(edge)
     prepared.graph.lint()
     prepared.recompile()
-    prepared.delete_all_unused_submodules()
 
 
 def _requests(
@@ -159,8 +161,8 @@ def _requests(
                     wanted[source] = asked
     result = []
     for node in graph.nodes:
-        if node in wanted and shared[node][0] is node:
-            members = [member for member in shared[node] if member in wanted]
+        members = [member for member in shared.get(node, []) if member in wanted]
+        if members and members[0] is node:
             result.append((members, max((wanted[m] for m in members), key=lambda s: s.bits or 0)))
     return result
 
@@ -209,15 +211,11 @@ def _drop_in_place(prepared: fx.GraphModule) -> None:
 @torch.no_grad()
 def _check_same(net: nn.Module, prepared: fx.GraphModule, example_inputs: Tensor | tuple[Tensor, ...]) -> None:
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    training = {module: module.training for module in [*net.modules(), *prepared.modules()]}
-    net.eval(), prepared.eval()
-    try:
+    with eval_mode(net, prepared):
         expected, got = net(*inputs), prepared(*inputs)
+    try:
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     except AssertionError as error:
         raise ValueError(
             f"the traced {type(net).__name__} does not compute what the network computes: {error}"
         ) from None
-    finally:
-        for module, mode in training.items():
-            module.training = mode

@@ -145,6 +145,9 @@ CASES: dict[str, Case] = {
         lambda: Net(lambda s, x: s.c((s.a(x) + s.b(x)).relu()), a=conv(3, 4, 3), b=conv(3, 4, 3), c=conv(4, 2, 1)),
         IMAGE, {"add": ops.Add},
     ),
+    "add_twice_the_same": Case(
+        lambda: Net(lambda s, x: s.c((y := s.a(x)) + y), a=conv(3, 4, 3), c=conv(4, 2, 1)), IMAGE, {"add": ops.Add}
+    ),
     "add_in_place": Case(
         lambda: Net(lambda s, x: s.c(s.a(x).relu().add_(s.b(x))), a=conv(3, 4, 3), b=conv(3, 4, 3), c=conv(4, 2, 1)),
         IMAGE, {"add": ops.Add},

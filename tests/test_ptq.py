@@ -1,5 +1,6 @@
 """The PTQ step: what it may move, measured independently in float64 and with numpy."""
 
+import importlib
 from collections.abc import Callable
 
 import numpy as np
@@ -294,8 +295,6 @@ def test_finalize_leaves_a_frozen_network_that_lowers(trained: bool) -> None:
 def test_steps_of_finalize(
     trained: bool, config: PTQConfig, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
     module = importlib.import_module("qat.ptq.finalize")
     called: list[str] = []
 

@@ -59,8 +59,12 @@ class _Model:
         dtype, offset = storage(grid)
         low, high = grid.quant_min + offset, grid.quant_max + offset
         info = np.iinfo(dtype)
-        if grid.relu and info.bits > 8:  # engines have no Clip on 16-bit integers; 16-bit grids fill their type
-            x = self.op("Relu", [x], f"{output}.relu")
+        if info.bits > 8:  # engines have no Clip on 16-bit integers: real numbers are clipped instead
+            ends = (int(grid.zero_point) if grid.relu else grid.quant_min, grid.quant_max)
+            if ends != (info.min, info.max):
+                limits = [grid.scale * (end - grid.zero_point) for end in ends]
+                bounds = [self.constant(f"{output}.real_{k}", v) for k, v in zip(("min", "max"), limits, strict=True)]
+                x = self.op("Clip", [x, *bounds], f"{output}.clipped")
         elif grid.relu:
             low = int(grid.zero_point) + offset
         inputs = [x, *self.grid_constants(grid, output)]
@@ -177,9 +181,15 @@ def _convolution(model: _Model, node: Node, layer: IntegerConv | FloatConv, x: s
     elif len(model.shapes[node.inputs[0]]) == 2:
         model.finish(layer, node.name, lambda out: model.op("Gemm", [x, w, b], out, transB=1))
     else:
-        transposed = model.op("Transpose", [w], f"{node.name}.weight_transposed", perm=[1, 0])
-        product = model.op("MatMul", [x, transposed], f"{node.name}.product")
-        model.finish(layer, node.name, lambda out: model.op("Add", [product, b], out))
+        # as rows of a matrix: Gemm has integer kernels with a bias; and around a MatMul with dequantized weights ONNX
+        # Runtime quantizes float activations to 8 bits (MatMulNBits), which training did not see
+        name, (out_features, in_features) = node.name, layer.weight.shape
+        middle = model.shapes[node.inputs[0]][1:-1]
+        rows_shape = model.constant(f"{name}.rows_shape", [-1, in_features], np.int64)
+        shape = model.constant(f"{name}.shape", [-1, *middle, out_features], np.int64)
+        rows = model.op("Reshape", [x, rows_shape], f"{name}.rows")
+        product = model.op("Gemm", [rows, w, b], f"{name}.product", transB=1)
+        model.finish(layer, name, lambda out: model.op("Reshape", [product, shape], out))
 
 
 def _quantize_input(model: _Model, node: Node, layer: RuntimeLayer) -> None:

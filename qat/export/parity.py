@@ -5,6 +5,7 @@ its integers are compared in steps; an error cannot hide behind, or be blamed on
 logits and the decisions of whole networks are compared.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -83,6 +84,8 @@ class Parity:
                     f"{limits.max_steps}), equal {layer.equal_share:.4%} (at least {limits.equal_share:.2%}). "
                     f"{layer.first}"
                 )
+        if not math.isfinite(self.max_abs):
+            raise ParityError(f"{pair}: an output is not finite in one of the two (worst difference {self.max_abs})")
         if self.agreement < limits.agreement:
             worst = min(self.layers, key=lambda layer: layer.equal_share, default=None)
             hint = f"; least equal layer: '{worst.name}' ({worst.equal_share:.4%})" if worst else ""
@@ -252,7 +255,7 @@ def measure(
     """
     prepared.eval()
     batches = inputs.split(batch_size)
-    outputs = {"qat": torch.cat([prepared(x) for x in batches])}
+    outputs = {"qat": torch.cat([_first(prepared(x)) for x in batches])}
     integers: dict[str, list[dict[str, Tensor]]] = {"qat": [], "int8": [], "onnx": []}
     if checkpoint is not None:
         outputs["int8"] = torch.cat([_first(checkpoint(x)) for x in batches])

@@ -117,8 +117,8 @@ class _FakeQuantize(torch.autograd.Function):
 class _FakeQuantizeLSQ(torch.autograd.Function):
     """As `_FakeQuantize`, with the gradient of the scale.
 
-    One byte an element is kept: 0 is "clipped below", 255 "clipped above", and 1..254 code the rounding residual
-    `round(v) - v`, the slope of the result in the scale.
+    One byte an element is kept: 0 is "clipped below", 255 "clipped above", and 1..253 code the rounding residual
+    `round(v) - v`, the slope of the result in the scale; 127 is a residual of exactly zero.
     """
 
     @staticmethod
@@ -128,8 +128,8 @@ class _FakeQuantizeLSQ(torch.autograd.Function):
         q = rounded + zero_point
         low = torch.maximum(zero_point, zero_point.new_tensor(quant_min)) if relu else quant_min
         below = (x <= 0) if relu else (q < quant_min)
-        per_unit = 126.5 / (0.5 if rounding == "nearest" else 1.0)
-        code = (rounded - v).mul_(per_unit).add_(127.5).round_().clamp_(1, 254)
+        per_unit = 126 / (0.5 if rounding == "nearest" else 1.0)
+        code = (rounded - v).mul_(per_unit).add_(127).round_().clamp_(1, 253)
         code = code.masked_fill_(below, 0).masked_fill_(q > quant_max, 255).to(torch.uint8)
         ctx.save_for_backward(code, scale, zero_point)
         ctx.bounds, ctx.per_unit, ctx.grad_scale = (low, quant_max), per_unit, grad_scale
@@ -140,7 +140,7 @@ class _FakeQuantizeLSQ(torch.autograd.Function):
         code, scale, zero_point = ctx.saved_tensors
         low, high = ctx.bounds
         below, above = code == 0, code == 255
-        slope = (code.float() - 127.5) / ctx.per_unit
+        slope = (code.float() - 127) / ctx.per_unit
         slope = torch.where(below, low - zero_point, torch.where(above, high - zero_point, slope))
         grad_v = (grad.float() * slope).sum_to_size(scale.shape) * ctx.grad_scale
         return grad.masked_fill(below | above, 0), grad_v, None, None, None, None, None, None
@@ -169,9 +169,14 @@ def fake_quantize(
 
     Gradients: with respect to `x`, `grad` inside the range and 0 where clipped; with respect to `scale`
     (with `v = x / scale`), `round(v) - v` inside, `quant_min - zero_point` below, `quant_max - zero_point` above.
+    A value is clipped when it rounds to an integer outside the range, as in ATen's kernels (the paper clips half a step
+    earlier).
 
     Source: Esser et al. 2020, "Learned Step Size Quantization", equations 1 to 3; Krishnamoorthi 2018, section 3.
     """
+    if not torch.is_grad_enabled():
+        q = quantize(x, scale, zero_point, quant_min, quant_max, rounding)
+        return dequantize(torch.maximum(q, zero_point) if relu else q, scale, zero_point).to(x.dtype)
     if grad_scale is None:
         return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding)
     return _FakeQuantizeLSQ.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qat.fake_quant import eval_mode
+
 
 @torch.no_grad()
 def reestimate_batch_norm(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
@@ -16,18 +18,15 @@ def reestimate_batch_norm(net: nn.Module, batches: Iterable[Tensor | tuple[Tenso
     Source: Sun et al. 2019 ("Hybrid 8-bit Floating Point"), section 4; Nagel et al. 2022, section 5.
     """
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    training = {module: module.training for module in net.modules()}
     momenta = [m.momentum for m in norms]
-    net.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
     try:
-        for batch in batches:
-            net(*batch) if isinstance(batch, tuple) else net(batch)
+        with eval_mode(net):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # cumulative average
+                norm.train()
+            for batch in batches:
+                net(*batch) if isinstance(batch, tuple) else net(batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, mode in training.items():
-            module.training = mode

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from qat.fake_quant import Mode
+from qat.fake_quant import Mode, eval_mode
 from qat.fold import batch_norm_affine, fold, integer_bias
 from qat.graph import Graph, Kind
 from qat.layers import QuantizedLayer
@@ -38,17 +38,15 @@ def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tens
         other = [d for d in range(output.dim()) if d != channel]
         error[layer] = error.get(layer, torch.zeros(())) + (exact - output).mean(dim=other)
 
-    training = prepared.training
-    prepared.eval()
     handles: list[RemovableHandle] = [layer.register_forward_hook(record) for layer in layers]
     try:
-        for batch in batches:
-            prepared(*batch) if isinstance(batch, tuple) else prepared(batch)
-            count += 1
+        with eval_mode(prepared):
+            for batch in batches:
+                prepared(*batch) if isinstance(batch, tuple) else prepared(batch)
+                count += 1
     finally:
         for handle in handles:
             handle.remove()
-        prepared.train(training)
     for layer, norm in layers.items():
         if layer in error:
             _add_to_output(layer, graph.submodule(norm) if norm else None, error[layer] / count)

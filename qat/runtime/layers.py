@@ -119,9 +119,9 @@ class IntegerConv(RuntimeLayer):
             geometry = (self.stride, self.padding, self.dilation) if dims else ([1], [[0, 0]], [1])
             total = reference_conv(x, weight, zero, self.weight_zero_point, *geometry, self.groups)
             return bias + (total if dims else total.reshape(*x_q.shape[:-1], -1))
-        weight, zero = self._fast_form()
+        weight, x_zero = self._fast_form()
         total = convolve(
-            centred(x_q, zero, weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups
+            centred(x_q, x_zero, weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups
         )
         return bias + total.to(self.bias.dtype)
 

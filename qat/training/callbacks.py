@@ -101,7 +101,7 @@ class ResumeHint(L.Callback):
         self._training = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on there is something to keep; what fails earlier, as a ckpt_path that does not fit, has nothing."""
+        """From here on there is something to keep; what fails earlier (a ckpt_path that does not fit) has nothing."""
         self._training = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

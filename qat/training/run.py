@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
-from torch import nn
+from torch import fx, nn
 
+from qat.export.checkpoint import load_checkpoint
 from qat.export.files import write_atomically
+from qat.export.onnxruntime import OnnxNetwork
+from qat.export.parity import Parity, measure
+from qat.runtime.network import IntegerNetwork
 from qat.training.stages import Network, measure_stage, save_weights, write_summary
 
 
@@ -57,8 +62,22 @@ class Run:
         """Measure the float network; its weights' file is what exports are compared with in size."""
         self.stage("float", net, save_weights(net, self.folder / "float.safetensors"))
 
-    def write(self, layers: list[dict[str, Any]], config_yaml: str) -> None:
-        """Write `summary.json` and `report.html`, and print the tables."""
+    def exports(self, net: fx.GraphModule, integer: IntegerNetwork, paths: Mapping[str, Path]) -> dict[str, Parity]:
+        """Measure the trained network and every exported file as reloaded from disk, and how far they agree."""
+        target = integer.info["quant"]["target"]
+        self.stage("qat", net)
+        int8 = load_checkpoint(paths["int8"]) if "int8" in paths else None
+        if int8 is not None:
+            self.stage("int8", int8, paths["int8"])
+        if "onnx" in paths:
+            self.stage("onnx", OnnxNetwork(paths["onnx"], target), paths["onnx"])
+        samples = self.config["export"]["layer_samples"]
+        pairs = measure(net, integer, int8, paths.get("onnx"), self.inputs, target=target, layer_samples=samples)
+        self.summary["parity"] = {pair: measured.to_dict() for pair, measured in pairs.items()}
+        return pairs
+
+    def write(self, layers: list[dict[str, Any]], config_yaml: str) -> float:
+        """Write `summary.json` and `report.html`, print the tables; returns the last stage's first metric."""
         from rich.console import Console
 
         from qat.analysis.console import parity_table, summary_table, verdict
@@ -78,6 +97,7 @@ class Run:
         console.print()
         console.print(verdict(self.summary))
         console.print(f"Run directory: {self.folder}", soft_wrap=True)
+        return self.metric()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file into the run directory."""
@@ -111,6 +131,11 @@ def float_weights_of(ckpt_path: str | Path) -> Path:
             f"not there; give them with float_checkpoint="
         )
     return path
+
+
+def shows_progress(callbacks: Iterable[L.Callback]) -> bool:
+    """Whether a progress bar is among the callbacks; without one Lightning would add its own."""
+    return any(isinstance(callback, ProgressBar) for callback in callbacks)
 
 
 def main_process_only(trainer: L.Trainer) -> None:

@@ -1,0 +1,279 @@
+"""Parity: zero for equal implementations; a corrupted layer is found, named, and shown."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import qat
+from qat.export.onnx import save_onnx
+from qat.export.parity import (
+    LayerParity,
+    Parity,
+    ParityError,
+    ParityLimits,
+    compare,
+    decisions,
+    integers_given,
+    measure,
+    onnx_integers_given,
+    training_integers,
+)
+from qat.ptq import PTQConfig, finalize
+from qat.runtime import IntegerConv, IntegerNetwork
+from qat.zoo.models import SmallCNN
+
+
+def images(samples: int) -> Tensor:
+    return torch.randn(samples, 1, 8, 8, generator=torch.Generator().manual_seed(5)) + 0.2
+
+
+class Exported:
+    """A prepared network, what it was lowered to, and both files; corrupted copies of them."""
+
+    def __init__(self, folder: Path, config: qat.QuantConfig) -> None:
+        torch.manual_seed(0)
+        net = SmallCNN(1, 10, width=4)
+        for norm in [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]:
+            nn.init.uniform_(norm.weight, -0.5, 1.5), nn.init.normal_(norm.bias, std=0.3)
+        for _ in range(5):
+            net(images(64))
+        self.x = images(300)
+        self.prepared: fx.GraphModule = qat.prepare(net.eval(), config, self.x[:2])
+        finalize(self.prepared, [self.x[:64], self.x[64:128]], PTQConfig(), trained=False)
+        self.network = qat.lower(self.prepared)
+        self.folder = folder
+        self.paths = qat.export(self.network, folder, self.x[:2])
+
+    def reloaded(self) -> IntegerNetwork:
+        return qat.load(self.paths["int8"])
+
+    def onnx_of(self, network: IntegerNetwork) -> Path:
+        path = self.folder / "corrupted.onnx"
+        save_onnx(network, path, (self.x[:2],))
+        return path
+
+    def measure(self, checkpoint: IntegerNetwork | None = None, onnx_path: Path | None = None) -> dict[str, Parity]:
+        return measure(self.prepared, self.network, checkpoint, onnx_path, self.x)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return Exported(tmp_path_factory.mktemp("parity"), qat.preset("int8"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    config = {"weight": {"bits": 8}, "activation": {"bits": 16}, "input": {"bits": 16}}
+    return Exported(tmp_path_factory.mktemp("wide"), qat.QuantConfig.from_dict(config))
+
+
+LAYERS = ["x.quantized", "stem.0", "block.conv1", "block.conv2", "block.add", "conv1.0", "conv2.0", "pool"]
+
+
+def test_faithful_files_agree(exported: Exported) -> None:
+    pairs = exported.measure(exported.reloaded(), exported.paths["onnx"])
+    assert list(pairs) == ["qat_int8", "qat_onnx", "int8_onnx"]
+    for pair, parity in pairs.items():
+        assert [layer.name for layer in parity.layers] == LAYERS
+        assert parity.max_steps <= 1
+        assert parity.equal_share >= 0.999
+        assert parity.agreement >= 0.99
+        assert all(layer.bits == 8 for layer in parity.layers)
+        parity.check(pair, ParityLimits(agreement=0.99))
+    logits = exported.prepared(exported.x).detach()
+    expected = (logits - exported.reloaded()(exported.x)).abs().max()
+    assert pairs["qat_int8"].max_abs == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_equal_implementations_give_zeros(exported: Exported) -> None:
+    given = training_integers(exported.prepared, exported.network, exported.x)
+    y = exported.prepared(exported.x).detach()
+    parity = compare((y, y), [(given, given)])
+    assert (parity.max_abs, parity.max_steps, parity.agreement, parity.equal_share) == (0, 0, 1, 1)
+    assert [layer.max_steps for layer in parity.layers] == [0] * len(LAYERS)
+    assert all(layer.first == "" for layer in parity.layers)
+    parity.check("same_same", ParityLimits(agreement=1, max_steps=0, equal_share=1))
+
+
+def test_training_integers_are_those_of_the_quantizers(exported: Exported) -> None:
+    given = training_integers(exported.prepared, exported.network, exported.x)
+    assert list(given) == LAYERS
+    quantizer = exported.prepared.get_submodule("quantizers.x")
+    expected = (exported.x.double() / quantizer.scale.double()).round().clamp(quantizer.quant_min, quantizer.quant_max)
+    assert torch.equal(given["x.quantized"].double(), expected)
+    assert all(not tensor.is_floating_point() for tensor in given.values())
+
+
+def corrupt_bias(network: IntegerNetwork, name: str) -> IntegerNetwork:
+    layer = network.layer(name)
+    assert isinstance(layer, IntegerConv)
+    output = layer.output
+    step = output.scale / (layer.input_scale * layer.weight_scale[1])
+    layer.bias[1] += int(3 * step)  # three steps of the output
+    return network
+
+
+def corrupt_weight(network: IntegerNetwork, name: str) -> IntegerNetwork:
+    layer = network.layer(name)
+    channel = layer.weight[int(layer.weight_scale.argmax())].view(-1)
+    channel[4] += -100 if channel[4] > 0 else 100
+    return network
+
+
+@pytest.mark.parametrize("file", ["int8", "onnx"])
+@pytest.mark.parametrize("corrupt", [corrupt_bias, corrupt_weight])
+@pytest.mark.parametrize("name", ["stem.0", "block.conv1", "conv2.0"])
+def test_corrupted_layer_is_named(
+    exported: Exported, name: str, corrupt: Callable[[IntegerNetwork, str], IntegerNetwork], file: str
+) -> None:
+    damaged = corrupt(exported.reloaded(), name)
+    files = {"checkpoint": damaged} if file == "int8" else {"onnx_path": exported.onnx_of(damaged)}
+    parity = exported.measure(**files)[f"qat_{file}"]
+    departing = [layer.name for layer in parity.layers if layer.max_steps > 1]
+    assert departing == [name]  # layers behind it are given equal inputs, and are not blamed
+    with pytest.raises(ParityError, match=rf"qat_{file}: layer '{name}' departs given equal inputs") as error:
+        parity.check(f"qat_{file}", ParityLimits())
+    given = training_integers(exported.prepared, exported.network, exported.x[:128])
+    made = integers_given(damaged, exported.x[:128], given)[name].flatten()
+    index = int(torch.nonzero(made != given[name].flatten())[0])
+    shown = f"flat index {index}: {int(given[name].flatten()[index])} against {int(made[index])}."
+    if file == "int8":
+        assert shown in str(error.value)
+    else:
+        assert "First difference at flat index" in str(error.value)
+
+
+def test_first_of_two_corrupted_layers_is_named(exported: Exported) -> None:
+    damaged = corrupt_bias(corrupt_weight(exported.reloaded(), "conv2.0"), "block.conv2")
+    parity = exported.measure(checkpoint=damaged)["qat_int8"]
+    assert {layer.name for layer in parity.layers if layer.max_steps > 1} >= {"conv2.0"}
+    with pytest.raises(ParityError, match=r"layer 'block\.conv2'"):
+        parity.check("pair", ParityLimits())
+
+
+def test_int8_against_onnx_is_measured_too(exported: Exported) -> None:
+    damaged = corrupt_bias(exported.reloaded(), "conv1.0")
+    pairs = exported.measure(damaged, exported.paths["onnx"])
+    pairs["qat_onnx"].check("qat_onnx", ParityLimits(agreement=0.99))
+    for pair in ("qat_int8", "int8_onnx"):
+        with pytest.raises(ParityError, match=rf"{pair}: layer 'conv1.0'"):
+            pairs[pair].check(pair, ParityLimits())
+
+
+def test_corrupted_last_layer_shows_in_the_logits(exported: Exported) -> None:
+    damaged = exported.reloaded()
+    damaged.layer("linear").bias.add_(torch.arange(10, dtype=torch.int32) * 2000)
+    parity = exported.measure(checkpoint=damaged)["qat_int8"]
+    unit = damaged.layer("linear").input_scale * damaged.layer("linear").weight_scale
+    assert parity.max_abs == pytest.approx(float((unit * torch.arange(10) * 2000).max()), rel=0.1)
+    assert parity.max_steps <= 1
+    with pytest.raises(ParityError, match=r"top-1 agreement .* is below 99\.90%"):
+        parity.check("qat_int8", ParityLimits())
+
+
+def test_onnx_layers_are_fed_the_given_integers(exported: Exported) -> None:
+    x = exported.x[:16]
+    given = training_integers(exported.prepared, exported.network, x)
+    shuffled = {name: tensor.flip(0) for name, tensor in given.items()}
+    runtime = integers_given(exported.network, x, shuffled)
+    engine = onnx_integers_given(exported.paths["onnx"], "generic", exported.network, x, shuffled)
+    assert set(engine) == set(LAYERS)
+    for name in LAYERS:
+        assert (engine[name] - runtime[name].int()).abs().max() <= 1
+        assert torch.equal(engine[name].flip(0), given[name].int()) == (name != "x.quantized") or (
+            (engine[name].flip(0) - given[name].int()).abs().max() <= 1
+        )
+    assert torch.equal(engine["x.quantized"], given["x.quantized"].int())  # made from the real input
+
+
+def test_sixteen_bit_grids_are_judged_by_steps_only(wide: Exported) -> None:
+    for pair, parity in wide.measure(wide.reloaded(), wide.paths["onnx"]).items():
+        assert all(layer.bits >= 16 for layer in parity.layers)
+        assert parity.max_steps <= 1
+        parity.check(pair, ParityLimits(equal_share=2.0, agreement=0.99))  # a share that nothing reaches is not asked
+    row = LayerParity(name="a", max_steps=1, equal_share=0.5, bits=16)
+    Parity(max_abs=0, max_steps=1, agreement=1, equal_share=0.5, layers=[row]).check("pair", ParityLimits())
+    row.bits = 8
+    with pytest.raises(ParityError, match="layer 'a'"):
+        Parity(max_abs=0, max_steps=1, agreement=1, equal_share=0.5, layers=[row]).check("pair", ParityLimits())
+    row.bits, row.max_steps = 16, 2
+    with pytest.raises(ParityError, match="layer 'a'"):
+        Parity(max_abs=0, max_steps=2, agreement=1, equal_share=0.5, layers=[row]).check("pair", ParityLimits())
+
+
+@pytest.mark.parametrize(
+    ("changed", "limits", "passes"),
+    [
+        ({"agreement": 0.998}, {}, False),
+        ({"agreement": 0.998}, {"agreement": 0.99}, True),
+        ({"max_steps": 2}, {}, False),
+        ({"max_steps": 2}, {"max_steps": 2}, True),
+        ({"max_steps": 1}, {"max_steps": 0}, False),
+        ({"equal_share": 0.998}, {}, False),
+        ({"equal_share": 0.998}, {"equal_share": 0.9}, True),
+        ({}, {}, True),
+    ],
+)
+def test_limits(changed: dict[str, float], limits: dict[str, float], passes: bool) -> None:
+    numbers = {"max_abs": 0.1, "max_steps": 0, "agreement": 1.0, "equal_share": 1.0} | changed
+    row = LayerParity(name="fc", max_steps=numbers["max_steps"], equal_share=numbers["equal_share"], bits=8)
+    parity = Parity(**numbers, layers=[row])
+    if passes:
+        parity.check("qat_int8", ParityLimits(**limits))
+    else:
+        with pytest.raises(ParityError, match="fc"):
+            parity.check("qat_int8", ParityLimits(**limits))
+
+
+def test_compare_by_hand() -> None:
+    a = {"u": torch.tensor([[1, 2], [3, 250]], dtype=torch.uint8), "v": torch.tensor([[5]], dtype=torch.int8)}
+    b = {"u": torch.tensor([[1, 4], [3, 251]], dtype=torch.uint8), "v": torch.tensor([[5]], dtype=torch.int8)}
+    c = {"u": torch.tensor([[9, 255]], dtype=torch.uint8)}
+    d = {"u": torch.tensor([[9, 0]], dtype=torch.uint8)}  # 255 steps, which wrap to 1 in uint8
+    logits = torch.tensor([[1.0, 2.0], [3.0, 1.0]]), torch.tensor([[1.0, 2.5], [0.0, 1.0]])
+    parity = compare(logits, [(a, b), (c, d)])
+    assert (parity.max_abs, parity.max_steps, parity.agreement) == (3.0, 255, 0.5)
+    assert parity.equal_share == pytest.approx(1 - 3 / 7)
+    u, v = parity.layers
+    assert (u.name, u.max_steps, u.equal_share, u.bits) == ("u", 255, 0.5, 8)
+    assert u.first == "First difference at flat index 1: 2 against 4."
+    assert (v.max_steps, v.equal_share, v.first) == (0, 1.0, "")
+    assert parity.to_dict() == {k: getattr(parity, k) for k in ("max_abs", "max_steps", "agreement", "equal_share")}
+    assert [row["name"] for row in parity.to_dict(layers=True)["layers"]] == ["u", "v"]
+
+
+def test_nan_never_agrees() -> None:
+    good, bad = torch.randn(8, 3), torch.full((8, 3), torch.nan)
+    with pytest.raises(ParityError):
+        compare((good, bad), []).check("pair", ParityLimits())
+    with pytest.raises(ParityError, match="not finite"):  # a single output: neither is above zero
+        compare((-good[:, :1].abs(), bad[:, :1]), []).check("pair", ParityLimits())
+
+
+def test_decisions() -> None:
+    assert decisions(torch.tensor([[0.0, 2.0, 1.0]])).tolist() == [1]
+    assert decisions(torch.tensor([[0.5], [-0.5]])).tolist() == [[True], [False]]
+    assert decisions(torch.tensor([0.5, -0.5])).tolist() == [True, False]
+
+
+def test_networks_with_several_outputs(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.relu(self.a(x))
+            return self.b(y), y
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    prepared = qat.prepare(Two().eval(), qat.preset("int8"), x)
+    finalize(prepared, [x], PTQConfig(), trained=False)
+    network = qat.lower(prepared)
+    paths = qat.export(network, tmp_path, x)
+    for pair, parity in measure(prepared, network, qat.load(paths["int8"]), paths["onnx"], x).items():
+        parity.check(pair, ParityLimits(agreement=0.98))

@@ -1,0 +1,458 @@
+"""`python train.py` as a user runs it: in a process of its own, with an empty home, outside of the repository."""
+
+import csv
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import qat
+from qat.presets import PRESETS
+from qat.training import QATModule
+from qat.zoo.data import Digits
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+STAGES = ("float", "ptq", "qat", "int8", "onnx")
+PAIRS = ("qat_int8", "qat_onnx", "int8_onnx")
+QUICK = ("trainer.max_epochs=1", "callbacks=quiet")
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty home; a run's current directory is in it."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "work").mkdir()
+    return folder
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, str(TRAIN), *overrides]
+
+
+def surroundings(home: Path, **more: str) -> dict[str, Any]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "HYDRA", "XDG"))}
+    width = {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    return {"cwd": home / "work", "env": {**own, **width, "HOME": str(home), **more}, "text": True}
+
+
+def train(home: Path, *overrides: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*overrides), capture_output=True, timeout=300, check=False,
+                          **surroundings(home, **more))  # fmt: skip
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stdout + done.stderr
+
+
+def succeeded(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, said(done)
+    assert "Traceback" not in said(done)
+    return said(done)
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint)["global_step"])
+
+
+def check_parity(summary: dict[str, Any]) -> None:
+    assert set(summary["parity"]) == set(PAIRS)
+    for pair, measured in summary["parity"].items():
+        assert measured["agreement"] >= 0.999, pair
+        assert measured["max_steps"] <= 1, pair
+        assert measured["equal_share"] >= 0.999, pair
+
+
+# --------------------------------------------------------------------------------------------- one default run
+
+
+@pytest.fixture(scope="session")
+def default(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run directory of `python train.py`, of 3 epochs, and its console."""
+    folder = tmp_path_factory.mktemp("default") / "run"
+    done = train(home, f"hydra.run.dir={folder}", "trainer.max_epochs=3")
+    return folder, succeeded(done)
+
+
+def test_summary_has_the_structure_that_was_promised(default: tuple[Path, str]) -> None:
+    folder, _ = default
+    summary = summary_of(folder)
+    assert tuple(summary["stages"]) == STAGES
+    for stage, measured in summary["stages"].items():
+        assert set(measured) == {"metrics", "bytes", "latency_ms"}, stage
+        assert set(measured["metrics"]) == {"accuracy"}, stage
+        assert 0.5 < measured["metrics"]["accuracy"] <= 1, stage
+        assert set(measured["latency_ms"]) == {"1", "64"}, stage
+        assert all(0 < ms < 10_000 for ms in measured["latency_ms"].values()), stage
+    assert tuple(summary["parity"]) == PAIRS
+    for pair, measured in summary["parity"].items():
+        assert set(measured) == {"max_abs", "max_steps", "agreement", "equal_share"}, pair
+        assert 0 <= measured["max_abs"] < 0.1, pair
+        assert isinstance(measured["max_steps"], int), pair
+    assert set(summary["seconds"]) == {"float", "qat", "export"}
+    assert all(seconds >= 0 for seconds in summary["seconds"].values())
+    assert summary["files"] == {
+        "float": "float.safetensors", "int8": "export/model.safetensors", "onnx": "export/model.onnx"
+    }  # fmt: skip
+    for stage, file in summary["files"].items():
+        assert (folder / file).stat().st_size == summary["stages"][stage]["bytes"]
+    assert summary["stages"]["ptq"]["bytes"] is summary["stages"]["qat"]["bytes"] is None
+
+
+def test_the_default_run_has_parity(default: tuple[Path, str]) -> None:
+    check_parity(summary_of(default[0]))
+
+
+def test_accuracies_are_those_of_the_files_on_disk(default: tuple[Path, str]) -> None:
+    from qat.export.onnxruntime import OnnxNetwork
+
+    folder, _ = default
+    summary = summary_of(folder)
+    config = summary["config"]
+    data = Digits(name="digits", channels=1, image_size=8, num_classes=10, mean=config["data.mean"],
+                  std=config["data.std"])  # fmt: skip
+    inputs, targets = data.test_tensors()
+    assert summary["test_samples"] == len(targets) == 359
+    assert summary["data_sha256"] == data.checksum()
+    float_net = QATModule.load_from_checkpoint(folder / "checkpoints/float/last.ckpt").net.eval()
+    float_net.load_state_dict(load_file(folder / summary["files"]["float"]))
+    networks = {
+        "float": float_net,
+        "int8": qat.load(folder / summary["files"]["int8"]),
+        "onnx": OnnxNetwork(folder / summary["files"]["onnx"], "generic"),
+    }
+    for stage, network in networks.items():
+        with torch.no_grad():
+            accuracy = float((network(inputs).argmax(1) == targets).float().mean())
+        assert accuracy == pytest.approx(summary["stages"][stage]["metrics"]["accuracy"], abs=1e-6), stage
+
+
+def test_the_int8_file_is_small_and_says_what_it_is(default: tuple[Path, str]) -> None:
+    folder, _ = default
+    file = folder / "export/model.safetensors"
+    [header] = struct.unpack("<Q", file.read_bytes()[:8])
+    payload = file.stat().st_size - 8 - header
+    weights = load_file(folder / "float.safetensors")
+    assert payload < 0.3 * sum(t.numel() * t.element_size() for t in weights.values())
+    with safe_open(file, "pt") as opened:
+        description = json.loads(opened.metadata()["qat"])
+        dtypes = {opened.get_tensor(name).dtype for name in opened.keys()}  # noqa: SIM118
+    assert description["format_version"] >= 1
+    assert {torch.int8, torch.int32} <= dtypes
+    info = qat.load(file).info
+    assert info["data"]["name"] == "digits"
+    assert info["data"]["classes"] == [str(i) for i in range(10)]
+
+
+def test_checkpoints_of_both_phases_are_kept(default: tuple[Path, str]) -> None:
+    folder, _ = default
+    for phase in ("float", "qat"):
+        kept = folder / "checkpoints" / phase
+        assert {path.name for path in kept.iterdir()} == {"best.ckpt", "last.ckpt"}
+        with (folder / "csv" / phase / "metrics.csv").open() as file:
+            losses = {int(row["epoch"]): float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]}
+        assert sorted(losses) == [0, 1, 2]
+        assert step_of(kept / "last.ckpt") == 60  # 3 epochs of 20 steps, also when an earlier one was better
+        assert torch.load(kept / "best.ckpt")["epoch"] == min(losses, key=losses.__getitem__)
+        module = QATModule.load_from_checkpoint(kept / "last.ckpt")
+        assert (module.hparams["quant"] is not None) == (phase == "qat")
+
+
+def test_reports_and_logs_are_written(default: tuple[Path, str]) -> None:
+    folder, console = default
+    html = (folder / "report.html").read_text()
+    for words in ("digits/small_cnn/int8", "int8", "onnx", "block.conv1", "quant:", "</html>"):
+        assert words in html, words
+    report = (folder / "report.txt").read_text()
+    for layer in ("stem.0", "block.conv1", "block.conv2"):
+        assert layer in report
+    assert "quantizers are in mode 'frozen'" in (folder / "train.log").read_text()
+    assert (folder / ".hydra" / "config.yaml").is_file()
+    assert f"Run directory: {folder}" in console
+    assert "Parity" in console or "parity" in console
+    assert not list(folder.rglob("*.tmp*"))
+    assert not (folder / "error.txt").exists()
+
+
+# --------------------------------------------------------------------------------------------- sweeps, presets
+
+
+@pytest.fixture(scope="session")
+def sweep(home: Path, default: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """One job a preset, from the default run's float weights."""
+    folder = tmp_path_factory.mktemp("sweep") / "presets"
+    given = f"float_checkpoint={default[0] / 'float.safetensors'}"
+    done = train(home, "-m", f"hydra.sweep.dir={folder}", f"quant={','.join(PRESETS)}", given, *QUICK)
+    return folder, succeeded(done)
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "off"])
+def test_every_shipped_preset_has_parity(sweep: tuple[Path, str], preset: str) -> None:
+    summary = summary_of(sweep[0] / str(list(PRESETS).index(preset)))
+    assert summary["name"] == f"digits/small_cnn/{preset}"
+    assert tuple(summary["stages"]) == STAGES
+    check_parity(summary)
+
+
+def test_given_float_weights_skip_the_float_phase(sweep: tuple[Path, str], default: tuple[Path, str]) -> None:
+    expected = summary_of(default[0])["stages"]["float"]["metrics"]
+    for job in range(len(PRESETS)):
+        summary = summary_of(sweep[0] / str(job))
+        assert summary["stages"]["float"]["metrics"] == expected
+        assert "float" not in summary["seconds"]
+        assert not (sweep[0] / str(job) / "checkpoints" / "float").exists()
+
+
+def test_without_quantization_there_is_the_float_stage_only(sweep: tuple[Path, str]) -> None:
+    folder = sweep[0] / str(list(PRESETS).index("off"))
+    summary = summary_of(folder)
+    assert tuple(summary["stages"]) == ("float",)
+    assert summary["parity"] == {}
+    assert summary["files"] == {"float": "float.safetensors"}
+    assert (folder / "report.html").is_file()
+    assert not (folder / "export").exists()
+
+
+def test_a_sweep_ends_with_one_table_and_one_plot(sweep: tuple[Path, str]) -> None:
+    folder, console = sweep
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["quant"] for row in rows] == list(PRESETS)
+    for job, row in enumerate(rows):
+        assert row["status"] == "finished"
+        stages = summary_of(folder / str(job))["stages"]
+        last = "float" if row["quant"] == "off" else "int8"
+        assert float(row[f"{last}_accuracy"]) == pytest.approx(stages[last]["metrics"]["accuracy"])
+        assert int(row[f"{last}_bytes"]) == stages[last]["bytes"]
+    assert {row["quant"]: row["weight_bits"] for row in rows}["w2a2_lsq"] == "2"
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "results.csv" in console
+
+
+def test_jobs_of_a_sweep_that_fail_do_not_lose_the_others(
+    home: Path, default: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Of 2 x 2 jobs three fail: two on their bits, two on an argument that the data module refuses."""
+    given = f"float_checkpoint={default[0] / 'float.safetensors'}"
+    done = train(home, "-m", f"hydra.sweep.dir={tmp_path}", "quant.weight.bits=33,4", "data.batch_size=0,128", given,
+                 "export=int8", *QUICK)  # fmt: skip
+    assert done.returncode != 0
+    assert "Traceback" not in said(done)
+    assert "3 of 4 jobs failed" in said(done)
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["quant.weight.bits"], row["data.batch_size"], row["status"]) for row in rows] == [
+        ("33", "0", "failed"), ("33", "128", "failed"), ("4", "0", "failed"), ("4", "128", "finished")
+    ]  # fmt: skip
+    assert (tmp_path / "sweep.png").is_file()
+    assert "quant.weight.bits=33" in (tmp_path / "1" / "error.txt").read_text()
+    assert "data.batch_size=0" in (tmp_path / "2" / "error.txt").read_text()
+    summary = summary_of(tmp_path / "3")
+    assert tuple(summary["stages"]) == ("float", "ptq", "qat", "int8")
+    assert tuple(summary["parity"]) == ("qat_int8",)
+    assert "quant.weight.bits=33" in said(done)
+
+
+# --------------------------------------------------------------------------------------- interrupted, resumed
+
+
+def interrupt(home: Path, folder: Path, phase: str, *overrides: str) -> str:
+    """Start a long run, press Ctrl-C once an epoch of `phase` has been kept, and return the console."""
+    process = subprocess.Popen(command(f"hydra.run.dir={folder}", "callbacks=quiet", *overrides),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **surroundings(home))  # fmt: skip
+    begun = folder / "checkpoints" / phase / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not begun.is_file():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    console, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in console
+    return console
+
+
+def resume(home: Path, folder: Path, kept: Path, phase: str) -> dict[str, Any]:
+    """Go on to the end of the epoch after the interruption."""
+    epochs = {"float.max_epochs": 1, "qat.max_epochs": 1, f"{phase}.max_epochs": torch.load(kept)["epoch"] + 2}
+    succeeded(train(home, f"hydra.run.dir={folder}", f"ckpt_path={kept}", "callbacks=quiet", "export=int8",
+                    *(f"{name}={count}" for name, count in epochs.items())))  # fmt: skip
+    assert step_of(folder / "checkpoints" / phase / "last.ckpt") == 20 * epochs[f"{phase}.max_epochs"]
+    return summary_of(folder)
+
+
+def test_ctrl_c_in_the_float_phase_keeps_a_checkpoint_to_go_on_from(home: Path, tmp_path: Path) -> None:
+    console = interrupt(home, tmp_path / "first", "float", "trainer.max_epochs=500")
+    kept = tmp_path / "first/checkpoints/float/interrupted.ckpt"
+    step = step_of(kept)
+    assert step >= 20
+    assert f"Training stopped at step {step}. Go on with: ckpt_path={kept}" in console
+    assert not (tmp_path / "first" / "summary.json").exists()
+    summary = resume(home, tmp_path / "second", kept, "float")
+    assert tuple(summary["stages"]) == ("float", "ptq", "qat", "int8")
+    assert summary["parity"]["qat_int8"]["agreement"] >= 0.999
+
+
+def test_ctrl_c_in_the_qat_phase_keeps_a_checkpoint_to_go_on_from(
+    home: Path, tmp_path: Path, default: tuple[Path, str]
+) -> None:
+    given = f"float_checkpoint={default[0] / 'float.safetensors'}"
+    console = interrupt(home, tmp_path / "first", "qat", "trainer.max_epochs=500", "quant=w4a4_lsq", given)
+    kept = tmp_path / "first/checkpoints/qat/interrupted.ckpt"
+    assert f"Go on with: ckpt_path={kept}" in console
+    folder = tmp_path / "second"
+    done = train(home, f"hydra.run.dir={folder}", f"ckpt_path={kept}", "callbacks=quiet", "export=int8",
+                 "quant=w4a4_lsq", f"qat.max_epochs={torch.load(kept)['epoch'] + 2}")  # fmt: skip
+    succeeded(done)
+    summary = summary_of(folder)
+    assert "float" not in summary["seconds"]  # it is not trained again, but compared with
+    assert summary["stages"]["float"]["metrics"] == summary_of(default[0])["stages"]["float"]["metrics"]
+    assert not (folder / "checkpoints" / "float").exists()
+    assert step_of(folder / "checkpoints/qat/last.ckpt") > step_of(kept)
+    assert summary["parity"]["qat_int8"]["agreement"] >= 0.999
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+PLUGIN = """
+import torch
+from qat.zoo.data import Digits, Split
+
+
+class NaNDigits(Digits):
+    def load(self):
+        splits = super().load()
+        images = splits["train"].images.clone()
+        images[700, 0, 3, 3] = torch.nan
+        return {**splits, "train": Split(images, splits["train"].labels)}
+"""
+
+BAD: dict[str, tuple[list[str], list[str]]] = {
+    "bits 33": (["quant.weight.bits=33"], ["quant.weight.bits=33", "2 to 8"]),
+    "misspelt override": (["quant.weight.bit=4"], ["quant.weight.bit", "'bit' not in 'TensorScheme'"]),
+    "no data directory": (["data=cifar10", "data.path=nowhere"], ["data.path='nowhere' is not a directory"]),
+    "wrong columns": (
+        ["data=cifar10", "data.path={tmp}/columns"],
+        ["data.image_column='img'", "columns picture, label", "give data.image_column=NAME"],
+    ),
+    "no float checkpoint": (["float_checkpoint=nowhere.ckpt"], ["float_checkpoint=nowhere.ckpt: there is no such"]),
+    "float checkpoint of another width": (
+        ["float_checkpoint={default}/float.safetensors", "model.width=8"],
+        ["float.safetensors does not fit SmallCNN", "of another shape", "[16, 1, 3, 3]", "[8, 1, 3, 3]"],
+    ),
+    "no checkpoint": (["ckpt_path=nowhere.ckpt"], ["ckpt_path=nowhere.ckpt: there is no such file"]),
+    "checkpoint of another width": (
+        ["ckpt_path={default}/checkpoints/float/last.ckpt", "model.width=8", "trainer.max_epochs=9"],
+        ["size mismatch", "stem"],
+    ),
+    "rule that matches nothing": (
+        ["quant.rules=[{match: block.conv9, weight: {bits: 8}}]"],
+        ["quant.rules[0].match='block.conv9' matches no layer", "block.conv1"],
+    ),
+    "group size that does not divide": (
+        ["quant=w4g32", "quant.weight.allow_padding=false"],
+        ["quant.weight.group_size=32 does not divide", "'stem.0'"],
+    ),
+    "argument of the data": (["data.batch_size=0"], ["data.batch_size=0 is not valid", "at least 1"]),
+    "NaN in the data": (
+        ["data._target_=plugin.NaNDigits"],
+        ["the loss is nan at step", "the input batch itself holds 1 non-finite value"],
+    ),
+    "no parity": (
+        ["float_checkpoint={default}/float.safetensors", "export.parity.equal_share=1.1"],
+        ["ParityError: qat_int8: layer '", "departs given equal inputs"],
+    ),
+}
+BEFORE_TRAINING = set(BAD) - {"NaN in the data", "no parity"}
+
+
+@pytest.fixture(scope="module")
+def refused(home: Path, default: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every bad input's run directory and end, two at a time."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    tmp = tmp_path_factory.mktemp("bad")
+    (tmp / "plugin.py").write_text(PLUGIN)
+    (tmp / "columns").mkdir()
+    for key in ("train", "test"):
+        table = pa.table({"picture": [{"bytes": b"", "path": None}], "label": [0]})
+        parquet.write_table(table, tmp / "columns" / f"{key}.parquet")
+
+    def run(item: tuple[int, tuple[list[str], list[str]]]) -> tuple[Path, subprocess.CompletedProcess[str]]:
+        number, (overrides, _) = item
+        folder = tmp / str(number)
+        filled = [text.replace("{tmp}", str(tmp)).replace("{default}", str(default[0])) for text in overrides]
+        quick = [*QUICK[1:], *(QUICK[:1] if not any("max_epochs" in text for text in filled) else [])]
+        return folder, train(home, f"hydra.run.dir={folder}", *quick, *filled, PYTHONPATH=str(tmp))
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BAD, pool.map(run, enumerate(BAD.values())), strict=True))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_clear_message(refused: dict[str, Any], case: str) -> None:
+    folder, done = refused[case]
+    assert done.returncode == 1, said(done)
+    assert "Traceback" not in said(done)
+    for words in BAD[case][1]:
+        assert words in said(done)
+    if case in BEFORE_TRAINING:
+        assert not list(folder.glob("checkpoints/*/*"))  # nobody waits for the float phase to hear of it
+    if (folder / ".hydra").exists():  # Hydra itself refuses before there is a run directory
+        assert "Traceback" in (folder / "error.txt").read_text()
+    if case == "no parity":
+        assert summary_of(folder)["parity"]["qat_int8"]["max_steps"] <= 1  # the numbers are there to be read
+        assert (folder / "report.html").is_file()
+
+
+def test_help_reads_well(home: Path) -> None:
+    text = succeeded(train(home, "--help"))
+    for words in ("python train.py", "quant=", *PRESETS, "data: ", "ckpt_path", "float_checkpoint", "hydra.run.dir"):
+        assert words in text, words
+    assert re.search(r"quant: .*int8", text)
+
+
+# ----------------------------------------------------------------------------------------------------- loggers
+
+
+def test_wandb_runs_offline_without_an_account(home: Path, default: tuple[Path, str], tmp_path: Path) -> None:
+    given = f"float_checkpoint={default[0] / 'float.safetensors'}"
+    console = succeeded(train(home, f"hydra.run.dir={tmp_path}", "logger=wandb", given, *QUICK))
+    assert tuple(summary_of(tmp_path)["stages"]) == STAGES
+    [run] = (tmp_path / "wandb").glob("offline-run-*")
+    [log] = run.glob("run-*.wandb")
+    written = log.read_bytes()
+    for words in (b"exported-", b"model.safetensors", b"model.onnx", b"val_accuracy", b"scale/", b"histogram",
+                  b"quant", b"digits/small_cnn/int8"):  # fmt: skip
+        assert words in written, words
+    assert "Traceback" not in console
+    assert (tmp_path / "csv" / "qat" / "metrics.csv").is_file()
+
+
+def test_tensorboard_gets_metrics_and_scales(home: Path, default: tuple[Path, str], tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    given = f"float_checkpoint={default[0] / 'float.safetensors'}"
+    overrides = ("quant=w4a4_lsq", "export=int8", "logger=tensorboard", given, *QUICK)
+    succeeded(train(home, f"hydra.run.dir={tmp_path}", *overrides))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "qat"))
+    events.Reload()
+    assert {"val_loss", "val_accuracy"} <= set(events.Tags()["scalars"])
+    histograms = events.Tags()["histograms"]
+    assert any(name.startswith("scale/block.conv1") for name in histograms)
+    assert any("quantizers" in name for name in histograms)
