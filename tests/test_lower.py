@@ -156,6 +156,12 @@ CASES: dict[str, Case] = {
         lambda: Net(lambda s, x: s.c(torch.cat([s.a(x), s.b(x).relu()], dim=1)), a=conv(3, 4, 3), b=conv(3, 2, 3),
                     c=conv(6, 2, 1)), IMAGE, {"cat": ops.Concat, "c": IntegerConv},
     ),
+    "cat_of_integers_and_floats": Case(
+        lambda: Net(
+            lambda s, x: s.d(torch.sigmoid(torch.cat([y := s.a(x), s.b(x)], 1))) + s.c(y),
+            a=conv(3, 4, 3), b=conv(3, 2, 3), c=conv(4, 2, 1), d=conv(6, 2, 1),
+        ), IMAGE, {"cat": ops.Concat, "sigmoid": ops.Function},
+    ),
     "max_pool": Case(
         behind(lambda x: F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=True)), IMAGE,
         {"max_pool2d": ops.MaxPool},

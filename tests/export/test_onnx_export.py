@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
@@ -117,7 +118,10 @@ MODELS = {
     "resnet20_b": (lambda: ResNet(20, "B"), (8, 3, 16, 16), (21, 1, 9)),
 }
 INTEGER_PRESETS = [name for name in PRESETS if name not in ("off", "w4g32")]
-FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Relu", "NhwcFusedConv", "AveragePool"}
+FLOAT_KERNELS = {
+    "Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Relu", "AveragePool",
+    "GlobalAveragePool", "ReduceMean",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", INTEGER_PRESETS)
@@ -134,6 +138,7 @@ def test_everything_runs_in_integers(model: str, preset: str, tmp_path: Path) ->
     assert kernels["QLinearConv"] == convolutions
     assert kernels["QGemm"] == linears
     assert kernels["QLinearAdd"] == adds
+    assert kernels["QLinearGlobalAveragePool"] == 1
     assert not FLOAT_KERNELS & set(kernels)
     got, expected = by_onnxruntime(path, x), network(x)
     if model == "small_cnn":
@@ -323,6 +328,28 @@ def test_eight_bit_weights_are_exact_in_exact_mode(tmp_path: Path) -> None:
     network, x = saturating(affine_activations("generic"))
     save_onnx(network, tmp_path / "m.onnx", (x,))
     assert_same(by_onnxruntime(tmp_path / "m.onnx", x), network(x), 1.0)
+
+
+@pytest.mark.parametrize(("target", "entry"), [("generic", "1"), ("onnxruntime_x86", None)])
+def test_session_options_of_the_target_are_used(
+    target: str, entry: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = images(4, 1, 8, 8)
+    save_onnx(qat.lower(ready(SmallCNN(1, 10, 4), qat.preset("int8"), x)), tmp_path / "m.onnx", (x,))
+    seen: list[str | None] = []
+    real = onnxruntime.InferenceSession
+
+    def spy(model: str, options: onnxruntime.SessionOptions, **kwargs: Any) -> onnxruntime.InferenceSession:
+        try:
+            seen.append(options.get_session_config_entry("session.x64quantprecision"))
+        except RuntimeError:  # not set
+            seen.append(None)
+        return real(model, options, **kwargs)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    OnnxNetwork(tmp_path / "m.onnx", target)
+    count_kernels(tmp_path / "m.onnx", target)
+    assert seen == [entry] * 2
 
 
 def _saturates() -> bool:

@@ -229,10 +229,10 @@ def test_limits(changed: dict[str, float], limits: dict[str, float], passes: boo
 
 
 def test_compare_by_hand() -> None:
-    a = {"u": torch.tensor([[1, 2], [3, 250]], dtype=torch.uint8), "v": torch.tensor([[5]], dtype=torch.int8)}
-    b = {"u": torch.tensor([[1, 4], [3, 251]], dtype=torch.uint8), "v": torch.tensor([[5]], dtype=torch.int8)}
-    c = {"u": torch.tensor([[9, 255]], dtype=torch.uint8)}
-    d = {"u": torch.tensor([[9, 0]], dtype=torch.uint8)}  # 255 steps, which wrap to 1 in uint8
+    a = {"u": torch.tensor([[1, 2], [3, 251]], dtype=torch.uint8), "v": torch.tensor([[5]], dtype=torch.int8)}
+    b = {"u": torch.tensor([[1, 4], [3, 250]], dtype=torch.uint8), "v": torch.tensor([[5]], dtype=torch.int8)}
+    c = {"u": torch.tensor([[9, 0]], dtype=torch.uint8)}
+    d = {"u": torch.tensor([[9, 255]], dtype=torch.uint8)}  # 255 steps, which wrap to 1 in uint8
     logits = torch.tensor([[1.0, 2.0], [3.0, 1.0]]), torch.tensor([[1.0, 2.5], [0.0, 1.0]])
     parity = compare(logits, [(a, b), (c, d)])
     assert (parity.max_abs, parity.max_steps, parity.agreement) == (3.0, 255, 0.5)
