@@ -216,8 +216,14 @@ class Graph:
         return False
 
     def batch_norm_after(self, node: fx.Node) -> fx.Node | None:
-        """The BatchNorm that is the only reader of `node`, if there is one."""
+        """The BatchNorm that is the only reader of a layer's call and normalises its output channels, if there is one.
+
+        Behind a linear layer on sequences, BatchNorm1d normalises the steps of the sequence, not the layer's outputs.
+        """
         users = list(node.users)
+        ranks = self.module.meta.get("qat", {}).get("ranks", {})
+        if isinstance(self.submodule(node), nn.Linear) and ranks.get(str(node.target), 2) != 2:
+            return None
         return users[0] if len(users) == 1 and self.kind(users[0]) is Kind.batch_norm else None
 
     def layers(self) -> Iterator[tuple[fx.Node, QuantizedLayer]]:

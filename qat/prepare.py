@@ -51,7 +51,7 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
     config.validate()
     check_target(config)
     prepared = trace(net)
-    _check_same(net, prepared, example_inputs)
+    ranks = _check_same(net, prepared, example_inputs)
     _drop_in_place(prepared)
     choices = choose(Graph(prepared), config)
     for name, choice in choices.items():
@@ -61,9 +61,10 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
     _place(prepared, config, choices)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     for _, quantizer in quantizers(prepared):
-        quantizer.to(device)
-    prepared.meta["qat"] = {"config": config, "reasons": {name: choice.reason for name, choice in choices.items()}}
-    prepared.train(net.training)
+        quantizer.to(device).train(net.training)
+    prepared.training = net.training
+    reasons = {name: choice.reason for name, choice in choices.items()}
+    prepared.meta["qat"] = {"config": config, "reasons": reasons, "ranks": ranks}
     return prepared
 
 
@@ -209,13 +210,25 @@ def _drop_in_place(prepared: fx.GraphModule) -> None:
 
 
 @torch.no_grad()
-def _check_same(net: nn.Module, prepared: fx.GraphModule, example_inputs: Tensor | tuple[Tensor, ...]) -> None:
+def _check_same(
+    net: nn.Module, prepared: fx.GraphModule, example_inputs: Tensor | tuple[Tensor, ...]
+) -> dict[str, int]:
+    """Run both on the example; returns how many dimensions each quantizable layer's output has."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    ranks: dict[str, int] = {}
+    handles = [
+        module.register_forward_hook(lambda _module, _args, y, name=name: ranks.update({name: y.dim()}))
+        for name, module in prepared.named_modules()
+        if type(module) in SWAPS
+    ]
     with eval_mode(net, prepared):
         expected, got = net(*inputs), prepared(*inputs)
+    for handle in handles:
+        handle.remove()
     try:
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     except AssertionError as error:
         raise ValueError(
             f"the traced {type(net).__name__} does not compute what the network computes: {error}"
         ) from None
+    return ranks

@@ -487,3 +487,27 @@ def test_batch_norm_without_running_statistics(alone: bool) -> None:
 def test_a_prepared_network_can_be_copied_and_lowered() -> None:
     _, prepared, x = build(CASES["add"], "int8")
     assert torch.equal(qat.lower(copy.deepcopy(prepared))(x), qat.lower(prepared)(x))
+
+
+def test_a_batch_norm_over_the_steps_of_a_sequence_is_not_folded() -> None:
+    """Behind a linear layer on [n, steps, features], BatchNorm1d normalises steps, even where there are as many of both."""
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm, self.head = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.relu(self.norm(self.linear(x))))
+
+    torch.manual_seed(0)
+    net = Sequence()
+    with torch.no_grad():
+        net.norm.weight.copy_(torch.tensor([0.5, -1.0, 2.0, 1.0, 0.1]))
+        net.norm.bias.normal_()
+    x = torch.randn(64, 5, 6)
+    prepared = qat.prepare(net.eval(), qat.preset("int8"), x)
+    qat.calibrate(prepared, [x])
+    with torch.no_grad():
+        torch.testing.assert_close(qat.lower(prepared)(x), prepared(x), atol=0.05, rtol=0)
+        torch.testing.assert_close(prepared(x), net(x), atol=0.1, rtol=0)
