@@ -27,13 +27,12 @@ def main(cfg: DictConfig) -> float:
 
 def run(cfg: DictConfig) -> float:
     """The main job, step by step. Returns the last stage's first metric, for sweepers."""
-    config = hydra_schema.quant_config(cfg)
-    resume = checkpoint_phase(cfg.ckpt_path)
+    config, schedule = hydra_schema.quant_config(cfg), instantiate(cfg.qat.schedule)
     L.seed_everything(cfg.seed, verbose=False)
     data = instantiate(cfg.data)
-    data.setup()
     example = data.example_input()
     model, task, optimizer = (hydra_schema.plain(cfg[group]) for group in ("model", "task", "optimizer"))
+    resume = checkpoint_phase(cfg.ckpt_path, model, config)
     module = QATModule(model, task, {**optimizer, "lr": cfg.float.lr})
     if config.enabled:  # what does not fit the network fails now, not after the float phase
         qat.prepare(copy.deepcopy(module.net), config, example)
@@ -50,8 +49,7 @@ def run(cfg: DictConfig) -> float:
         return result.write([], OmegaConf.to_yaml(cfg, resolve=True))
 
     # 2. The baseline: PTQ of the float weights
-    calibration = data.calibration_batches(cfg.ptq.calibration_batches)
-    ptq = instantiate(cfg.ptq)
+    ptq, calibration = instantiate(cfg.ptq), data.calibration_batches(cfg.ptq.calibration_batches)
     baseline = qat.prepare(copy.deepcopy(module.net), config, example)
     finalize(baseline, calibration, ptq, trained=False)
     result.stage("ptq", baseline)
@@ -63,7 +61,7 @@ def run(cfg: DictConfig) -> float:
     with result.timed("qat"):
         qat.calibrate(module.prepared, calibration)
         ckpt_path = cfg.ckpt_path if resume == "qat" else None
-        trainer = fit(cfg, "qat", module, data, ckpt_path, instantiate(cfg.qat.schedule))
+        trainer = fit(cfg, "qat", module, data, ckpt_path, schedule)
 
     # 4. The PTQ step on the trained weights, lowering, export
     with result.timed("export"):

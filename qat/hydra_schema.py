@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qat.analysis.sweep import collect, results_table, write_results
+from qat.export import EXPORTERS
 from qat.presets import DESCRIPTIONS, PRESETS, fields
-from qat.scheme import QuantConfig
+from qat.scheme import QuantConfig, choice
 from qat.targets import TARGETS, check_target
 
 log = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Store the schema (`quant/schema`) and one option a preset (`quant=int8`, ...). May be called again."""
+    """Store the schema of `quant` and one option a preset (`quant=int8`, ...). May be called again."""
     store = ConfigStore.instance()
-    store.store(group="quant", name="schema", node=QuantConfig, provider="qat")
+    store.store(name="quant_schema", node=QuantConfig, provider="qat")
     for name in PRESETS:
-        node = {"defaults": ["schema", "_self_"], **fields(name, target=None), "target": "${target.name}"}
+        node = {"defaults": ["/quant_schema@_here_", "_self_"], **fields(name, target=None), "target": "${target.name}"}
         store.store(group="quant", name=name, node=node, provider="qat")
     OmegaConf.register_new_resolver("widest", _widest, replace=True)
     OmegaConf.register_new_resolver("quant_options", _quant_options, replace=True)
@@ -50,7 +52,7 @@ def _quant_options() -> str:
 
 
 def quant_config(cfg: DictConfig) -> QuantConfig:
-    """The `quant` part of a composed config, validated and checked against its target.
+    """The `quant` part of a composed config, validated and checked against its target; `export.formats` too.
 
     Raises:
         ValueError: names the field, its value and what would be valid.
@@ -62,6 +64,8 @@ def quant_config(cfg: DictConfig) -> QuantConfig:
     assert isinstance(data, dict)
     config = QuantConfig.from_dict({str(k): v for k, v in data.items()})
     check_target(config)
+    for name in cfg.export.formats:
+        choice("export.formats", name, EXPORTERS)
     return config
 
 
@@ -81,12 +85,17 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
 
     Alone, a failed job ends the process with exit code 1. In a sweep it is recorded and the other jobs go on.
     """
+    config = HydraConfig.get()
     try:
-        return job(cfg)
-    except USER_ERRORS as error:
+        with warnings.catch_warnings():
+            for message in (".*LeafSpec.* is deprecated", ".*your dataloader is not resumable"):  # qat.zoo's are
+                warnings.filterwarnings("ignore", message=message)
+            return job(cfg)
+    except Exception as error:
+        if not isinstance(error, USER_ERRORS) and config.mode is not RunMode.MULTIRUN:
+            raise  # a defect, not a mistake of the user: the traceback is the message
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
             error = error.__cause__  # Hydra wraps what a constructor says
-        config = HydraConfig.get()
         path = Path(config.runtime.output_dir) / "error.txt"
         path.write_text(traceback.format_exc())
         log.error("%s: %s\n(traceback: %s)", type(error).__name__, error, path)

@@ -36,7 +36,7 @@ def quant(*overrides: str) -> QuantConfig:
 
 def options(group: str) -> list[str]:
     names = GlobalHydra.instance().config_loader().get_group_options(group)  # type: ignore[union-attr]
-    return [name for name in names if name != "schema"]
+    return list(names)
 
 
 def pairwise(groups: dict[str, list[str]]) -> list[dict[str, str]]:

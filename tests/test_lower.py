@@ -490,7 +490,7 @@ def test_a_prepared_network_can_be_copied_and_lowered() -> None:
 
 
 def test_a_batch_norm_over_the_steps_of_a_sequence_is_not_folded() -> None:
-    """Behind a linear layer on [n, steps, features], BatchNorm1d normalises steps, even where there are as many of both."""
+    """Behind a linear layer on [n, steps, features], BatchNorm1d normalises steps, even with as many of both."""
 
     class Sequence(nn.Module):
         def __init__(self) -> None:

@@ -18,6 +18,7 @@ from qat.export.onnxruntime import OnnxNetwork
 from qat.export.parity import Parity, measure
 from qat.runtime.network import IntegerNetwork
 from qat.training.stages import Network, measure_stage, save_weights, write_summary
+from qat.training.weights import flatten
 
 
 class Run:
@@ -107,15 +108,6 @@ class Run:
         """The first metric of the last stage, for sweepers."""
         stages: dict[str, Any] = self.summary["stages"]
         return float(next(iter(list(stages.values())[-1]["metrics"].values())))
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested plain data as (dotted name, value) pairs."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def float_weights_of(ckpt_path: str | Path) -> Path:

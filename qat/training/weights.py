@@ -2,12 +2,15 @@
 
 import difflib
 import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from qat.scheme import QuantConfig
 
 
 def load_float_weights(net: nn.Module, path: str | Path) -> None:
@@ -81,12 +84,16 @@ def _listing(label: str, names: list[str]) -> str:
     return f"{len(names)} {label} ({', '.join(names[:4])}{more})"
 
 
-def checkpoint_phase(path: str | Path | None) -> str | None:
+def checkpoint_phase(path: str | Path | None, model: Mapping[str, Any], config: QuantConfig) -> str | None:
     """The phase (`float` or `qat`) in which a training checkpoint was written; None for no path.
+
+    Args:
+        path: the checkpoint to go on from.
+        model, config: of the run that wants to; they must be those of the checkpoint.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a checkpoint of QATModule.
+        ValueError: not a checkpoint of QATModule, or one of another model or quantization: lists what differs.
     """
     if path is None:
         return None
@@ -98,4 +105,27 @@ def checkpoint_phase(path: str | Path | None) -> str | None:
         raise ValueError(f"ckpt_path={path} cannot be read: {_why_unreadable(error)}") from error
     if not isinstance(checkpoint, dict) or "qat" not in checkpoint:
         raise ValueError(f"ckpt_path={path} is not a checkpoint of a training run; for weights use float_checkpoint=")
-    return "float" if checkpoint["qat"]["quant"] is None else "qat"
+    quant = checkpoint["qat"]["quant"]
+    was = {"model": checkpoint["hyper_parameters"]["model"], "quant": quant or {}}
+    now = {"model": dict(model), "quant": config.to_dict() if quant else {}}
+    before, after = dict(flatten(was)), dict(flatten(now))
+    differing = [
+        f"{name} was {before.get(name)}, is {after.get(name)}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"ckpt_path={path} is of another configuration: {'; '.join(differing)}. Give the overrides of its run "
+            f"(.hydra/overrides.yaml in its directory)"
+        )
+    return "float" if quant is None else "qat"
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested plain data as (dotted name, value) pairs."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

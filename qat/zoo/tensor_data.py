@@ -94,9 +94,17 @@ class TensorBatches(Dataset[tuple[Tensor, Tensor]]):
         self.crop_padding, self.flip, self.seed = crop_padding, flip, tuple(seed)
         self.start_epoch(0)
 
-    def start_epoch(self, epoch: int) -> None:
-        """Draw the augmentation from here on as epoch `epoch` does from its first batch."""
+    def start_epoch(self, epoch: int, done: int = 0, batch_size: int = 1) -> None:
+        """Draw the augmentation from here on as epoch `epoch` does after `done` batches."""
         self.generator = _generator(*self.seed, epoch)
+        for _ in range(done):
+            self._draw(batch_size)
+
+    def _draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and column of each window, and whether it is mirrored."""
+        top, left = torch.randint(2 * self.crop_padding + 1, (2, count), generator=self.generator)
+        coin = torch.rand(count, generator=self.generator) < 0.5
+        return top, left, coin & self.flip
 
     def __len__(self) -> int:
         return len(self.split.labels)
@@ -110,9 +118,7 @@ class TensorBatches(Dataset[tuple[Tensor, Tensor]]):
         index = torch.tensor(indices)
         images = self.split.images[index]
         if self.crop_padding or self.flip:
-            top, left = torch.randint(2 * self.crop_padding + 1, (2, len(index)), generator=self.generator)
-            coin = torch.rand(len(index), generator=self.generator) < 0.5
-            images = crop_and_flip(images, top, left, coin & self.flip, self.crop_padding)
+            images = crop_and_flip(images, *self._draw(len(index)), self.crop_padding)
         return normalise(images, self.mean, self.std), self.split.labels[index]
 
 
@@ -121,10 +127,20 @@ class EpochShuffle(Sampler[int]):
 
     Lightning calls `set_epoch`, in a distributed run through the sampler it wraps around this one; in any other loop
     the epoch counts the passes.
+
+    Args:
+        dataset: what is shuffled.
+        seed: with the epoch it determines the order.
+        batch_size: samples of one batch, of one process.
+        done: batches of the first pass to leave out, because an interrupted run has seen them.
+        processes: of a distributed run.
     """
 
-    def __init__(self, dataset: TensorBatches, seed: int) -> None:
+    def __init__(
+        self, dataset: TensorBatches, seed: int, batch_size: int = 1, done: int = 0, processes: int = 1
+    ) -> None:
         self.dataset, self.seed, self.epoch = dataset, seed, 0
+        self.batch_size, self.done, self.processes = batch_size, done, processes
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass that of epoch `epoch`."""
@@ -134,10 +150,11 @@ class EpochShuffle(Sampler[int]):
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[int]:
-        self.dataset.start_epoch(self.epoch)
+        self.dataset.start_epoch(self.epoch, self.done, self.batch_size)
         order = torch.randperm(len(self), generator=_generator(self.seed, self.epoch))
-        self.epoch += 1
-        return iter(order.tolist())
+        seen = self.done * self.batch_size * self.processes
+        self.epoch, self.done = self.epoch + 1, 0
+        return iter(order[seen:].tolist())
 
 
 def _same(batch: Any) -> Any:
@@ -230,6 +247,7 @@ class TensorDataModule(LightningDataModule):
         self.mean, self.std = (torch.tensor(list(values), dtype=torch.float32) for values in (mean, std))
         self.batch_size, self.crop_padding, self.flip, self.seed = batch_size, crop_padding, flip, seed
         self._splits: dict[str, Split] = {}
+        self._done = 0
 
     def load(self) -> dict[str, Split]:
         """Return the splits "train", "val" and "test"; may set `class_names`. Called once."""
@@ -255,11 +273,21 @@ class TensorDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return shuffled, augmented training batches; each pass is another epoch."""
         # Processes of a distributed run share the order but must not share the augmentation.
-        rank = self.trainer.global_rank if self.trainer else 0
+        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         batches = TensorBatches(
             self.split("train"), self.mean, self.std, self.crop_padding, self.flip, seed=(self.seed, rank)
         )
-        return self._loader(batches, EpochShuffle(batches, self.seed))
+        done, self._done = self._done, 0
+        return self._loader(batches, EpochShuffle(batches, self.seed, self.batch_size, done, processes))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch has come; Lightning keeps it in its checkpoints."""
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
+        return {"batches_done": 0 if progress is None or progress.is_last_batch else progress.current.completed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next epoch go on where the interrupted one stopped."""
+        self._done = int(state_dict["batches_done"])
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return validation batches, in order."""

@@ -249,17 +249,9 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
 
 
 @pytest.mark.parametrize("preset", [None, "int8"])
-def test_a_run_interrupted_within_an_epoch_takes_its_remaining_steps(tmp_path: Path, preset: str | None) -> None:
+def test_a_run_interrupted_within_an_epoch_goes_on_to_the_same_end(tmp_path: Path, preset: str | None) -> None:
     path = interrupted(preset, tmp_path, 7)
     expected, _ = end_of(module_of(preset), preset)
-    resumed, steps = end_of(module_of(preset), preset, path)
+    resumed, steps = end_of(module_of(preset, calibrated=False, seed=1), preset, path)
     assert steps == 15
-    assert 0 < difference(expected, resumed) < 1
-
-
-@pytest.mark.xfail(reason="the DataLoader is not resumable: Lightning starts the epoch's order anew", strict=True)
-def test_a_run_interrupted_within_an_epoch_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    path = interrupted(None, tmp_path, 7)
-    expected, _ = end_of(module_of(None), None)
-    resumed, _ = end_of(module_of(None), None, path)
     assert difference(expected, resumed) == 0.0

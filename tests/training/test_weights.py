@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qat.scheme import QuantConfig
 from qat.training import QATModule
 from qat.training.weights import checkpoint_phase, load_float_weights, read_tensors
 from qat.zoo.models import ResNet, SmallCNN
@@ -172,9 +173,24 @@ def checkpoint(path: Path, preset: str | None) -> Path:
 
 
 def test_the_phase_of_a_checkpoint(tmp_path: Path) -> None:
-    assert checkpoint_phase(None) is None
-    assert checkpoint_phase(checkpoint(tmp_path / "a.ckpt", None)) == "float"
-    assert checkpoint_phase(checkpoint(tmp_path / "b.ckpt", "int8")) == "qat"
+    import qat
+
+    int8 = qat.preset("int8")
+    assert checkpoint_phase(None, MODEL, int8) is None
+    assert checkpoint_phase(checkpoint(tmp_path / "a.ckpt", None), MODEL, int8) == "float"
+    assert checkpoint_phase(checkpoint(tmp_path / "b.ckpt", "int8"), MODEL, int8) == "qat"
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    import qat
+
+    path = checkpoint(tmp_path / "b.ckpt", "int8")
+    with pytest.raises(ValueError, match=r"weight\.bits was 8, is 4.*overrides\.yaml"):
+        checkpoint_phase(path, MODEL, qat.preset("w4a8"))
+    with pytest.raises(ValueError, match=r"model\._target_ was .*, is other\.Net"):
+        checkpoint_phase(path, {**MODEL, "_target_": "other.Net"}, qat.preset("int8"))
+    path = checkpoint(tmp_path / "a.ckpt", None)
+    assert checkpoint_phase(path, MODEL, qat.preset("w2a2_lsq")) == "float"  # not quantized yet: any will do
 
 
 def test_float_weights_load_from_a_checkpoint_of_the_float_phase(tmp_path: Path) -> None:
@@ -186,14 +202,14 @@ def test_float_weights_load_from_a_checkpoint_of_the_float_phase(tmp_path: Path)
 
 def test_what_is_no_training_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"ckpt_path=.*there is no such file"):
-        checkpoint_phase(tmp_path / "nowhere.ckpt")
+        checkpoint_phase(tmp_path / "nowhere.ckpt", MODEL, QuantConfig())
     torch.save({"state_dict": state()}, tmp_path / "weights.ckpt")
     with pytest.raises(ValueError, match=r"is not a checkpoint of a training run; for weights use float_checkpoint="):
-        checkpoint_phase(tmp_path / "weights.ckpt")
+        checkpoint_phase(tmp_path / "weights.ckpt", MODEL, QuantConfig())
     save_file(state(), tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"ckpt_path=.*weights\.safetensors (is not a checkpoint|cannot be read)"):
-        checkpoint_phase(tmp_path / "weights.safetensors")
+        checkpoint_phase(tmp_path / "weights.safetensors", MODEL, QuantConfig())
     data = checkpoint(tmp_path / "cut.ckpt", None).read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"ckpt_path=.* cannot be read"):
-        checkpoint_phase(tmp_path / "cut.ckpt")
+        checkpoint_phase(tmp_path / "cut.ckpt", MODEL, QuantConfig())

@@ -249,7 +249,7 @@ def test_a_distributed_run_splits_each_epoch_among_its_processes() -> None:
 def test_processes_of_a_distributed_run_augment_differently() -> None:
     class Rank:
         def __init__(self, rank: int) -> None:
-            self.global_rank = rank
+            self.global_rank, self.world_size = rank, 2
 
     batches = []
     for rank in (0, 1):
