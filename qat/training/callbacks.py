@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from qat.fake_quant import quantizers
-from qat.scheme import RangeMode
+from qat.layers import QuantizedLayer
 
 log = logging.getLogger(__name__)
 
@@ -145,11 +145,12 @@ class LogQuantizers(L.Callback):
     """Log every quantizer's scale as a histogram, to loggers that have them (wandb, TensorBoard), once an epoch."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log scales; weights whose range is dynamic have none of their own."""
+        """Log the scales in use, those of weights as their values now give them."""
+        weights = {m.weight_quantizer: m.weight for m in pl_module.modules() if isinstance(m, QuantizedLayer)}
         scales = {
-            f"scale/{name.removeprefix('net.')}": q.scale.detach().abs().float().cpu().reshape(-1)
+            f"scale/{name.removeprefix('net.')}": q.qparams(weights.get(q))[0].detach().float().cpu().reshape(-1)
             for name, q in quantizers(pl_module)
-            if q.scheme.range is not RangeMode.dynamic and q.calibrated
+            if q.calibrated
         }
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
