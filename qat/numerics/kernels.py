@@ -37,12 +37,13 @@ def forward_ste(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: Tensor) ->
     """
     q = torch.round(x / scale) + zero_point
     inside = (q >= bounds[0]) & (q <= bounds[1]) & (x > bounds[2])
-    return (torch.clamp(q, bounds[0], bounds[1]) - zero_point) * scale, inside
+    # a byte, not a bool: Inductor's loads and stores of bool are not vectorised
+    return (torch.clamp(q, bounds[0], bounds[1]) - zero_point) * scale, torch.where(inside, 1.0, 0.0).to(torch.uint8)
 
 
 def backward_ste(grad: Tensor, inside: Tensor) -> Tensor:
     """The gradient where it passes."""
-    return torch.where(inside, grad, 0.0)
+    return torch.where(inside.float() > 0.5, grad, 0.0)
 
 
 def forward_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:

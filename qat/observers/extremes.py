@@ -1,0 +1,76 @@
+"""Observers of the extremes: minmax, absmax, and their moving average."""
+
+import torch
+from torch import Tensor
+
+from qat.observers.base import Observer, ObserverOptions
+
+
+class MinMax(Observer):
+    """Smallest and largest value ever seen."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, options: ObserverOptions) -> None:
+        super().__init__(options)
+        self.register_buffer("low", torch.empty(options.rows))
+        self.register_buffer("high", torch.empty(options.rows))
+        self.reset()
+
+    def reset(self) -> None:  # noqa: D102
+        self.low.fill_(torch.inf)
+        self.high.fill_(-torch.inf)
+
+    def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
+        low, high = self.measure(x)
+        torch.minimum(self.low, torch.where(low.isfinite(), low, torch.inf), out=self.low)
+        torch.maximum(self.high, torch.where(high.isfinite(), high, -torch.inf), out=self.high)
+
+    def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
+        self._require(bool((self.low <= self.high).all()))
+        return self.low.clone(), self.high.clone()
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        low, high = row_range(x)
+        return low.float(), high.float()
+
+
+class Ema(Observer):
+    """Exponential moving average of each batch's minimum and maximum; the first batch sets it.
+
+    `low += momentum * (min(x) - low)`, and so for `high`. Edges that share a range are averaged apart (by `site`) and
+    joined by `range()`: averaging them together would clip the larger one.
+
+    Source: Jacob et al. 2018, section 3.1.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, options: ObserverOptions) -> None:
+        super().__init__(options)
+        self.register_buffer("low", torch.empty(options.sites, options.rows))
+        self.register_buffer("high", torch.empty(options.sites, options.rows))
+        self.reset()
+
+    def reset(self) -> None:  # noqa: D102
+        self.low.fill_(torch.nan)
+        self.high.fill_(torch.nan)
+
+    def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
+        for average, value in zip((self.low, self.high), self.measure(x), strict=True):
+            old = torch.where(average[site].isnan(), value, average[site])
+            average[site] = torch.where(value.isfinite(), torch.lerp(old, value, self.options.momentum), average[site])
+
+    def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
+        low, high = self.low, self.high
+        self._require(not bool(low.isnan().all()))
+        return (
+            torch.where(low.isnan(), torch.inf, low).amin(dim=0),
+            torch.where(high.isnan(), -torch.inf, high).amax(dim=0),
+        )
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        low, high = row_range(x)
+        return low.float(), high.float()

@@ -1,0 +1,94 @@
+"""A histogram of bounded memory, and the percentiles that it gives."""
+
+import torch
+from torch import Tensor
+
+from qat.observers.base import Observer, ObserverOptions
+
+BINS = 4096
+
+
+class Histogram(Observer):
+    """Base of observers that need the distribution: a histogram of bounded memory that never loses a count.
+
+    The bins span [-limit, limit], `limit` a power of two. When a value falls outside, the limit doubles and bins merge
+    in pairs: no count moves to a wrong bin. The grid depends only on the largest magnitude ever seen, so the result
+    is the same however the samples are split into batches or over processes.
+    """
+
+    counts: Tensor
+    limit: Tensor
+
+    def __init__(self, options: ObserverOptions) -> None:
+        super().__init__(options)
+        self.register_buffer("counts", torch.zeros(options.rows, BINS, dtype=torch.float64))
+        self.register_buffer("limit", torch.zeros(options.rows))
+
+    def reset(self) -> None:  # noqa: D102
+        self.counts.zero_()
+        self.limit.zero_()
+
+    def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
+        x = x.float()
+        largest = x.abs().amax(dim=1)
+        if not bool(torch.isfinite(largest).all()):  # whoever trains is told by the loss; ranges stay sound
+            return
+        needed = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest)) + 1).clamp(max=2.0**127), 0.0)
+        self._grow(torch.maximum(self.limit, needed))
+        span = torch.where(self.limit > 0, self.limit, 1.0).unsqueeze(1)
+        # floor before the shift: x / span + 1 would round small values into a neighbour's bin
+        index = (torch.floor(x / span * (BINS // 2)).long() + BINS // 2).clamp_(0, BINS - 1)
+        self.counts.scatter_add_(1, index, torch.ones_like(x, dtype=self.counts.dtype))
+
+    def _grow(self, limit: Tensor) -> None:
+        for row in torch.nonzero(limit > self.limit).flatten().tolist():
+            counts = self.counts[row]
+            if self.limit[row] == 0:  # only zeros so far: they sit in the middle bin, whatever the limit
+                self.limit[row] = limit[row]
+            while self.limit[row] < limit[row] and self.limit[row] > 0:
+                merged = counts.reshape(BINS // 2, 2).sum(dim=1)
+                counts.zero_()
+                counts[BINS // 4 : BINS // 4 + BINS // 2] = merged
+                self.limit[row] *= 2
+
+    def _bounds(self, row: int) -> tuple[Tensor, Tensor]:
+        """Left edges and right edges of the bins, float64, shape [BINS] each."""
+        edges = torch.linspace(-1, 1, BINS + 1, dtype=torch.float64, device=self.limit.device) * self.limit[row]
+        return edges[:-1], edges[1:]
+
+    def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
+        self._require(bool((self.counts.sum(dim=1) > 0).all()))
+        pairs = [self._row_range(row) for row in range(self.options.rows)]
+        return torch.stack([low for low, _ in pairs]).float(), torch.stack([high for _, high in pairs]).float()
+
+    def _row_range(self, row: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class Percentile(Histogram):
+    """The range between two percentiles (`percentiles`, in percent), interpolated linearly inside a bin.
+
+    Source: Wu et al. 2020, "Integer Quantization for Deep Learning Inference", section 5.
+    """
+
+    def _row_range(self, row: int) -> tuple[Tensor, Tensor]:
+        left, right = self._bounds(row)
+        total = torch.cumsum(self.counts[row], 0)
+        low_percent, high_percent = self.options.percentiles
+        width = right[0] - left[0]
+
+        def at(percent: float) -> Tensor:
+            target = total[-1] * (percent / 100)
+            i = int(torch.searchsorted(total, target.clamp(min=1e-9)).clamp(max=BINS - 1))
+            before = total[i] - self.counts[row, i]
+            return left[i] + width * ((target - before) / self.counts[row, i].clamp(min=1)).clamp(0, 1)
+
+        return at(low_percent), at(high_percent)
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        ordered = x.float().sort(dim=1).values
+        position = torch.tensor(self.options.percentiles, device=x.device) / 100 * (x.shape[1] - 1)
+        below = position.floor().long()
+        above = position.ceil().long()
+        low, high = torch.lerp(ordered[:, below], ordered[:, above], (position - below).float()).unbind(dim=1)
+        return low, high
