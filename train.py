@@ -46,6 +46,7 @@ def run(cfg: DictConfig) -> float:
             close_loggers(fit(cfg, "float", module, data, cfg.ckpt_path).loggers)
     result.float_stage(module.net)
     if not config.enabled:
+        main_process_only()
         return result.write([], OmegaConf.to_yaml(cfg, resolve=True))
 
     # 2. The baseline: PTQ of the float weights
@@ -60,8 +61,8 @@ def run(cfg: DictConfig) -> float:
     result.write_text("report.txt", report(module.prepared))
     with result.timed("qat"):
         qat.calibrate(module.prepared, calibration)
-        ckpt_path = cfg.ckpt_path if resume == "qat" else None
-        trainer = fit(cfg, "qat", module, data, ckpt_path, schedule)
+        trainer = fit(cfg, "qat", module, data, cfg.ckpt_path if resume == "qat" else None, schedule)
+    main_process_only()
 
     # 4. The PTQ step on the trained weights, lowering, export
     with result.timed("export"):
@@ -91,7 +92,6 @@ def fit(cfg: DictConfig, phase: str, module: QATModule, data: L.LightningDataMod
     trainer = instantiate(cfg.trainer, max_epochs=cfg[phase].max_epochs, logger=loggers, callbacks=callbacks,
                           enable_progress_bar=shows_progress(callbacks))  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    main_process_only(trainer)
     return trainer
 
 

@@ -456,3 +456,19 @@ def test_tensorboard_gets_metrics_and_scales(home: Path, default: tuple[Path, st
     histograms = events.Tags()["histograms"]
     assert any(name.startswith("scale/block.conv1") for name in histograms)
     assert any("quantizers" in name for name in histograms)
+
+
+def test_two_processes_train_and_the_first_reports(home: Path, tmp_path: Path) -> None:
+    """Learned scales are frozen near the end, when they get no gradient: neither process may wait for one."""
+    done = train(
+        home, f"hydra.run.dir={tmp_path / 'run'}", "trainer=ddp", "trainer.accelerator=cpu", "quant=w4a4_lsq",
+        "trainer.max_epochs=2", "qat.schedule.freeze_ranges_at=0.5", "callbacks=quiet",
+    )  # fmt: skip
+    console = succeeded(done)
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in console
+    assert console.count("Run directory:") == 1
+    summary = summary_of(tmp_path / "run")
+    assert tuple(summary["stages"]) == STAGES
+    check_parity(summary)
+    # half of the default run's 20 batches an epoch, two epochs
+    assert step_of(tmp_path / "run" / "checkpoints" / "qat" / "last.ckpt") == 20

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import fx, nn
 
 from qat.export.checkpoint import load_checkpoint
@@ -54,14 +55,17 @@ class Run:
         self.summary["seconds"][what] = round(time.perf_counter() - start, 2)
 
     def stage(self, name: str, network: Network, file: Path | None = None) -> None:
-        """Measure one stage on the whole test set."""
+        """Measure one stage on the whole test set; of a distributed run, the first process does."""
+        if not is_main_process():
+            return
         self.summary["stages"][name] = measure_stage(network, self.task, self.inputs, self.targets, file)
         if file is not None:
             self.summary["files"][name] = str(file.relative_to(self.folder))
 
     def float_stage(self, net: nn.Module) -> None:
         """Measure the float network; its weights' file is what exports are compared with in size."""
-        self.stage("float", net, save_weights(net, self.folder / "float.safetensors"))
+        if is_main_process():
+            self.stage("float", net, save_weights(net, self.folder / "float.safetensors"))
 
     def exports(self, net: fx.GraphModule, integer: IntegerNetwork, paths: Mapping[str, Path]) -> dict[str, Parity]:
         """Measure the trained network and every exported file as reloaded from disk, and how far they agree."""
@@ -102,7 +106,8 @@ class Run:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file into the run directory."""
-        write_atomically(self.folder / name, text.encode())
+        if is_main_process():
+            write_atomically(self.folder / name, text.encode())
 
     def metric(self) -> float:
         """The first metric of the last stage, for sweepers."""
@@ -130,9 +135,14 @@ def shows_progress(callbacks: Iterable[L.Callback]) -> bool:
     return any(isinstance(callback, ProgressBar) for callback in callbacks)
 
 
-def main_process_only(trainer: L.Trainer) -> None:
-    """End every process but the first: the others were there to train; it alone measures and writes."""
-    if not trainer.is_global_zero:
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of a distributed run."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
+
+
+def main_process_only() -> None:
+    """After the last fit, end every process but the first: the others were there to train."""
+    if not is_main_process():
         sys.exit(0)
 
 

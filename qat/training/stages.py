@@ -32,6 +32,8 @@ def measure_stage(
     if isinstance(network, nn.Module):
         network.eval()
     metrics = task.metrics()
+    for metric in metrics.values():  # of a distributed run, one process measures: nothing to gather
+        metric.distributed_available_fn = lambda: False
     for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
         metrics.update(network(x), y)
     return {
