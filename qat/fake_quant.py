@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qat.numerics.affine import SMALLEST_SCALE, choose_qparams, fake_quantize
 from qat.numerics.granularity import from_rows, group_count, rows_of
+from qat.numerics.rounding import SETTLED
 from qat.observers import OBSERVERS, ObserverOptions
 from qat.scheme import Granularity, RangeMode, TensorScheme
 
@@ -67,6 +68,8 @@ class FakeQuantize(nn.Module):
                 quant_max=self.quant_max,
                 percentiles=(scheme.percentiles[0], scheme.percentiles[1]),
                 momentum=scheme.momentum,
+                norm=scheme.norm,
+                sigmas=scheme.sigmas,
             )
         )
         if scheme.range is not RangeMode.dynamic:
@@ -93,6 +96,16 @@ class FakeQuantize(nn.Module):
     def calibrated(self) -> bool:
         """Whether a range is known."""
         return self.scheme.range is RangeMode.dynamic or not bool(self.scale.isnan().any())
+
+    @property
+    def rounding_in_use(self) -> str:
+        """Key of ROUNDING: the scheme's; what stands in for it (SETTLED) once `frozen`, or in eval mode.
+
+        So what is evaluated is what `fold` exports, although a random rounding never gives the same integers twice.
+        """
+        rounding = self.scheme.rounding
+        settled = self.mode is Mode.frozen or not self.training
+        return SETTLED.get(rounding, rounding) if settled else rounding
 
     def rows(self, x: Tensor) -> Tensor:
         """View `x` with one row a scale, shape [rows, values]."""
@@ -162,7 +175,7 @@ class FakeQuantize(nn.Module):
             self.quant_min,
             self.quant_max,
             relu=self.relu,
-            rounding=self.scheme.rounding,
+            rounding=self.rounding_in_use,
             grad_scale=grad_scale,
         )
         return from_rows(y, x.shape) if grouped else y

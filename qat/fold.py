@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qat.fake_quant import eval_mode
 from qat.layers import QuantizedLayer
 from qat.numerics.affine import quantize
 from qat.numerics.granularity import from_rows
@@ -45,7 +46,9 @@ def fold(layer: QuantizedLayer, batch_norm: nn.Module | None) -> FoldedWeight:
     low, high = quantizer.quant_min, quantizer.quant_max
     scale, zero_point = (t.detach().clone() for t in quantizer.qparams(layer.weight))
     rows = quantizer.rows(layer.weight.detach())
-    q = quantize(rows, scale.reshape(-1, 1), zero_point.reshape(-1, 1), low, high, quantizer.scheme.rounding)
+    with eval_mode(quantizer):  # also where a network in training mode is lowered: evaluation is what is exported
+        rounding = quantizer.rounding_in_use
+    q = quantize(rows, scale.reshape(-1, 1), zero_point.reshape(-1, 1), low, high, rounding)
     out = layer.weight.shape[0]
     q = q.reshape(layer.weight.shape) if scale.dim() < 2 else from_rows(q, layer.weight.shape)
     scale, zero_point = (t.expand(out) if t.dim() == 0 else t for t in (scale, zero_point))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -57,6 +58,8 @@ class TensorScheme:
         observer: key of OBSERVERS.
         percentiles: low and high percentile, in percent, of the `percentile` observer.
         momentum: share of the newest batch in the `ema` observer.
+        norm: exponent of the error that the `lp` observer minimises.
+        sigmas: standard deviations to either side of the mean, in the `sigma` observer.
         range: where the range comes from.
     """
 
@@ -72,6 +75,8 @@ class TensorScheme:
     observer: str = "minmax"
     percentiles: list[float] = field(default_factory=lambda: [0.01, 99.99])
     momentum: float = 0.05
+    norm: float = 2.4
+    sigmas: float = 3.0
     range: RangeMode = RangeMode.fixed
 
     @property
@@ -250,6 +255,14 @@ def check_scheme(scheme: TensorScheme, where: str, role: str) -> None:
         )
     if not 0 < scheme.momentum <= 1:
         raise ValueError(f"{where}.momentum={scheme.momentum}: give a number in (0, 1]")
+    for name, usual in (("norm", 2.4), ("sigmas", 3)):
+        if not 0 < getattr(scheme, name) < math.inf:
+            raise ValueError(f"{where}.{name}={getattr(scheme, name)}: give a positive number, for example {usual}")
+    if scheme.rounding == "logarithmic" and scheme.range is RangeMode.learned:
+        raise ValueError(
+            f"{where}.rounding=logarithmic with range=learned: the gradient of a learned scale holds only for rounding "
+            f"to a neighbouring integer; use {where}.range=dynamic, or another rounding"
+        )
 
 
 def choice(where: str, value: Any, valid: Iterable[str]) -> Any:

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "qat"
 # From the top of the house to the bottom: a module imports only from its own line or from lines above.
 ORDER = [
     "qat.numerics.rounding",
+    "qat.numerics.kernels",
     "qat.numerics.affine",
     "qat.numerics",  # formats, codebook, granularity, packing
     "qat.observers",
@@ -35,6 +36,7 @@ ORDER = [
     "qat.zoo",
     "qat.hydra_schema",
     "qat",  # __init__: the public names
+    "qat.__main__",
 ]
 
 HEAVY = {

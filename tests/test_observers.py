@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qat.observers import BINS, OBSERVERS, Ema, Histogram, Mse, Observer, ObserverOptions, Percentile
+from qat.observers import BINS, OBSERVERS, Ema, Entropy, Histogram, Mse, Observer, ObserverOptions, Percentile
 
 
 def make(name: str, **options: object) -> Observer:
@@ -83,8 +83,8 @@ def test_constants(name: str, value: float) -> None:
     for low, high in (observer.range(), observer.measure(torch.full((1, 7), value))):
         assert torch.isfinite(torch.stack([low, high])).all()
         assert low <= high
-        assert low.item() == pytest.approx(value, rel=0.02, abs=1e-40)
-        assert high.item() == pytest.approx(value, rel=0.02, abs=1e-40)
+        expected = (-abs(value), abs(value)) if name == "absmax" else (value, value)
+        assert (low.item(), high.item()) == pytest.approx(expected, rel=0.02, abs=1e-40)
 
 
 @pytest.mark.parametrize("name", OBSERVERS)
@@ -295,3 +295,152 @@ def test_mse_of_a_stream_is_nearly_that_of_the_whole(grid: tuple[int, int], symm
     )
     low, high = observer.range()
     assert squared_error(values, low.item(), high.item(), grid, symmetric) == pytest.approx(best, rel=0.02)
+
+
+# ---- several observers as one ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in OBSERVERS if name != "ema"])
+@pytest.mark.parametrize("cuts", [[1], [10, 300, 301], [500]])
+def test_merged_observers_have_the_range_of_one_pass(name: str, cuts: list[int]) -> None:
+    """N batches through one observer, and the same samples divided over M observers, in another order."""
+    x = long_tailed(2, 1000)
+    one = make(name, rows=2)
+    for batch in x.split(125, dim=1):
+        one.update(batch)
+    ranks = [make(name, rows=2) for _ in range(len(cuts) + 1)]
+    for rank, part in zip(ranks, x.flip(1).tensor_split(cuts, dim=1), strict=True):
+        rank.update(part)
+    first, *others = ranks[::-1]
+    for other in others:
+        before = {key: value.clone() for key, value in other.state_dict().items()}
+        first.merge(other)
+        assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    for merged, expected in zip(first.range(), one.range(), strict=True):
+        torch.testing.assert_close(merged, expected, rtol=1e-6, atol=0)
+
+
+def test_an_observer_that_saw_nothing_changes_nothing() -> None:
+    for name in OBSERVERS:
+        observer = make(name)
+        observer.update(long_tailed(1, 100))
+        before = ranges(observer)
+        observer.merge(make(name))
+        assert ranges(observer) == before, name
+
+
+def test_moving_averages_are_averaged() -> None:
+    a, b = make("ema"), make("ema")
+    a.update(torch.tensor([[-1.0, 2.0]]))
+    b.update(torch.tensor([[-3.0, 4.0]]))
+    a.merge(b)
+    assert ranges(a) == [[-2.0], [3.0]]
+
+
+def test_observers_of_different_things_do_not_merge() -> None:
+    with pytest.raises(ValueError, match="cannot merge MinMax"):
+        make("absmax").merge(make("minmax"))
+    with pytest.raises(ValueError, match="same class and options"):
+        make("sigma", sigmas=2.0).merge(make("sigma", sigmas=3.0))
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_every_state_says_how_it_is_reduced(name: str) -> None:
+    observer = make(name)
+    assert set(observer.reduce) == set(observer.state_dict())
+
+
+# ---- absmax, sigma, lp, entropy --------------------------------------------------------------------------------------
+
+
+def test_absmax_is_symmetric() -> None:
+    observer = make("absmax", rows=2)
+    observer.update(torch.tensor([[1.0, -5.0, 2.0], [0.0, 3.0, -1.0]]))
+    observer.update(torch.tensor([[4.0, 4.0, 4.0], [-7.0, 0.0, 0.0]]))
+    assert ranges(observer) == [[-5.0, -7.0], [5.0, 7.0]]
+    assert [bound.tolist() for bound in observer.measure(torch.tensor([[1.0], [-2.0]]))] == [[-1.0, -2.0], [1.0, 2.0]]
+
+
+@given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=40), st.floats(0.5, 6))
+def test_sigma_is_numpys_mean_and_deviation(values: list[float], sigmas: float) -> None:
+    x = torch.tensor([values]) + 1e4  # a large mean, which naive sums of squares do not survive
+    observer = make("sigma", sigmas=sigmas)
+    for batch in x.split(7, dim=1):
+        observer.update(batch)
+    array = x.double().numpy()
+    expected = [array.mean() - sigmas * array.std(), array.mean() + sigmas * array.std()]
+    for low, high in (observer.range(), observer.measure(x)):
+        np.testing.assert_allclose([low.item(), high.item()], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [1.0, 2.4, 4.0])
+def test_lp_is_the_best_of_its_candidates(norm: float) -> None:
+    x = long_tailed(1, 2000)
+    values = x[0].double().numpy()
+    low, high = make("lp", norm=norm, quant_min=-7, quant_max=7).measure(x)
+
+    def error(shrink: float) -> float:
+        scale = max(-values.min(), values.max()) * shrink / 7
+        return float((np.abs(np.clip(np.rint(values / scale), -7, 7) * scale - values) ** norm).sum())
+
+    best = min((error(i / 100), i / 100) for i in range(1, 101))
+    assert high.item() == pytest.approx(values.max() * best[1], rel=1e-5)
+    assert low.item() == pytest.approx(values.min() * best[1], rel=1e-5)
+
+
+def test_lp_of_norm_2_is_mse_and_larger_norms_clip_less() -> None:
+    x = long_tailed(3, 2000)
+    clips = [make("lp", rows=3, norm=norm, quant_min=-7, quant_max=7).measure(x)[1] for norm in (1.0, 2.0, 4.0)]
+    assert torch.equal(clips[1], make("mse", rows=3, quant_min=-7, quant_max=7).measure(x)[1])
+    assert (clips[0] <= clips[1]).all()
+    assert (clips[1] <= clips[2]).all()
+    assert (clips[0] < clips[2]).all()
+
+
+def divergence(magnitudes: np.ndarray, last: int, levels: np.ndarray) -> float:
+    """Migacz 2017, pages 36 to 39, with loops: P is clipped, Q is what the grid leaves of the unclipped counts."""
+    p = magnitudes[: last + 1].astype(float)
+    p[-1] += magnitudes[last + 1 :].sum()
+    q = np.zeros(last + 1)
+    for level in set(levels[: last + 1]):
+        cell = [i for i in range(last + 1) if levels[i] == level and magnitudes[i] > 0]
+        for i in cell:
+            q[i] = sum(magnitudes[j] for j in cell) / len(cell)
+    p, q = p / p.sum(), q / q.sum()
+    return float(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0))
+
+
+def test_entropy_is_the_least_divergence_of_its_candidates() -> None:
+    x = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(1))
+    observer = make("entropy", quant_min=-7, quant_max=7)
+    assert isinstance(observer, Entropy)
+    observer.update(x)
+    limit = float(observer.limit)
+    width = 2 * limit / BINS
+    counts = observer.counts[0].numpy()
+    magnitudes = counts[BINS // 2 :] + counts[: BINS // 2][::-1]
+    magnitudes[0] = magnitudes[1]
+    filled = np.nonzero(magnitudes)[0]
+    chosen = float(observer.range()[1])
+    costs = {}
+    for last in filled[:: max(1, len(filled) // 60)]:
+        centres = (np.arange(len(magnitudes)) + 0.5) * width
+        levels = np.rint(centres / ((last + 1) * width / 7)).astype(int)
+        if len(set(levels[: last + 1])) >= 8:
+            costs[(last + 1) * width] = divergence(magnitudes, last, levels)
+    last = round(chosen / width) - 1
+    levels = np.rint((np.arange(len(magnitudes)) + 0.5) * width / (chosen / 7)).astype(int)
+    assert divergence(magnitudes, last, levels) <= min(costs.values()) * 1.02
+    assert 2.0 < chosen < float(x.abs().max())
+
+
+def test_entropy_leaves_outliers_out_and_serves_nonnegative_data() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(1, 50_000, generator=generator)
+    x[0, 0] = 40.0
+    low, high = make("entropy", quant_min=-7, quant_max=7).measure(x)
+    assert 2 < high < 6
+    assert -6 < low < -2
+    low, high = make("entropy", symmetric=True, quant_min=0, quant_max=15).measure(x.relu())
+    assert abs(float(low)) < 0.02
+    assert 2 < high < 6

@@ -1,11 +1,19 @@
 """What every observer is, and what it may be told."""
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "sum": torch.add,
+    "mean": lambda a, b: torch.where(a.isnan(), b, torch.where(b.isnan(), a, (a + b) / 2)),  # NaN: nothing seen
+}
+"""How two observers' values of a state become one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +26,8 @@ class ObserverOptions:
         symmetric, quant_min, quant_max: the grid, for observers that weigh rounding against clipping.
         percentiles: low and high, in percent.
         momentum: weight of the newest batch in a moving average.
+        norm: exponent of the error that `lp` minimises.
+        sigmas: how many standard deviations `sigma` reaches to either side of the mean.
     """
 
     rows: int = 1
@@ -27,6 +37,8 @@ class ObserverOptions:
     quant_max: int = 127
     percentiles: tuple[float, float] = (0.01, 99.99)
     momentum: float = 0.05
+    norm: float = 2.4
+    sigmas: float = 3.0
 
 
 def row_range(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,14 +46,20 @@ def row_range(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.shape[0] == 1:  # ATen's reduction of a whole tensor is forty times as fast as that of its one row
         low, high = torch.aminmax(x)
         return low.reshape(1), high.reshape(1)
-    return torch.aminmax(x, dim=1)
+    return x.amin(dim=1), x.amax(dim=1)  # five times as fast as aminmax(dim=1)
 
 
 class Observer(nn.Module):
     """Base: state is buffers (it is saved, moved and loaded with the network).
 
     Moving extremes pass over a batch with NaN: one bad batch must not spoil a range that later batches extend.
+
+    Attributes:
+        reduce: state -> how the states of several observers become one: a key of REDUCE, element by element and in this
+            order, or `joint`: the class's own `merge` needs several states together.
     """
+
+    reduce: ClassVar[dict[str, str]] = {}
 
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__()
@@ -62,6 +80,28 @@ class Observer(nn.Module):
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The range of this one tensor alone, shape [rows] each; state is not touched."""
         raise NotImplementedError
+
+    def merge(self, other: "Observer") -> None:
+        """Take in what `other` saw (another process's observer, say), as `reduce` declares; `other` stays as it is.
+
+        The result has the range of one pass over all samples, however they were divided; only `ema` depends on their
+        order, so it has no such result.
+
+        Raises:
+            ValueError: `other` observes something else: another class, or other options.
+        """
+        theirs = self._same(other)
+        for name, how in self.reduce.items():
+            state = getattr(self, name)
+            state.copy_(REDUCE[how](state, getattr(theirs, name)))
+
+    def _same(self, other: "Observer") -> Self:
+        if type(other) is not type(self) or other.options != self.options:
+            raise ValueError(
+                f"{type(self).__name__} with {self.options} cannot merge {type(other).__name__} with {other.options}: "
+                f"give an observer of the same class and options"
+            )
+        return other
 
     def _require(self, seen: bool) -> None:
         if not seen:

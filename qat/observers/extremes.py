@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from qat.observers.base import Observer, ObserverOptions
+from qat.observers.base import Observer, ObserverOptions, row_range
 
 
 class MinMax(Observer):
     """Smallest and largest value ever seen."""
+
+    reduce = {"low": "min", "high": "max"}  # noqa: RUF012
 
     low: Tensor
     high: Tensor
@@ -36,14 +38,53 @@ class MinMax(Observer):
         return low.float(), high.float()
 
 
+class AbsMax(Observer):
+    """`[-a, a]`, `a` the largest magnitude ever seen.
+
+    On a symmetric grid it is `minmax`; on an affine one it puts zero in the middle.
+
+    Source: Wu et al. 2020, "Integer Quantization for Deep Learning Inference", section 3.1.2 and 5 (max calibration).
+    """
+
+    reduce = {"largest": "max"}  # noqa: RUF012
+
+    largest: Tensor
+
+    def __init__(self, options: ObserverOptions) -> None:
+        super().__init__(options)
+        self.register_buffer("largest", torch.empty(options.rows))
+        self.reset()
+
+    def reset(self) -> None:  # noqa: D102
+        self.largest.fill_(-torch.inf)
+
+    def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
+        _, largest = self.measure(x)
+        torch.maximum(self.largest, torch.where(largest.isfinite(), largest, -torch.inf), out=self.largest)
+
+    def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
+        self._require(bool((self.largest >= 0).all()))
+        return -self.largest, self.largest.clone()
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        low, high = row_range(x)
+        largest = torch.maximum(-low, high).float()
+        return -largest, largest
+
+
 class Ema(Observer):
     """Exponential moving average of each batch's minimum and maximum; the first batch sets it.
 
     `low += momentum * (min(x) - low)`, and so for `high`. Edges that share a range are averaged apart (by `site`) and
     joined by `range()`: averaging them together would clip the larger one.
 
+    A moving average depends on the order of the batches, so several observers cannot be merged into the one that saw
+    everything; `merge` takes the mean of both averages, as is usual for running statistics of several processes.
+
     Source: Jacob et al. 2018, section 3.1.
     """
+
+    reduce = {"low": "mean", "high": "mean"}  # noqa: RUF012
 
     low: Tensor
     high: Tensor

@@ -1,5 +1,7 @@
 """A histogram of bounded memory, and the percentiles that it gives."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ class Histogram(Observer):
     in pairs: no count moves to a wrong bin. The grid depends only on the largest magnitude ever seen, so the result
     is the same however the samples are split into batches or over processes.
     """
+
+    reduce = {"limit": "max", "counts": "sum"}  # noqa: RUF012  (counts of equal limits: see `merge`)
 
     counts: Tensor
     limit: Tensor
@@ -39,6 +43,13 @@ class Histogram(Observer):
         # floor before the shift: x / span + 1 would round small values into a neighbour's bin
         index = (torch.floor(x / span * (BINS // 2)).long() + BINS // 2).clamp_(0, BINS - 1)
         self.counts.scatter_add_(1, index, torch.ones_like(x, dtype=self.counts.dtype))
+
+    def merge(self, other: Observer) -> None:  # noqa: D102
+        theirs = copy.deepcopy(self._same(other))
+        limit = torch.maximum(self.limit, theirs.limit)
+        self._grow(limit)
+        theirs._grow(limit)
+        super().merge(theirs)
 
     def _grow(self, limit: Tensor) -> None:
         for row in torch.nonzero(limit > self.limit).flatten().tolist():

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qat.numerics.affine import choose_qparams, dequantize, quantize
+from qat.observers.base import row_range
 from qat.observers.histogram import Histogram
 
 
@@ -34,7 +35,7 @@ class Lp(Histogram):
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         x = x.float()
-        low, high = torch.aminmax(x, dim=1)
+        low, high = row_range(x)
         return self._search(x, torch.ones(1, 1, device=x.device), low, high)
 
     def _search(self, x: Tensor, weight: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,4 +64,7 @@ class Mse(Lp):
     Source: Banner et al. 2019, "Post training 4-bit quantization", section 3; the search is `Lp`'s.
     """
 
-    norm = 2.0
+    @property
+    def norm(self) -> float:
+        """The exponent of the error."""
+        return 2.0
