@@ -1,5 +1,6 @@
 """Quantization-aware training for PyTorch: what trains is what runs."""
 
+from qat.analysis.layers import report
 from qat.calibrate import calibrate
 from qat.export import export, load
 from qat.fake_quant import Mode, set_mode
@@ -23,5 +24,6 @@ __all__ = [
     "lower",
     "prepare",
     "preset",
+    "report",
     "set_mode",
 ]
