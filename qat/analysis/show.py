@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qat.analysis.plots import COLORS, INK, new_figure, save, style
 from qat.fake_quant import FakeQuantize, Mode
+from qat.numerics.rounding import SETTLED
 from qat.presets import PRESETS, fields
 from qat.scheme import Granularity, QuantConfig, RangeMode, TensorScheme, choice
 
@@ -128,6 +129,7 @@ class Curve:
         y: dequantized outputs, by the median of the scales.
         gradient: d y / d x that training sees.
         clip: smallest and largest value of the grid.
+        random: whether equal inputs can give different outputs.
     """
 
     text: str
@@ -136,6 +138,7 @@ class Curve:
     y: Tensor
     gradient: Tensor
     clip: tuple[float, float]
+    random: bool = False
 
 
 def sqnr_db(x: Tensor, x_dq: Tensor) -> float:
@@ -183,8 +186,13 @@ def _measure(scheme: TensorScheme, part: str, points: int) -> Curve:
     (gradient,) = torch.autograd.grad(y.sum(), x)
     grid = torch.tensor([drawn.quant_min, drawn.quant_max])
     low, high = ((grid - drawn.zero_point) * drawn.scale).tolist()
-    text = scheme.describe() if scheme.rounding == "nearest" else f"{scheme.describe()}, {scheme.rounding}"
-    return Curve(text=text, sqnr_db=ratio, x=x.detach(), y=y.detach(), gradient=gradient, clip=(low, high))
+    random = scheme.rounding in SETTLED
+    text = scheme.describe()
+    if scheme.rounding != "nearest":
+        text += f", {scheme.rounding}{' (as in training)' if random else ''}"
+    return Curve(
+        text=text, sqnr_db=ratio, x=x.detach(), y=y.detach(), gradient=gradient, clip=(low, high), random=random
+    )
 
 
 def figure(curves: dict[str, Curve]) -> "Figure":
@@ -217,7 +225,10 @@ def _output(axes: "Axes", curve: Curve) -> None:
 
 
 def _line(axes: "Axes", curve: Curve, values: Tensor, title: str, color: str) -> None:
-    axes.plot(curve.x, values, color=color, linewidth=1.3)
+    if curve.random:  # a line through random values would be a solid block
+        axes.plot(curve.x, values, color=color, linestyle="none", marker=".", markersize=1.5, markeredgewidth=0)
+    else:
+        axes.plot(curve.x, values, color=color, linewidth=1.3)
     low, high = curve.clip
     for start, end in ((-REACH, low), (high, REACH)):
         if start < end:
