@@ -61,8 +61,11 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
     _place(prepared, config, choices)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     for _, quantizer in quantizers(prepared):
-        quantizer.to(device).train(net.training)
-    prepared.training = net.training
+        quantizer.to(device)
+    own = set(net.modules())
+    for module in prepared.modules():
+        if module not in own:  # what is shared with the float network keeps its mode
+            module.training = net.training
     reasons = {name: choice.reason for name, choice in choices.items()}
     prepared.meta["qat"] = {"config": config, "reasons": reasons, "ranks": ranks}
     return prepared
