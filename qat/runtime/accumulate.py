@@ -22,7 +22,7 @@ def windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: S
 
 def reference_conv(
     x_q: Tensor, w_q: Tensor, x_zero: int, w_zero: Tensor, stride: Sequence[int], padding: Sequence[Sequence[int]],
-    dilation: Sequence[int], groups: int,
+    dilation: Sequence[int], groups: int, bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Convolution in integers with the zero-point terms written out.
 
@@ -37,6 +37,8 @@ def reference_conv(
         w_zero: zero points of the weight, int32, shape [out].
         stride, dilation, groups: as in torch.nn.functional.conv2d.
         padding: (before, after) per spatial dimension.
+        bias: shape [out], from `folded_bias`, which holds everything that does not depend on the input; None for the
+            bare sum, without a bias.
 
     Returns:
         int32 (int64 where inputs are wider than 8 bits), shape [n, out, *spatial].
@@ -52,9 +54,27 @@ def reference_conv(
     products = torch.matmul(patches, w.transpose(1, 2))  # [n, groups, positions, out / groups]
     zw = w_zero.to(wide).reshape(groups, 1, -1)
     input_sum = patches.sum(dim=-1, keepdim=True, dtype=wide)
-    constant = patches.shape[-1] * x_zero * zw - x_zero * w.sum(dim=-1, dtype=wide).unsqueeze(1)
-    total = products - zw * input_sum + constant
+    if bias is None:
+        bias = folded_bias(torch.zeros(w_q.shape[0], dtype=wide), w_q, x_zero, w_zero)
+    total = products - zw * input_sum + bias.to(wide).reshape(groups, 1, -1)
     return total.transpose(2, 3).reshape(n, w_q.shape[0], *out_spatial)
+
+
+def folded_bias(bias: Tensor, w_q: Tensor, x_zero: int, w_zero: Tensor) -> Tensor:
+    """The bias with the input-independent terms of the sum folded in: `bias - zx sum w + K zx zw`, shape [out].
+
+    Args:
+        bias: integers, shape [out].
+        w_q: integers, shape [out, ...].
+        x_zero: zero point of the input.
+        w_zero: zero points of the weight, shape [out].
+
+    >>> folded_bias(torch.tensor([7]), torch.tensor([[1, 2, 3]]), 10, torch.tensor([4])).item()  # 7 - 60 + 3 * 40
+    67
+    """
+    w = w_q.reshape(w_q.shape[0], -1).long()
+    terms = w.shape[1] * x_zero * w_zero.long() - x_zero * w.sum(dim=1)
+    return (bias.long() + terms).to(bias.dtype)
 
 
 def exact_dtype(w_q: Tensor, w_zero: Tensor, largest_input: int) -> torch.dtype:

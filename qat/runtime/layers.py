@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.numerics.granularity import from_rows, rows_of
-from qat.runtime.accumulate import centred, exact_dtype, reference_conv
+from qat.runtime.accumulate import centred, exact_dtype, folded_bias, reference_conv
 from qat.runtime.grid import Quantize
 
 
@@ -99,7 +99,8 @@ class IntegerConv(RuntimeLayer):
         self.register_buffer("bias", torch.zeros(out, dtype=torch.int64 if input_bounds[1] > 255 else torch.int32))
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
-        self._fast: tuple[Tensor, int] | None = None
+        self._fast: tuple[Tensor, int] | None = None  # made at the first call
+        self._folded_bias: Tensor | None = None
 
     def spec(self) -> dict[str, Any]:  # noqa: D102
         return super().spec() | {
@@ -111,19 +112,20 @@ class IntegerConv(RuntimeLayer):
     def accumulate(self, x_q: Tensor) -> Tensor:
         """The integers before scaling, bias included: int32 or int64, channels second (last for a linear layer)."""
         dims = self.weight.dim() - 2
-        bias = self.bias.reshape(-1, *[1] * dims)
         if self.reference:
             zero = int(self.input_zero_point)
             weight = self.weight if dims else self.weight.unsqueeze(2)
             x = x_q if dims else x_q.reshape(-1, x_q.shape[-1], 1)
             geometry = (self.stride, self.padding, self.dilation) if dims else ([1], [[0, 0]], [1])
-            total = reference_conv(x, weight, zero, self.weight_zero_point, *geometry, self.groups)
-            return bias + (total if dims else total.reshape(*x_q.shape[:-1], -1))
+            if self._folded_bias is None:
+                self._folded_bias = folded_bias(self.bias, weight, zero, self.weight_zero_point)
+            total = reference_conv(x, weight, zero, self.weight_zero_point, *geometry, self.groups, self._folded_bias)
+            return total if dims else total.reshape(*x_q.shape[:-1], -1)
         weight, x_zero = self._fast_form()
         total = convolve(
             centred(x_q, x_zero, weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups
         )
-        return bias + total.to(self.bias.dtype)
+        return self.bias.reshape(-1, *[1] * dims) + total.to(self.bias.dtype)
 
     def _fast_form(self) -> tuple[Tensor, int | Tensor]:
         """`w_q - w_zero` in the float dtype that holds every sum exactly, and the input's zero point.
@@ -146,7 +148,7 @@ class IntegerConv(RuntimeLayer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._fast = None
+        self._fast = self._folded_bias = None
 
     def forward(self, x_q: Tensor) -> Tensor:
         """Integers of the input's grid -> integers of the output's grid, or float32."""
