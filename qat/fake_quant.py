@@ -8,7 +8,8 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from qat.numerics.affine import SMALLEST_SCALE, choose_qparams, fake_quantize
+from qat.numerics.affine import SMALLEST_SCALE, choose_qparams
+from qat.numerics.fake_quantize import fake_quantize
 from qat.numerics.granularity import from_rows, group_count, rows_of
 from qat.numerics.rounding import SETTLED
 from qat.observers import OBSERVERS, ObserverOptions

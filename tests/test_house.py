@@ -15,6 +15,7 @@ ORDER = [
     "qat.numerics.rounding",
     "qat.numerics.kernels",
     "qat.numerics.affine",
+    "qat.numerics.fake_quantize",
     "qat.numerics",  # formats, codebook, granularity, packing
     "qat.observers",
     "qat.scheme",

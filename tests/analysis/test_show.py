@@ -12,7 +12,8 @@ import torch
 import qat
 from qat.__main__ import main
 from qat.analysis.show import configure, measure, sqnr_db
-from qat.numerics.affine import fake_quantize, int_range
+from qat.numerics.affine import int_range
+from qat.numerics.fake_quantize import fake_quantize
 from qat.scheme import TensorScheme
 
 

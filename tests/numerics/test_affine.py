@@ -12,7 +12,8 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from qat.numerics.affine import SMALLEST_SCALE, choose_qparams, dequantize, fake_quantize, int_range, quantize
+from qat.numerics.affine import SMALLEST_SCALE, choose_qparams, dequantize, int_range, quantize
+from qat.numerics.fake_quantize import fake_quantize
 
 SEED = [1.6, -0.7, -3.4, 1.7, -2.9, 0.5, 2.3, 6.2]
 ZERO = torch.tensor(0.0)

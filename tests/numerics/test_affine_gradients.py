@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qat.numerics.affine import fake_quantize
+from qat.numerics.fake_quantize import fake_quantize
 
 CODING = 1 / 506 + 1e-5  # and float32's own rounding of v
 GRIDS = [(-2, 1), (-7, 7), (-8, 7), (0, 15), (-128, 127), (0, 255)]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.numerics import affine, kernels
+from qat.numerics import fake_quantize as composed
+from qat.numerics import kernels
 
 N = kernels.SMALLEST
 GRIDS = [(-8, 7, 0.0), (0, 15, 0.0), (0, 255, 113.0), (-127, 127, 0.0)]
@@ -29,7 +30,7 @@ def both(monkeypatch: pytest.MonkeyPatch, x: Tensor, **kwargs: object) -> list[t
         monkeypatch.setattr(kernels, "_works", fast)
         leaf, scale = x.clone().requires_grad_(), torch.tensor(0.1, requires_grad=True)
         assert kernels.usable(leaf, scale, "nearest") is fast
-        y = affine.fake_quantize(leaf, scale, **kwargs)  # type: ignore[arg-type]
+        y = composed.fake_quantize(leaf, scale, **kwargs)  # type: ignore[arg-type]
         grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         y.backward(grad)
         results.append((y.detach(), leaf.grad, scale.grad if kwargs.get("grad_scale") else torch.zeros(())))
@@ -65,7 +66,7 @@ def test_one_byte_an_element_is_kept(grad_scale: float | None) -> None:
     kept: list[int] = []
     x, scale = tensor((N,)).requires_grad_(), torch.tensor(0.1, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        affine.fake_quantize(x, scale, torch.tensor(0.0), -8, 7, grad_scale=grad_scale)
+        composed.fake_quantize(x, scale, torch.tensor(0.0), -8, 7, grad_scale=grad_scale)
     assert N <= sum(kept) <= N + 64
 
 
@@ -82,7 +83,7 @@ def test_a_gradient_in_another_memory_order(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(kernels, "_works", True)
     x = tensor((2, 16, 64, 65)).requires_grad_()
     grad = tensor((2, 16, 64, 65), channels_last=True, seed=3)
-    affine.fake_quantize(x, torch.tensor(0.1), torch.tensor(0.0), -8, 7).backward(grad)
+    composed.fake_quantize(x, torch.tensor(0.1), torch.tensor(0.0), -8, 7).backward(grad)
     inside = (x.detach() / 0.1).round().clamp(-8, 7) == (x.detach() / 0.1).round()
     assert torch.equal(x.grad, grad * inside)
 
@@ -108,7 +109,7 @@ def test_without_a_compiler_training_goes_on(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(kernels, "_works", None)
     monkeypatch.setattr(kernels, "compiled", broken)
     x = tensor((N,)).requires_grad_()
-    affine.fake_quantize(x, torch.tensor(0.1), torch.tensor(0.0), -8, 7).sum().backward()
+    composed.fake_quantize(x, torch.tensor(0.1), torch.tensor(0.0), -8, 7).sum().backward()
     assert "no C++ compiler" in caplog.text
     assert x.grad is not None
     monkeypatch.setattr(kernels, "_works", None)

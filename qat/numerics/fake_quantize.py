@@ -1,0 +1,159 @@
+"""Fake quantization: quantize and dequantize in one step, with straight-through gradients.
+
+`fake_quantize` chooses between the composed form here, which is the reference, and the compiled one
+(`qat.numerics.kernels`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.numerics import kernels
+from qat.numerics.affine import dequantize, quantize
+from qat.numerics.rounding import ROUNDING
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Forward: quantize then dequantize. Backward: pass through where not clipped (one byte an element is kept)."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, rounding):  # type: ignore[no-untyped-def]
+        q = ROUNDING[rounding](x.float() / scale) + zero_point
+        inside = (q >= quant_min) & (q <= quant_max)
+        if relu:
+            inside &= x > 0
+            q = torch.maximum(q, zero_point)
+        ctx.save_for_backward(inside)
+        return dequantize(q.clamp_(quant_min, quant_max), scale, zero_point).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None, None, None, None, None, None
+
+
+class _FastFakeQuantize(torch.autograd.Function):
+    """`_FakeQuantize` in one pass each way."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, rounding):  # type: ignore[no-untyped-def]
+        bounds = _bounds(zero_point, quant_min, quant_max, relu)
+        y, inside = kernels.compiled(kernels.forward_ste)(kernels.flat(x), scale, zero_point, bounds)
+        ctx.save_for_backward(inside)
+        ctx.x_like = (x.shape, x.stride())
+        return kernels.like(y, x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (inside,) = ctx.saved_tensors
+        return _flatwise(kernels.backward_ste, ctx, grad, inside), None, None, None, None, None, None
+
+
+class _FakeQuantizeLSQ(torch.autograd.Function):
+    """As `_FakeQuantize`, with the gradient of the scale.
+
+    One byte an element is kept: 0 is "clipped below", 255 "clipped above", and 1..253 code the rounding residual
+    `round(v) - v`, the slope of the result in the scale; 127 is a residual of exactly zero.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale):  # type: ignore[no-untyped-def]
+        v = x.float() / scale
+        rounded = ROUNDING[rounding](v)
+        q = rounded + zero_point
+        low = torch.maximum(zero_point, zero_point.new_tensor(quant_min)) if relu else quant_min
+        below = (x <= 0) if relu else (q < quant_min)
+        per_unit = 126 / (0.5 if rounding == "nearest" else 1.0)
+        code = (rounded - v).mul_(per_unit).add_(127).round_().clamp_(1, 253)
+        code = code.masked_fill_(below, 0).masked_fill_(q > quant_max, 255).to(torch.uint8)
+        ctx.save_for_backward(code, scale, zero_point)
+        ctx.bounds, ctx.per_unit, ctx.grad_scale = (low, quant_max), per_unit, grad_scale
+        return dequantize(q.clamp_(low, quant_max), scale, zero_point).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        code, scale, zero_point = ctx.saved_tensors
+        low, high = ctx.bounds
+        below, above = code == 0, code == 255
+        slope = (code.float() - 127) / ctx.per_unit
+        slope = torch.where(below, low - zero_point, torch.where(above, high - zero_point, slope))
+        grad_v = (grad.float() * slope).sum_to_size(scale.shape) * ctx.grad_scale
+        return grad.masked_fill(below | above, 0), grad_v, None, None, None, None, None, None
+
+
+class _FastFakeQuantizeLSQ(torch.autograd.Function):
+    """`_FakeQuantizeLSQ` in one pass each way."""
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale):  # type: ignore[no-untyped-def]
+        bounds = _bounds(zero_point, quant_min, quant_max, relu)
+        y, code = kernels.compiled(kernels.forward_lsq)(kernels.flat(x), scale.detach(), zero_point, bounds)
+        ctx.save_for_backward(code, bounds[:2] - zero_point)
+        ctx.x_like, ctx.grad_scale = (x.shape, x.stride()), grad_scale
+        return kernels.like(y, x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        code, ends = ctx.saved_tensors
+        grad_x, grad_scale = _flatwise(kernels.backward_lsq, ctx, grad, code, ends)
+        return grad_x, grad_scale * ctx.grad_scale, None, None, None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    relu: bool = False,
+    rounding: str = "nearest",
+    grad_scale: float | None = None,
+) -> Tensor:
+    """Quantize and dequantize in one step, with straight-through gradients.
+
+    Args:
+        x: any shape; float32, bfloat16 or float16 (the arithmetic is float32; the result has the dtype of `x`).
+        scale, zero_point: float32, broadcast against `x`.
+        quant_min, quant_max: the integer range.
+        relu: absorb a preceding ReLU: values are clamped to `[zero_point, quant_max]`, the gradient is zero for x <= 0.
+        rounding: key of `ROUNDING`.
+        grad_scale: None leaves the scale without gradient; a number makes it learned (LSQ) and multiplies its gradient.
+
+    Gradients: with respect to `x`, `grad` inside the range and 0 where clipped; with respect to `scale`
+    (with `v = x / scale`), `round(v) - v` inside, `quant_min - zero_point` below, `quant_max - zero_point` above.
+    A value is clipped when it rounds to an integer outside the range, as in ATen's kernels (the paper clips half a step
+    earlier).
+
+    Source: Esser et al. 2020, "Learned Step Size Quantization", equations 1 to 3; Krishnamoorthi 2018, section 3.
+    """
+    if not torch.is_grad_enabled():
+        q = quantize(x, scale, zero_point, quant_min, quant_max, rounding)
+        return dequantize(torch.maximum(q, zero_point) if relu else q, scale, zero_point).to(x.dtype)
+    fast = kernels.usable(x, scale, rounding)
+    if grad_scale is None:
+        function = _FastFakeQuantize if fast else _FakeQuantize
+        return function.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding)
+    learned = _FastFakeQuantizeLSQ if fast else _FakeQuantizeLSQ
+    return learned.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale)
+
+
+def _bounds(zero_point: Tensor, quant_min: int, quant_max: int, relu: bool) -> Tensor:
+    """What the kernels clamp to: lowest and highest integer, and the number that a value must exceed."""
+    if not relu:
+        return torch.tensor([quant_min, quant_max, -torch.inf], device=zero_point.device)
+    fixed = torch.tensor([quant_min, quant_max, 0.0], device=zero_point.device)
+    return torch.cat([torch.maximum(fixed[:1], zero_point.reshape(1)), fixed[1:]])
+
+
+def _flatwise(kernel: Callable[..., Any], ctx: Any, grad: Tensor, *kept: Tensor) -> Any:
+    """Run a backward kernel on `grad` in the memory order of the forward's input; the first result gets its shape."""
+    shape, stride = ctx.x_like
+    if grad.stride() != stride:
+        grad = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+    result = kernels.compiled(kernel)(kernels.flat(grad), *kept)
+    if isinstance(result, Tensor):
+        return kernels.like(result, grad)
+    return (kernels.like(result[0], grad), *result[1:])
