@@ -16,7 +16,7 @@ ORDER = [
     "qat.numerics.kernels",
     "qat.numerics.affine",
     "qat.numerics.fake_quantize",
-    "qat.numerics",  # formats, codebook, granularity, packing
+    "qat.numerics",  # formats, codebook, product, granularity, packing
     "qat.observers",
     "qat.scheme",
     "qat.targets",
@@ -27,10 +27,10 @@ ORDER = [
     "qat.prepare",
     "qat.calibrate",
     "qat.fold",
-    "qat.ptq",
     "qat.runtime",  # above `lower`, which builds it: an integer network does not know the training code
     "qat.translate",
     "qat.lower",
+    "qat.ptq",
     "qat.export",
     "qat.analysis",
     "qat.training",

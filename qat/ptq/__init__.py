@@ -3,5 +3,14 @@
 from qat.ptq.batch_norm import reestimate_batch_norm
 from qat.ptq.bias import correct_bias, round_biases
 from qat.ptq.finalize import PTQConfig, finalize
+from qat.ptq.tables import TableError, tabulate
 
-__all__ = ["PTQConfig", "correct_bias", "finalize", "reestimate_batch_norm", "round_biases"]
+__all__ = [
+    "PTQConfig",
+    "TableError",
+    "correct_bias",
+    "finalize",
+    "reestimate_batch_norm",
+    "round_biases",
+    "tabulate",
+]
