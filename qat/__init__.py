@@ -7,7 +7,7 @@ from qat.fake_quant import Mode, set_mode
 from qat.lower import lower
 from qat.prepare import prepare
 from qat.presets import preset
-from qat.scheme import Granularity, LayerRule, QuantConfig, RangeMode, TensorScheme
+from qat.scheme import Granularity, LayerRule, QuantConfig, TensorScheme
 
 __version__ = "0.1.0"
 
@@ -16,7 +16,6 @@ __all__ = [
     "LayerRule",
     "Mode",
     "QuantConfig",
-    "RangeMode",
     "TensorScheme",
     "calibrate",
     "export",

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from qat.fake_quant import Mode, eval_mode, quantizers, set_mode
+from qat.fake_quant import Mode, eval_mode, quantizers, set_mode, watch
 from qat.layers import QuantizedLayer
 
 
@@ -19,7 +19,8 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) ->
             a few hundred samples do.
 
     Raises:
-        ValueError: no batches, or a batch with NaN or infinity (names the batch).
+        ValueError: no batches, or NaN or infinity in a batch (names the batch), a weight or an activation (names the
+            tensor).
         RuntimeError: a quantizer saw no data (its branch never ran).
     """
     weights = {m.weight_quantizer: m.weight for m in net.modules() if isinstance(m, QuantizedLayer)}
@@ -33,6 +34,7 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) ->
             for batch in batches:
                 inputs = batch if isinstance(batch, tuple) else (batch,)
                 _check_finite(inputs, count)
+                watch(net)
                 net(*inputs)
                 count += 1
         if count == 0:

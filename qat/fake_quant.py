@@ -1,19 +1,25 @@
 """FakeQuantize: one scheme on one tensor."""
 
+import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
+from qat.fitted import FITTED, Fitted, Mean
 from qat.numerics.affine import SMALLEST_SCALE, choose_qparams
-from qat.numerics.fake_quantize import fake_quantize
-from qat.numerics.granularity import from_rows, group_count, rows_of
-from qat.numerics.rounding import SETTLED
+from qat.numerics.fake_quantize import Staircase, fake_quantize, fake_quantize_by
+from qat.numerics.formats import FORMATS, Format, Grid
+from qat.numerics.gradients import GRADIENTS
+from qat.numerics.granularity import Layout
+from qat.numerics.rounding import SETTLED, adaptive, penalized, rectified_logits
 from qat.observers import OBSERVERS, ObserverOptions
-from qat.scheme import Granularity, RangeMode, TensorScheme
+from qat.ranges import RANGES, RangeOptions
+from qat.scheme import Granularity, TensorScheme
 
 
 class Mode(Enum):
@@ -32,8 +38,7 @@ class Mode(Enum):
 class FakeQuantize(nn.Module):
     """Quantize-dequantize one tensor with straight-through gradients.
 
-    Scale shape: [] (tensor), [out] (channel) or [out, groups] (group). It holds NaN until a range is known, so that a
-    network that was never calibrated cannot pass for one that was.
+    Scales hold NaN until a range is known, so that a network that was never calibrated cannot pass for one that was.
 
     Args:
         scheme: how; `scheme.bits` must be set.
@@ -41,10 +46,14 @@ class FakeQuantize(nn.Module):
         nonnegative: values cannot be negative, so that a symmetric scheme of open sign takes an unsigned grid.
         relu: apply ReLU as part of quantization.
         sites: how many edges share this node (the inputs of a concatenation).
-    """
+        activation: shape of an activation, batch included; needed for scales per channel.
 
-    scale: Tensor
-    zero_point: Tensor
+    Attributes:
+        range: scale and zero point, or where they come from (`qat.ranges`).
+        name: what errors call the tensor.
+        progress: share of training that has passed, for gradients and penalties that change with it.
+        watched: the next forward checks its input for NaN and infinity.
+    """
 
     def __init__(
         self,
@@ -54,15 +63,34 @@ class FakeQuantize(nn.Module):
         nonnegative: bool = False,
         relu: bool = False,
         sites: int = 1,
+        activation: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        assert scheme.bits is not None
         self.scheme, self.shape, self.relu, self.sites = scheme, shape, relu, sites
-        self.quant_min, self.quant_max = scheme.bounds(nonnegative or relu)
-        self.mode = Mode.float
-        scale_shape = self._scale_shape()
+        self.activation = None if activation is None else list(activation)
+        self.mode, self.progress, self.watched, self.name = Mode.float, 0.0, False, "tensor"
+        weight = shape is not None
+        self.signed = scheme.takes_sign(nonnegative or relu)
+        self.layout = Layout(
+            kind=scheme.granularity.value,
+            weight=weight,
+            axis=(0 if weight else 1) if scheme.axis is None else scheme.axis,
+            group_size=scheme.group_size,
+            block_size=(scheme.block_size[0], scheme.block_size[1]) if scheme.block_size else None,
+        )
+        rule = RANGES[scheme.range]
+        self.scale_shape: tuple[int, ...] = ()
+        if scheme.granularity is not Granularity.tensor and (weight or not rule.dynamic):
+            known = shape if shape is not None else activation
+            if known is None:
+                raise ValueError("a scale per channel of an activation needs its shape: FakeQuantize(activation=shape)")
+            self.scale_shape = self.layout.scale_shape(known)
+        self.quant_min, self.quant_max = self._ends()
+        self.fitted = self._fitted()
         self.observer = OBSERVERS[scheme.observer](
             ObserverOptions(
-                rows=math.prod(scale_shape),
+                rows=math.prod(self.scale_shape),
                 sites=sites,
                 symmetric=scheme.symmetric,
                 quant_min=self.quant_min,
@@ -73,30 +101,91 @@ class FakeQuantize(nn.Module):
                 sigmas=scheme.sigmas,
             )
         )
-        if scheme.range is not RangeMode.dynamic:
-            scale = torch.full(scale_shape, torch.nan)
-            if scheme.range is RangeMode.learned:
-                self.scale = nn.Parameter(scale)
-            else:
-                self.register_buffer("scale", scale)
-            self.register_buffer("zero_point", torch.zeros(scale_shape))
+        self.range = rule(
+            RangeOptions(shape=self.scale_shape, quant_min=self.quant_min, quant_max=self.quant_max)
+        )
+        if shape is not None and scheme.rounding == "adaptive":
+            self.logits = nn.Parameter(torch.full(shape, torch.nan))
 
-    def _scale_shape(self) -> tuple[int, ...]:
-        if self.shape is None or self.scheme.granularity is Granularity.tensor:
-            return ()
-        if self.scheme.granularity is Granularity.channel:
-            return (self.shape[0],)
-        return (self.shape[0], group_count(self.shape, self._group_size))
+    def _ends(self) -> tuple[float, float]:
+        """The smallest and the largest level."""
+        if self.grid is not None:
+            return self.grid.low, self.grid.high
+        if self.format.fitted is not None:
+            return -1, 1
+        return self.scheme.bounds(not self.signed)
+
+    def _fitted(self) -> Fitted | None:
+        if self.format.fitted is None:
+            return None
+        assert self.shape is not None
+        assert self.scheme.bits is not None
+        rows = tuple(self.layout.rows(torch.empty(self.shape, device="meta")).shape)
+        groups = self.scale_shape[-1] if len(self.scale_shape) == 2 else 1
+        rule, scheme = RANGES[self.scheme.range], self.scheme
+        return FITTED[self.format.fitted](rows, groups, scheme.bits, rule.learned, scheme.refresh, scheme.subspaces)
 
     @property
-    def _group_size(self) -> int:
-        assert self.scheme.group_size is not None
-        return self.scheme.group_size
+    def format(self) -> Format:
+        """The scheme's format."""
+        return FORMATS[self.scheme.format]
+
+    @property
+    def grid(self) -> Grid | None:
+        """The levels of a format that has no zero point; None for integers, and where levels are fitted."""
+        return _grid(self.scheme.format, self.scheme.bits or 0, self.signed, self.scheme.narrow_range,
+                     self.scheme.range if self.shape is not None else "fixed")  # fmt: skip
+
+    @property
+    def scale(self) -> Tensor:
+        """The range's scale (the tensor that is kept, not always what is used: see `qparams`)."""
+        return self.range.scale  # type: ignore[return-value]
+
+    @property
+    def zero_point(self) -> Tensor:
+        """The range's zero point."""
+        return self.range.zero_point  # type: ignore[return-value]
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the range is computed from the tensor at hand."""
+        return self.range.dynamic
 
     @property
     def calibrated(self) -> bool:
-        """Whether a range is known."""
-        return self.scheme.range is RangeMode.dynamic or not bool(self.scale.isnan().any())
+        """Whether everything that calibration sets is known."""
+        if self.fitted is not None:
+            return self.fitted.calibrated
+        return self.range.calibrated and not (self.adapts and bool(self.logits.isnan().any()))
+
+    @property
+    def adapts(self) -> bool:
+        """Whether rounding is learned, weight by weight."""
+        return self.scheme.rounding == "adaptive"
+
+    @property
+    def anneals(self) -> bool:
+        """Whether `progress` changes what it does."""
+        strengths = self.scheme.gradient_strength or GRADIENTS[self.scheme.gradient].strengths
+        return self.adapts or strengths[0] != strengths[1]
+
+    @property
+    def integer(self) -> bool:
+        """Whether an integer runtime can compute with its result: static integers with one scale a tensor or, for
+        weights, an output channel."""
+        if self.shape is None:
+            return self.scheme.format == "int" and self.layout.kind == "tensor" and not self.dynamic
+        return self.foldable and self.layout.kind != "group" and (self.scheme.bits or 0) <= 8
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the weight is integers whose scales all lie within one output channel (`qat.fold`)."""
+        inside = self.layout.kind in ("tensor", "group") or (self.layout.kind == "channel" and self._first_axis)
+        return inside and (isinstance(self.fitted, Mean) or self.scheme.format == "int")
+
+    @property
+    def _first_axis(self) -> bool:
+        return self.shape is not None and self.layout.axis % len(self.shape) == 0
 
     @property
     def rounding_in_use(self) -> str:
@@ -105,90 +194,177 @@ class FakeQuantize(nn.Module):
         So what is evaluated is what `fold` exports, although a random rounding never gives the same integers twice.
         """
         rounding = self.scheme.rounding
-        settled = self.mode is Mode.frozen or not self.training
-        return SETTLED.get(rounding, rounding) if settled else rounding
+        return SETTLED.get(rounding, rounding) if self._settled else rounding
+
+    @property
+    def _settled(self) -> bool:
+        return self.mode is Mode.frozen or not self.training
 
     def rows(self, x: Tensor) -> Tensor:
         """View `x` with one row a scale, shape [rows, values]."""
-        if self.shape is None or self.scheme.granularity is Granularity.tensor:
-            return x.reshape(1, -1)
-        return rows_of(x, self.scheme.group_size)
+        return self.layout.rows(x)
 
     @torch.no_grad()
     def observe(self, x: Tensor, site: int = 0) -> None:
-        """Record the range of `x` (after the absorbed ReLU). Empty tensors are ignored."""
-        if x.numel():
-            self.observer.update(self.rows(x.clamp(min=0) if self.relu else x), site)
+        """Record the range of `x` (after the absorbed ReLU). Empty tensors are ignored, and so is what needs no range."""
+        if x.numel() and not self.dynamic and self.fitted is None:
+            self.observer.update(self.rows(x), site, relu=self.relu)
 
     @torch.no_grad()
     def set_range_from_observer(self) -> None:
         """Take scale and zero point from what was observed. Raises RuntimeError when nothing was."""
-        if self.scheme.range is not RangeMode.dynamic:
-            self._set(*self.observer.range())
+        if not self.dynamic:
+            self.range.set(*self._choose(*self.observer.range(), self.scale_shape))
 
     @torch.no_grad()
     def set_range_from(self, x: Tensor) -> None:
-        """Take scale and zero point from this one tensor; observers keep what they saw."""
-        if self.scheme.range is not RangeMode.dynamic:
-            self._set(*self.observer.measure(self.rows(x)))
+        """Take scale and zero point (tables, roundings) from this one tensor; observers keep what they saw."""
+        rows = self.rows(x)
+        if self.fitted is not None:
+            self.fitted.fit(rows)
+            return
+        if not self.dynamic:
+            self.range.set(*self._choose(*self.observer.measure(rows), self.scale_shape))
+        self.start_rounding(x)
 
-    def _set(self, low: Tensor, high: Tensor) -> None:
-        scale, zero_point = self._choose(low, high)
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
+    @torch.no_grad()
+    def start_rounding(self, x: Tensor) -> None:
+        """Let adaptive rounding start from the weight `x` itself: its fractions, which decided now round to nearest."""
+        if self.adapts:
+            scale, _ = self.qparams(x)
+            v = self.rows(x).float() / scale.reshape(-1, 1)
+            self.logits.copy_(self.layout.restore(rectified_logits(v - v.floor()), x.shape))
 
-    def _choose(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero_point = choose_qparams(low, high, self.quant_min, self.quant_max, self.scheme.symmetric)
-        shape = self._scale_shape()
-        return scale.reshape(shape), zero_point.reshape(shape)
+    @torch.no_grad()
+    def decide_rounding(self) -> None:
+        """Decide each adaptive rounding for good: up or down, whichever is closer, in training too."""
+        ends = rectified_logits(torch.tensor([0.0, 1.0], device=self.logits.device))
+        self.logits.copy_(torch.where(self.logits >= 0, ends[1], ends[0]))
+
+    def _choose(self, low: Tensor, high: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the shape `shape` for observed ranges, [rows] each."""
+        if self.scheme.format == "int":
+            scale, zero_point = choose_qparams(low, high, int(self.quant_min), int(self.quant_max), self.scheme.symmetric)
+            return scale.reshape(shape), zero_point.reshape(shape)
+        largest = torch.maximum(-low.float(), high.float()).clamp(min=0)
+        return self._grid_scale(largest.reshape(shape)), torch.zeros(shape, device=low.device)
+
+    def _grid_scale(self, largest: Tensor) -> Tensor:
+        grid, kind = self.grid, self.format
+        assert grid is not None
+        if kind.unit_scale:
+            return torch.ones_like(largest)
+        if kind.scales is not None:
+            return kind.scales(largest, grid)
+        scale = largest / grid.high
+        return torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(scale, zero_point) in use, of the scale shape; a dynamic range reads the tensor `x`."""
-        if self.scheme.range is RangeMode.dynamic:
-            if x is None:
-                raise ValueError("a dynamic range has no scale of its own: pass the tensor")
-            with torch.no_grad():
-                return self._choose(*self.observer.measure(self.rows(x.detach())))
-        if self.scheme.range is RangeMode.learned:
-            return self.scale.abs().clamp(min=SMALLEST_SCALE), self.zero_point
-        return self.scale, self.zero_point
+        """(scale, zero_point) in use, of the scale's shape; a dynamic range reads the tensor `x`."""
+        if not self.dynamic:
+            return self.range.qparams()
+        if x is None:
+            raise ValueError("a dynamic range has no scale of its own: pass the tensor")
+        with torch.no_grad():
+            rows = self.rows(x.detach())
+            if rows.numel() == 0:
+                shape = self.layout.scale_shape(x.shape)
+                return torch.ones(shape, device=x.device), torch.zeros(shape, device=x.device)
+            low, high = self.observer.measure(rows.relu() if self.relu else rows)
+            return self._choose(low, high, self.layout.scale_shape(x.shape))
+
+    @torch.no_grad()
+    def scales(self, x: Tensor) -> Tensor:
+        """The scales in use for the weight `x`, for tables and plots; of a table of entries, the largest of each row."""
+        if isinstance(self.fitted, Mean):
+            return self.fitted.integers(self.rows(x))[1]
+        if self.fitted is not None:
+            return self.fitted.values().abs().flatten(1).amax(dim=1)
+        return self.qparams(x)[0]
 
     def forward(self, x: Tensor, site: int = 0) -> Tensor:
-        """Fake-quantize `x` (any shape for activations, `shape` for weights) as the mode says."""
+        """Fake-quantize `x` (any shape for activations, `shape` for weights) as the mode says.
+
+        Raises:
+            ValueError: the input has NaN or infinity and the node is `watched`; names the tensor.
+        """
+        if self.watched:
+            self._check_finite(x)
         if self.mode in (Mode.float, Mode.observe):
             if self.mode is Mode.observe:
                 self.observe(x, site)
             return torch.relu(x) if self.relu else x
-        if self.scheme.range is RangeMode.running and self.mode is Mode.quantize and self.training:
+        moves = self.training and self.mode is Mode.quantize
+        if self.fitted is not None:
+            return self.layout.restore(self.fitted(self.rows(x), moves), x.shape)
+        if self.range.follows and moves:
             self.observe(x, site)
             self.set_range_from_observer()
         scale, zero_point = self.qparams(x)
-        learned = self.scheme.range is RangeMode.learned and self.mode is Mode.quantize
-        if not learned:
-            scale = scale.detach()
-        features = math.prod(x.shape[1:]) if self.shape is None else x.numel() // max(scale.numel(), 1)
-        grad_scale = (max(features, 1) * self.quant_max) ** -0.5 if learned else None
-        grouped = self.shape is not None and self.scheme.granularity is Granularity.group
-        y = fake_quantize(
-            self.rows(x) if grouped else x,
-            self._broadcast(scale, x),
-            self._broadcast(zero_point, x),
-            self.quant_min,
-            self.quant_max,
-            relu=self.relu,
-            rounding=self.rounding_in_use,
-            grad_scale=grad_scale,
-        )
-        return from_rows(y, x.shape) if grouped else y
+        if self.mode is Mode.frozen:
+            scale, zero_point = scale.detach(), zero_point.detach()
+        by_rows = self.layout.by_rows or self.adapts or (self.grid is not None and self.scheme.format == "int")
+        values = self.range.transform(self.rows(x)) if by_rows else x
+        layout = dataclasses.replace(self.layout, kind="rows") if by_rows else self.layout
+        y = self._quantize(values, layout.broadcast(scale, x), layout.broadcast(zero_point, x), moves)
+        return self.layout.restore(y, x.shape) if by_rows else y
 
-    def _broadcast(self, scale: Tensor, x: Tensor) -> Tensor:
-        if scale.dim() == 0:
-            return scale
-        return scale.reshape(-1, 1) if scale.dim() == 2 else scale.reshape(-1, *[1] * (x.dim() - 1))
+    def _quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, moves: bool) -> Tensor:
+        """Values on the levels and back; scale and zero point broadcast against `x`."""
+        scheme, grid, gradient = self.scheme, self.grid, GRADIENTS[self.scheme.gradient]
+        if self.adapts:
+            q = adaptive(x.float() / scale, self._rounding_logits(moves), soft=moves) + zero_point
+            return ((q.clamp(self.quant_min, self.quant_max) - zero_point) * scale).to(x.dtype)
+        features = x.numel() // max(scale.numel(), 1) if self.shape is not None else math.prod(x.shape[1:])
+        grad_scale = (max(features, 1) * self.quant_max) ** -0.5 if self.range.scaled else 1.0
+        learned = scale.requires_grad
+        plain = scheme.gradient in ("clipped_ste", "lsq") and self.range.residual and not zero_point.requires_grad
+        if grid is None and plain:
+            return fake_quantize(
+                x, scale, zero_point, int(self.quant_min), int(self.quant_max), relu=self.relu,
+                rounding=self.rounding_in_use, grad_scale=grad_scale if learned else None,
+            )  # fmt: skip
+        strengths = scheme.gradient_strength
+        staircase = Staircase(
+            quant_min=self.quant_min,
+            quant_max=self.quant_max,
+            snap=None if grid is None else grid.snap,
+            rounding=self.rounding_in_use,
+            gradient=scheme.gradient,
+            strength=gradient.strength_at(self.progress, (strengths[0], strengths[1]) if strengths else None),
+            noise=gradient.noisy and moves,
+            relu=self.relu,
+            residual=self.range.residual,
+        )
+        return fake_quantize_by(x, scale, zero_point, staircase, grad_scale)
+
+    def _rounding_logits(self, moves: bool) -> Tensor:
+        """What adaptive rounding has learned, as rows; while it learns, with the gradient that drives it to a decision."""
+        logits = self.logits if moves else self.logits.detach()
+        return self.rows(penalized(logits, self.progress, self.scheme.rounding_penalty) if moves else logits)
+
+    def _check_finite(self, x: Tensor) -> None:
+        self.watched = False
+        bad = ~torch.isfinite(x.detach())
+        if bool(bad.any()):
+            nan = int(torch.isnan(x).sum())
+            raise ValueError(
+                f"tensor '{self.name}' has {nan} NaN and {int(bad.sum()) - nan} infinite of {x.numel()} values "
+                f"(shape {list(x.shape)}, the first at {bad.nonzero()[0].tolist()})"
+            )
 
     def extra_repr(self) -> str:  # noqa: D102
         relu = ", relu" if self.relu else ""
-        return f"{self.scheme.describe()}, [{self.quant_min}, {self.quant_max}]{relu}, mode={self.mode.value}"
+        return f"{self.scheme.describe()}, [{self.quant_min:g}, {self.quant_max:g}]{relu}, mode={self.mode.value}"
+
+
+@functools.cache
+def _grid(format: str, bits: int, signed: bool, narrow: bool, range: str) -> Grid | None:
+    """Levels other than the integers with a zero point."""
+    if format == "int":
+        return RANGES[range].weight_grid(bits)
+    make = FORMATS[format].grid
+    return None if make is None or FORMATS[format].fitted else make(bits, signed, narrow)
 
 
 def quantizers(net: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
@@ -220,6 +396,27 @@ def set_mode(net: nn.Module, mode: Mode | str) -> None:
             )
     for _, quantizer in quantizers(net):
         quantizer.mode = mode
+
+
+def watch(net: nn.Module) -> None:
+    """Let the next forward of every FakeQuantize check its input: NaN or infinity raise a ValueError with its name.
+
+    Otherwise infinity saturates without a word, and NaN comes out at the other end. The check reads each tensor once,
+    so it is made now and then: at every batch of calibration, and at the first one of every epoch.
+    """
+    for _, quantizer in quantizers(net):
+        quantizer.watched = True
+
+
+def set_progress(net: nn.Module, share: float) -> None:
+    """Tell gradients and penalties that change in the course of training how much of it has passed.
+
+    Args:
+        net: a prepared network.
+        share: in [0, 1].
+    """
+    for _, quantizer in quantizers(net):
+        quantizer.progress = share
 
 
 @contextmanager

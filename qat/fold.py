@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.fake_quant import eval_mode
+from qat.encoding import encode
 from qat.layers import QuantizedLayer
-from qat.numerics.affine import quantize
-from qat.numerics.granularity import from_rows
 
 LARGEST_BIAS = 2**30
 """int32 biases stay below this, so that a sum of products can be added without overflow."""
@@ -27,6 +25,7 @@ class FoldedWeight:
         scale, zero_point: shape [out], or [out, groups].
         bias: real-valued bias, float64, shape [out].
         bounds: smallest and largest integer.
+        step: distance of neighbouring integers (2 for binary weights, which are -1 and 1).
     """
 
     q: Tensor
@@ -34,24 +33,24 @@ class FoldedWeight:
     zero_point: Tensor
     bias: Tensor
     bounds: tuple[int, int]
+    step: int = 1
 
 
 @torch.no_grad()
 def fold(layer: QuantizedLayer, batch_norm: nn.Module | None) -> FoldedWeight:
     """Quantize a layer's weight and fold the BatchNorm behind it into scale, sign and bias. Exact, in float64.
 
+    For weights that are integers with one scale a tensor, an output channel or a group of its inputs.
+
     Source: Jacob et al. 2018, section 3.2 (folding); the sign rule follows from it.
     """
-    quantizer = layer.weight_quantizer
-    low, high = quantizer.quant_min, quantizer.quant_max
-    scale, zero_point = (t.detach().clone() for t in quantizer.qparams(layer.weight))
-    rows = quantizer.rows(layer.weight.detach())
-    with eval_mode(quantizer):  # also where a network in training mode is lowered: evaluation is what is exported
-        rounding = quantizer.rounding_in_use
-    q = quantize(rows, scale.reshape(-1, 1), zero_point.reshape(-1, 1), low, high, rounding)
-    out = layer.weight.shape[0]
-    q = q.reshape(layer.weight.shape) if scale.dim() < 2 else from_rows(q, layer.weight.shape)
-    scale, zero_point = (t.expand(out) if t.dim() == 0 else t for t in (scale, zero_point))
+    quantizer, out = layer.weight_quantizer, layer.weight.shape[0]
+    encoded = encode(quantizer, layer.weight.detach())
+    assert encoded.levels is None
+    low, high = encoded.low, encoded.high
+    q = quantizer.layout.restore(encoded.codes, layer.weight.shape)
+    shape = quantizer.scale_shape or (1,)
+    scale, zero_point = (t.reshape(shape).expand(out, *shape[1:]) for t in (encoded.scale, encoded.zero_point))
     gain, shift = batch_norm_affine(batch_norm, out)
     bias = torch.zeros(out, dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
     column = (-1, *[1] * (scale.dim() - 1))
@@ -64,6 +63,7 @@ def fold(layer: QuantizedLayer, batch_norm: nn.Module | None) -> FoldedWeight:
         zero_point=torch.where(negative.reshape(column), low + high - zero_point, zero_point),
         bias=bias * gain + shift,
         bounds=(low, high),
+        step=encoded.step,
     )
 
 

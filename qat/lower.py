@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qat import translate
+from qat.encoding import encode
 from qat.fake_quant import FakeQuantize, Mode, quantizers
+from qat.fitted import Product
 from qat.fold import FoldedWeight, batch_norm_affine, fold, integer_bias
 from qat.graph import Graph, Kind, tensor_arguments, tensor_list
 from qat.layers import QuantizedLayer
@@ -21,7 +23,8 @@ from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
 from qat.runtime.network import IntegerNetwork, Node
-from qat.scheme import Granularity, QuantConfig
+from qat.runtime.stored import ProductConv, Simulate, StoredConv, TableConv
+from qat.scheme import QuantConfig
 
 
 def lower(prepared: fx.GraphModule) -> IntegerNetwork:
@@ -107,9 +110,10 @@ class _Lowering:
         return self.real[name]
 
     def fused_quantizer(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """The quantizer that is the only reader of `node`, to be made in the same step."""
+        """The integer quantizer that is the only reader of `node`, to be made in the same step."""
         users = list(node.users)
-        return (users[0],) if len(users) == 1 and self.graph.kind(users[0]) is Kind.quantizer else ()
+        module = self.graph.submodule(users[0]) if len(users) == 1 else None
+        return (users[0],) if isinstance(module, FakeQuantize) and module.integer else ()
 
     def output_grid(self, node: fx.Node) -> Quantize | None:
         fused = self.fused_quantizer(node)
@@ -131,8 +135,9 @@ class _Lowering:
 
 
 def _quantizer(lowering: _Lowering, node: fx.Node) -> None:
-    layer = ops.QuantizeInput(_grid(lowering.graph.submodule(node)))
-    source = node.all_input_nodes[0]
+    quantizer, source = lowering.graph.submodule(node), node.all_input_nodes[0]
+    assert isinstance(quantizer, FakeQuantize)
+    layer = ops.QuantizeInput(_grid(quantizer)) if quantizer.integer else Simulate.of(quantizer)
     name = lowering.graph.name(source)
     name = f"{name}.quantized" if lowering.graph.kind(source) is Kind.input else name
     lowering.add(name, layer, [lowering.to_real(source)], node)
@@ -141,30 +146,30 @@ def _quantizer(lowering: _Lowering, node: fx.Node) -> None:
 def _layer(lowering: _Lowering, node: fx.Node) -> None:
     layer = lowering.graph.submodule(node)
     assert isinstance(layer, QuantizedLayer)
-    batch_norm = lowering.graph.batch_norm_after(node)
-    folded = fold(layer, lowering.graph.submodule(batch_norm) if batch_norm else None)
-    tail = batch_norm or node
+    norm_node = lowering.graph.batch_norm_after(node)
+    norm = lowering.graph.submodule(norm_node) if norm_node else None
+    tail = norm_node or node
     source = node.all_input_nodes[0]
     grid = lowering.grids[lowering.made[source]]
     output = lowering.output_grid(tail)
     made = [node, tail, *lowering.fused_quantizer(tail)]
-    scheme = layer.weight_quantizer.scheme
-    geometry = translate.geometry(layer, node)
+    quantizer = layer.weight_quantizer
+    geometry = translate.geometry(layer, node) | {"output": output}
     name = str(node.target)
-    if grid is None or scheme.granularity is Granularity.group:
-        step: RuntimeLayer = _weight_only(layer, folded, geometry, output)
-        lowering.add(name, step, [lowering.to_real(source)], *made)
-    else:
-        lowering.add(name, _integer(layer, folded, grid, geometry, output), [lowering.made[source]], *made)
+    if grid is not None and quantizer.integer:
+        lowering.add(name, _integer(layer, fold(layer, norm), grid, geometry), [lowering.made[source]], *made)
+        return
+    weight_only = _weight_only(layer, fold(layer, norm), geometry) if quantizer.foldable else _stored(layer, norm, geometry)
+    lowering.add(name, weight_only, [lowering.to_real(source)], *made)
 
 
-def _integer(
-    layer: QuantizedLayer, folded: FoldedWeight, grid: Quantize, geometry: dict[str, Any], output: Quantize | None
-) -> IntegerConv:
-    step = IntegerConv(
-        list(folded.q.shape), list(folded.bounds), [grid.quant_min, grid.quant_max], **geometry, output=output
-    )
+def _integer(layer: QuantizedLayer, folded: FoldedWeight, grid: Quantize, geometry: dict[str, Any]) -> IntegerConv:
     scale, q, bias = integer_bias(folded, float(grid.scale), layer.weight.dim())
+    between = bool(((q - folded.bounds[0]) % folded.step).any())  # a channel that was scaled down for its bias
+    step = IntegerConv(
+        list(folded.q.shape), list(folded.bounds), [grid.quant_min, grid.quant_max], **geometry,
+        weight_step=1 if between else folded.step,
+    )  # fmt: skip
     limit = torch.iinfo(torch.int32).max if step.bias.dtype == torch.int32 else 2**62
     step.weight.copy_(q)
     step.weight_scale.copy_(scale)
@@ -175,17 +180,35 @@ def _integer(
     return step
 
 
-def _weight_only(
-    layer: QuantizedLayer, folded: FoldedWeight, geometry: dict[str, Any], output: Quantize | None
-) -> FloatConv:
-    scheme = layer.weight_quantizer.scheme
-    group_size = scheme.group_size if scheme.granularity is Granularity.group else None
-    step = FloatConv(list(folded.q.shape), list(folded.bounds), group_size, **geometry, output=output)
+def _weight_only(layer: QuantizedLayer, folded: FoldedWeight, geometry: dict[str, Any]) -> FloatConv:
+    group_size = layer.weight_quantizer.layout.group_size
+    step = FloatConv(
+        list(folded.q.shape), list(folded.bounds), group_size, **geometry, weight_step=folded.step
+    )  # fmt: skip
     step.weight.copy_(folded.q)
     step.weight_scale.copy_(folded.scale)
     step.weight_zero_point.copy_(folded.zero_point)
     step.bias.copy_(folded.bias)
     assert rows_of(step.weight, group_size).shape[0] == folded.scale.numel()
+    return step
+
+
+def _stored(layer: QuantizedLayer, norm: nn.Module | None, geometry: dict[str, Any]) -> StoredConv:
+    """A weight on levels that are not integers, or in rows that cross output channels."""
+    quantizer, shape = layer.weight_quantizer, list(layer.weight.shape)
+    step: StoredConv
+    if isinstance(quantizer.fitted, Product):
+        rows = quantizer.rows(layer.weight)
+        step = ProductConv(
+            shape, list(quantizer.fitted.entries.shape), rows.numel() // shape[0], quantizer.fitted.bits, **geometry
+        )
+        step.codes.copy_(quantizer.fitted.indices)
+        step.prototypes.copy_(quantizer.fitted.entries.detach())
+    else:
+        step = TableConv.of(shape, quantizer.layout, encode(quantizer, layer.weight.detach()), **geometry)
+    gain, shift = batch_norm_affine(norm, shape[0])
+    step.gain.copy_(gain)
+    step.bias.copy_(shift if layer.bias is None else layer.bias.detach().double() * gain + shift)
     return step
 
 
@@ -273,7 +296,7 @@ def _grid(module: nn.Module | None) -> Quantize:
     assert isinstance(module, FakeQuantize)
     scale, zero_point = (t.detach() for t in module.qparams())
     relu = module.relu and int(zero_point) != module.quant_min
-    return Quantize(module.quant_min, module.quant_max, relu, float(scale), int(zero_point))
+    return Quantize(int(module.quant_min), int(module.quant_max), relu, float(scale), int(zero_point))
 
 
 def _copy_grid(grid: Quantize, relu: bool) -> Quantize:

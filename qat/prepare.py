@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from qat.fake_quant import FakeQuantize, eval_mode, quantizers
 from qat.graph import Graph, Kind, trace
 from qat.layers import SWAPS
-from qat.scheme import LayerRule, QuantConfig, TensorScheme, override
+from qat.scheme import Granularity, LayerRule, QuantConfig, TensorScheme, override
 from qat.targets import check_target
 
 QUANTIZERS = "quantizers"
@@ -51,14 +51,15 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
     config.validate()
     check_target(config)
     prepared = trace(net)
-    ranks = _check_same(net, prepared, example_inputs)
+    shapes = _check_same(net, prepared, example_inputs)
+    ranks = {str(node.target): len(shape) for node, shape in shapes.items() if node.op == "call_module"}
     _drop_in_place(prepared)
     choices = choose(Graph(prepared), config)
     for name, choice in choices.items():
         if choice.weight.quantized:
             module = prepared.get_submodule(name)
             prepared.set_submodule(name, SWAPS[type(module)].from_float(module, choice.weight, name))
-    _place(prepared, config, choices)
+    _place(prepared, config, choices, shapes)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     for _, quantizer in quantizers(prepared):
         quantizer.to(device)
@@ -111,7 +112,9 @@ def _matches(rule: LayerRule, name: str, kind: str, order: list[str]) -> bool:
     return fnmatch.fnmatchcase(name, rule.match)
 
 
-def _place(prepared: fx.GraphModule, config: QuantConfig, choices: dict[str, Choice]) -> None:
+def _place(
+    prepared: fx.GraphModule, config: QuantConfig, choices: dict[str, Choice], shapes: dict[fx.Node, torch.Size]
+) -> None:
     """Insert activation quantizers."""
     graph = Graph(prepared)
     requests = _requests(graph, config, choices)
@@ -123,8 +126,12 @@ def _place(prepared: fx.GraphModule, config: QuantConfig, choices: dict[str, Cho
     for edges, scheme in requests:
         relu = all(graph.kind(edge) is Kind.relu for edge in edges)
         nonnegative = all(graph.nonnegative(edge) for edge in edges)
-        quantizer = FakeQuantize(scheme, nonnegative=nonnegative, relu=relu, sites=len(edges))
-        base = graph.name(edges[0]).replace(".", "_")
+        _check_axis(graph, edges, scheme, shapes)
+        quantizer = FakeQuantize(
+            scheme, nonnegative=nonnegative, relu=relu, sites=len(edges), activation=shapes[edges[0]]
+        )
+        quantizer.name = graph.name(edges[0])
+        base = quantizer.name.replace(".", "_")
         names = (f"{QUANTIZERS}.{base}" if i == 1 else f"{QUANTIZERS}.{base}_{i}" for i in itertools.count(1))
         name = next(name for name in names if name not in taken)
         taken.add(name)
@@ -212,26 +219,63 @@ def _drop_in_place(prepared: fx.GraphModule) -> None:
     prepared.recompile()
 
 
+def _check_axis(
+    graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes: dict[fx.Node, torch.Size]
+) -> None:
+    """Refuse channels and groups that an activation does not have, or that its edges do not share."""
+    if scheme.granularity not in (Granularity.channel, Granularity.group):
+        return
+    axis, sizes = 1 if scheme.axis is None else scheme.axis, set()
+    for edge in edges:
+        shape, name = shapes[edge], graph.name(edge)
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"quant.activation.axis={axis}: the tensor '{name}' has {len(shape)} dimensions {list(shape)}"
+            )
+        size = shape[axis]
+        sizes.add(size)
+        if scheme.group_size and size % scheme.group_size and not scheme.allow_padding:
+            raise ValueError(
+                f"quant.activation.group_size={scheme.group_size} does not divide the {size} channels of the tensor "
+                f"'{name}' (shape {list(shape)}, axis {axis}); give a divisor of {size}, exempt the layer by a rule, or "
+                f"set quant.activation.allow_padding=true"
+            )
+    if scheme.granularity is Granularity.channel and len(sizes) > 1:
+        names = ", ".join(f"'{graph.name(edge)}'" for edge in edges)
+        raise ValueError(
+            f"quant.activation.granularity=channel: {names} share a scale, because they are concatenated, and have "
+            f"{sorted(sizes)} channels; use granularity=tensor there, by a rule"
+        )
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and notes the shape of every tensor."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operation."""
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = result.shape
+        return result
+
+
 @torch.no_grad()
 def _check_same(
     net: nn.Module, prepared: fx.GraphModule, example_inputs: Tensor | tuple[Tensor, ...]
-) -> dict[str, int]:
-    """Run both on the example; returns how many dimensions each quantizable layer's output has."""
+) -> dict[fx.Node, torch.Size]:
+    """Run both on the example; returns the shape of every tensor."""
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    ranks: dict[str, int] = {}
-    handles = [
-        module.register_forward_hook(lambda _module, _args, y, name=name: ranks.update({name: y.dim()}))
-        for name, module in prepared.named_modules()
-        if type(module) in SWAPS
-    ]
+    interpreter = _Shapes(prepared)
     with eval_mode(net, prepared):
-        expected, got = net(*inputs), prepared(*inputs)
-    for handle in handles:
-        handle.remove()
+        expected, got = net(*inputs), interpreter.run(*inputs)
     try:
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     except AssertionError as error:
         raise ValueError(
             f"the traced {type(net).__name__} does not compute what the network computes: {error}"
         ) from None
-    return ranks
+    return interpreter.shapes

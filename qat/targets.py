@@ -1,8 +1,11 @@
 """What a deployment target can run. TARGETS is the table that configurations choose from."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from qat.ranges import RANGES
 from qat.scheme import QuantConfig, TensorScheme, choice, override
+from qat.scheme.checks import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,13 +16,16 @@ class Target:
         description: one sentence.
         weight_bits: the widest integer weight that it computes exactly.
         activation_bits: the widest integer activation.
+        integers_only: whether weights and activations are integers with scales that calibration or training fixed, one
+            a tensor, output channel or group of inputs.
         onnxruntime_options: session options under which ONNX Runtime computes this target exactly.
         reason: why weights are limited, for the error.
     """
 
     description: str
-    weight_bits: int = 8
+    weight_bits: int = 16
     activation_bits: int = 16
+    integers_only: bool = False
     onnxruntime_options: dict[str, str] = field(default_factory=dict)
     reason: str = ""
 
@@ -33,6 +39,7 @@ TARGETS: dict[str, Target] = {
         description="ONNX Runtime on x86 with AVX2 and no VNNI, at full speed.",
         weight_bits=7,
         activation_bits=8,
+        integers_only=True,
         reason="its uint8 x int8 kernels add pairs of products in int16, which saturates with 8-bit weights",
     ),
 }
@@ -44,29 +51,38 @@ def check_target(config: QuantConfig) -> None:
     Raises:
         ValueError: names the field, the target's limit and its reason, and the nearest scheme that the target runs.
     """
-    choice("quant.target", config.target, TARGETS)
-    _check_weight(config.weight, "quant.weight", config.target)
-    _check_activation(config.activation, "quant.activation", config.target)
-    _check_activation(config.input, "quant.input", config.target)
+    target = choice("quant.target", config.target, TARGETS)
+    for where, scheme, role in _schemes(config):
+        if not scheme.quantized:
+            continue
+        for field_name, value, why in _refusals(scheme, role, target):
+            nearest = f"use {where}.{field_name}={value}, or target=generic"
+            was = shown(getattr(scheme, field_name))
+            raise ValueError(f"{where}.{field_name}={was}: target={config.target} {why}; {nearest}")
+
+
+def _schemes(config: QuantConfig) -> Iterator[tuple[str, TensorScheme, str]]:
+    yield "quant.weight", config.weight, "weight"
+    yield "quant.activation", config.activation, "activation"
+    yield "quant.input", config.input, "activation"
     for i, rule in enumerate(config.rules):
         where = f"quant.rules[{i}]"
-        _check_weight(override(config.weight, rule.weight, where), f"{where}.weight", config.target)
-        _check_activation(override(config.activation, rule.activation, where), f"{where}.activation", config.target)
+        yield f"{where}.weight", override(config.weight, rule.weight, where), "weight"
+        yield f"{where}.activation", override(config.activation, rule.activation, where), "activation"
 
 
-def _check_weight(scheme: TensorScheme, where: str, name: str) -> None:
-    target = TARGETS[name]
-    if scheme.bits is not None and scheme.bits > target.weight_bits:
-        raise ValueError(
-            f"{where}.bits={scheme.bits}: target={name} takes at most {target.weight_bits} bits ({target.reason}); "
-            f"use {where}.bits={target.weight_bits}, or target=generic"
-        )
-
-
-def _check_activation(scheme: TensorScheme, where: str, name: str) -> None:
-    target = TARGETS[name]
-    if scheme.bits is not None and scheme.bits > target.activation_bits:
-        raise ValueError(
-            f"{where}.bits={scheme.bits}: target={name} takes at most {target.activation_bits} bits for activations; "
-            f"use {where}.bits={target.activation_bits}, or target=generic"
-        )
+def _refusals(scheme: TensorScheme, role: str, target: Target) -> Iterator[tuple[str, object, str]]:
+    """(field, a value that the target takes, why not the scheme's)."""
+    if target.integers_only:
+        formats = ("int", "binary", "ternary") if role == "weight" else ("int",)
+        if scheme.format not in formats:
+            yield "format", "int", "computes with integers"
+        granularities = ("tensor", "channel", "group") if role == "weight" else ("tensor",)
+        if scheme.granularity.value not in granularities or (scheme.axis or 0) != 0:
+            yield "granularity", granularities[len(granularities) // 2], "has no kernels for it"
+        if role == "activation" and RANGES[scheme.range].dynamic:
+            yield "range", "running", "takes ranges that are known beforehand"
+    limit = target.weight_bits if role == "weight" else target.activation_bits
+    if scheme.bits is not None and scheme.bits > limit and scheme.format == "int":
+        reason = f" ({target.reason})" if role == "weight" and target.reason else ""
+        yield "bits", limit, f"takes at most {limit} bits for {role}s{reason}"

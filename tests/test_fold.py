@@ -137,7 +137,7 @@ def test_fold_changes_neither_layer_nor_norm() -> None:
 def test_negative_gamma_flips_inside_the_grid() -> None:
     layer = make_layer("linear", "full")  # the grid [-8, 7] has no 8 to flip -8 to
     layer.weight.data[0] = torch.linspace(-8, 7, 18).round() * 0.5
-    layer.weight_quantizer._choose = lambda low, high: (torch.full((8,), 0.5), torch.zeros(8))  # type: ignore[method-assign]
+    layer.weight_quantizer._choose = lambda low, high, shape: (torch.full((8,), 0.5), torch.zeros(8))  # type: ignore[method-assign]
     norm = make_norm("linear")
     norm.weight.data[0] = -1.0
     folded = fold(layer, norm)

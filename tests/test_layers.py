@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from qat.fake_quant import Mode
 from qat.layers import SWAPS, QuantConv1d, QuantConv2d, QuantizedLayer, QuantLinear
-from qat.scheme import Granularity, RangeMode, TensorScheme
+from qat.scheme import Granularity, TensorScheme
 
-SCHEME = TensorScheme(bits=4, narrow_range=True, granularity=Granularity.channel, range=RangeMode.dynamic)
+SCHEME = TensorScheme(bits=4, narrow_range=True, granularity=Granularity.channel, range="dynamic")
 
 CASES: dict[str, tuple[nn.Module, Tensor]] = {
     "linear": (nn.Linear(5, 3), torch.randn(4, 5)),
@@ -105,6 +105,6 @@ def test_group_size_that_does_not_divide() -> None:
 
 
 def test_learned_weight_scale_is_a_parameter_of_the_layer() -> None:
-    layer = quantized(nn.Linear(5, 3), TensorScheme(bits=4, granularity=Granularity.channel, range=RangeMode.learned))
-    assert sorted(name for name, _ in layer.named_parameters()) == ["bias", "weight", "weight_quantizer.scale"]
+    layer = quantized(nn.Linear(5, 3), TensorScheme(bits=4, granularity=Granularity.channel, range="learned"))
+    assert sorted(name for name, _ in layer.named_parameters()) == ["bias", "weight", "weight_quantizer.range.scale"]
     assert layer.weight_quantizer.scale.shape == (3,)

@@ -317,4 +317,4 @@ def test_finalize_on_trained_weights_moves_no_range() -> None:
     assert all(torch.equal(after[k], v) for k, v in before.items())
     finalize(prepared, [10 * data()], PTQConfig(reestimate_ranges=True), trained=True)
     after = prepared.state_dict()
-    assert after["quantizers.input.scale"] > 5 * before["quantizers.input.scale"]
+    assert after["quantizers.input.range.scale"] > 5 * before["quantizers.input.range.scale"]

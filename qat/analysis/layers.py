@@ -8,7 +8,6 @@ from torch import fx, nn
 from qat.fake_quant import FakeQuantize, quantizers
 from qat.graph import Graph, Kind
 from qat.layers import SWAPS, QuantizedLayer
-from qat.scheme import RangeMode
 
 
 @torch.no_grad()
@@ -52,7 +51,7 @@ def _layer_row(name: str, layer: QuantizedLayer, reason: str) -> dict[str, Any]:
         name, type(layer).__name__, quantizer.scheme.describe(), reason, layer.weight, quantizer.scheme.bits or 32
     )
     if quantizer.calibrated:
-        scale, _ = quantizer.qparams(layer.weight)
+        scale = quantizer.scales(layer.weight)
         mode, quantizer.mode = quantizer.mode, type(quantizer.mode).frozen
         noise = quantizer(layer.weight) - layer.weight
         quantizer.mode = mode
@@ -69,11 +68,11 @@ def _layer_row(name: str, layer: QuantizedLayer, reason: str) -> dict[str, Any]:
 def _edge_row(name: str, quantizer: FakeQuantize) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": name, "kind": "edge", "scheme": quantizer.scheme.describe(), "bits": quantizer.scheme.bits,
-        "reason": f"[{quantizer.quant_min}, {quantizer.quant_max}]" + (", absorbs ReLU" if quantizer.relu else ""),
+        "reason": f"[{quantizer.quant_min:g}, {quantizer.quant_max:g}]" + (", absorbs ReLU" if quantizer.relu else ""),
     }  # fmt: skip
-    if quantizer.calibrated and quantizer.scheme.range is not RangeMode.dynamic:
+    if quantizer.calibrated and not quantizer.dynamic:
         scale, _ = quantizer.qparams()
-        row |= {"scale_min": float(scale), "scale_max": float(scale)}
+        row |= {"scale_min": float(scale.min()), "scale_max": float(scale.max())}
     return row
 
 

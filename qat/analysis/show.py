@@ -24,7 +24,7 @@ from qat.analysis.plots import COLORS, INK, new_figure, save, style
 from qat.fake_quant import FakeQuantize, Mode
 from qat.numerics.rounding import SETTLED
 from qat.presets import PRESETS, fields
-from qat.scheme import Granularity, QuantConfig, RangeMode, TensorScheme, choice
+from qat.scheme import Granularity, QuantConfig, TensorScheme, choice
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,7 +96,7 @@ def configure(settings: Sequence[str], preset: str = "off") -> QuantConfig:
 
 def _value(where: str, text: str, kind: Any) -> Any:
     """`text` as a value of a field's type; names of enums stay text, which `from_dict` resolves."""
-    if kind is str or kind in (Granularity, RangeMode):
+    if kind is str or kind is Granularity:
         return text
     try:
         value = json.loads(text.lower())
@@ -167,7 +167,7 @@ def _measure(scheme: TensorScheme, part: str, points: int) -> Curve:
         quantizer = FakeQuantize(scheme, sample.shape)
         quantizer.set_range_from(sample)
     else:
-        quantizer = FakeQuantize(dataclasses.replace(scheme, range=RangeMode.fixed))  # not moved by what is measured
+        quantizer = FakeQuantize(dataclasses.replace(scheme, range="fixed"))  # not moved by what is measured
         for batch in sample.chunk(BATCHES):
             quantizer.observe(batch)
         quantizer.set_range_from_observer()
@@ -176,7 +176,7 @@ def _measure(scheme: TensorScheme, part: str, points: int) -> Curve:
         ratio = sqnr_db(sample, quantizer(sample))
         scale, zero_point = quantizer.qparams(sample)
     middle = scale.flatten().sort().indices[scale.numel() // 2]
-    one = dataclasses.replace(scheme, range=RangeMode.fixed, granularity=Granularity.tensor, group_size=None)
+    one = dataclasses.replace(scheme, range="fixed", granularity=Granularity.tensor, group_size=None)
     drawn = FakeQuantize(one)
     drawn.scale.copy_(scale.flatten()[middle])
     drawn.zero_point.copy_(zero_point.flatten()[middle])

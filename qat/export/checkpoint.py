@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.export.files import write_atomically
 from qat.numerics.packing import pack_bits, unpack_bits
 from qat.runtime.layers import FloatConv, IntegerConv
 from qat.runtime.network import IntegerNetwork
+from qat.runtime.stored import ProductConv, TableConv
 
 FORMAT_VERSION = 1
 
@@ -37,13 +38,15 @@ def save_checkpoint(network: IntegerNetwork, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in sorted(network.state_dict().items())}
     packed: dict[str, Any] = {}
     for name, layer in network.named_modules():
-        if isinstance(layer, IntegerConv | FloatConv) and layer.weight_bounds is not None:
-            low, high = layer.weight_bounds
-            bits = (high - low).bit_length()
-            if bits < 8:
-                key = f"{name}.weight"
-                packed[key] = {"bits": bits, "low": low, "shape": list(layer.weight.shape)}
-                tensors[key] = pack_bits(layer.weight.int() - low, bits)
+        stored = _codes(layer)
+        if stored is None:
+            continue
+        attribute, codes, (low, high), step = stored
+        bits = ((high - low) // step).bit_length()
+        if bits < 8:
+            key = f"{name}.{attribute}"
+            packed[key] = {"bits": bits, "low": low, "step": step, "shape": list(codes.shape)}
+            tensors[key] = pack_bits((codes.int() - low) // step, bits)
     description = {"format_version": FORMAT_VERSION, "network": network.spec(), "packed": packed}
     description["sha256"] = _checksum(tensors, description)
     metadata = {"qat": json.dumps(description, sort_keys=True, separators=(",", ":"))}
@@ -83,11 +86,20 @@ def load_checkpoint(path: str | Path) -> IntegerNetwork:
         raise ValueError(f"'{path}' was edited or damaged: its content does not match its sha256")
     for key, entry in description["packed"].items():
         shape = torch.Size(entry["shape"])
-        values = unpack_bits(tensors[key], entry["bits"], shape.numel()).int() + entry["low"]
+        values = unpack_bits(tensors[key], entry["bits"], shape.numel()).int() * entry["step"] + entry["low"]
         tensors[key] = values.to(torch.int8 if entry["low"] < 0 else torch.uint8).reshape(shape)
     network = IntegerNetwork.from_spec(description["network"])
     network.load_state_dict(tensors)
     return network.eval()
+
+
+def _codes(layer: nn.Module) -> tuple[str, Tensor, list[int], int] | None:
+    """What a layer stores in few bits: attribute, integers, smallest and largest, and their distance."""
+    if isinstance(layer, IntegerConv | FloatConv) and layer.weight_bounds is not None:
+        return "weight", layer.weight, layer.weight_bounds, layer.weight_step
+    if isinstance(layer, TableConv | ProductConv) and layer.bounds is not None:
+        return "codes", layer.codes, layer.bounds, 1
+    return None
 
 
 def _checksum(tensors: dict[str, Tensor], description: dict[str, Any]) -> str:

@@ -33,18 +33,25 @@ class QuantizedLayer(nn.Module):
         """
         weight = module.weight
         assert isinstance(weight, Tensor)
-        if scheme.granularity is Granularity.group and not scheme.allow_padding:
+        if scheme.granularity is Granularity.group and scheme.group_size:
             inputs = weight[0].numel()
-            if scheme.group_size and inputs % scheme.group_size:
+            shape = f"layer '{name}' (weight {list(weight.shape)})"
+            if inputs % scheme.group_size and not scheme.allow_padding:
                 raise ValueError(
-                    f"quant.weight.group_size={scheme.group_size} does not divide the {inputs} inputs of layer "
-                    f"'{name}' (weight {list(weight.shape)}); give a divisor of {inputs}, exempt the layer by a rule, "
-                    f"or set quant.weight.allow_padding=true"
+                    f"quant.weight.group_size={scheme.group_size} does not divide the {inputs} inputs of {shape}; give "
+                    f"a divisor of {inputs}, exempt the layer by a rule, or set quant.weight.allow_padding=true"
+                )
+            groups = -(-inputs // scheme.group_size)
+            if groups % scheme.subspaces:
+                raise ValueError(
+                    f"quant.weight.subspaces={scheme.subspaces} does not divide the {groups} groups of inputs of "
+                    f"{shape}; give a divisor of {groups}"
                 )
         layer = cls.__new__(cls)
         # the float layer's state as it stands, hooks included; the containers are copied to leave the original alone
         layer.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
         layer.weight_quantizer = FakeQuantize(scheme, weight.shape)
+        layer.weight_quantizer.name = f"{name}.weight"
         return layer
 
     def quantized_weight(self) -> Tensor:

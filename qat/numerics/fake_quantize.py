@@ -1,10 +1,11 @@
 """Fake quantization: quantize and dequantize in one step, with straight-through gradients.
 
-`fake_quantize` chooses between the composed form here, which is the reference, and the compiled one
-(`qat.numerics.kernels`).
+`fake_quantize`, for integers and the clipped straight-through gradient, chooses between the composed form here, which
+is the reference, and the compiled one (`qat.numerics.kernels`). `fake_quantize_by` takes every format and gradient.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from qat.numerics import kernels
 from qat.numerics.affine import dequantize, quantize
+from qat.numerics.gradients import GRADIENTS, Step, add_noise
 from qat.numerics.rounding import ROUNDING
 
 
@@ -101,6 +103,102 @@ class _FastFakeQuantizeLSQ(torch.autograd.Function):
         return grad_x, grad_scale * ctx.grad_scale, None, None, None, None, None, None
 
 
+class _FakeQuantizeAny(torch.autograd.Function):
+    """Every other gradient, format and learned range, in tensor operations: the formulas as they are written.
+
+    Keeps the input and the levels.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, staircase, grad_scale):  # type: ignore[no-untyped-def]
+        v = x.float() / scale
+        if staircase.relu:
+            v = v.clamp(min=0)
+        q, inside = staircase.levels(v, zero_point)
+        if staircase.relu:
+            inside = inside & (x > 0)
+            q = q.clamp(min=0)
+        ctx.save_for_backward(v, q, inside, scale, zero_point)
+        ctx.staircase, ctx.grad_scale = staircase, grad_scale
+        return (q * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        v, q, inside, scale, zero_point = ctx.saved_tensors
+        staircase = ctx.staircase
+        g = grad.float()
+        gradient = GRADIENTS[staircase.gradient]
+        step = Step(
+            v=v,
+            q=q,
+            inside=inside,
+            cell=lambda: (staircase.round(v, zero_point, torch.floor), staircase.round(v, zero_point, torch.ceil)),
+            grad=g,
+            strength=staircase.strength,
+        )
+        slope = gradient.slope(step)
+        grad_scale = grad_zero = None
+        if ctx.needs_input_grad[1]:
+            of_scale = q - slope * v
+            if not staircase.residual:
+                of_scale = torch.where(inside, 0.0, of_scale)
+            grad_scale = (g * of_scale).sum_to_size(scale.shape) * ctx.grad_scale
+        if ctx.needs_input_grad[2]:
+            grad_zero = (g * (slope - 1) * scale).sum_to_size(zero_point.shape) * ctx.grad_scale
+        passes = slope if not staircase.relu else torch.where(v > 0, slope, 0.0)
+        return (g * passes).to(grad.dtype), grad_scale, grad_zero, None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staircase:
+    """What a quantizer rounds to, and how its gradient passes.
+
+    Attributes:
+        quant_min, quant_max: the smallest and largest level.
+        snap: puts values (in units of the scale) on the levels of a format, as `Grid.snap`; None for integers, which
+            have a zero point.
+        rounding: key of `ROUNDING`.
+        gradient: key of `GRADIENTS`.
+        strength: the gradient's setting.
+        noise: add noise in place of rounding.
+        relu: absorb a preceding ReLU: negative values become zero, and the gradient is zero for x <= 0.
+        clips: whether values beyond the outer levels count as clipped.
+        residual: whether the scale's gradient has the rounding residual of what is not clipped (LSQ) or not (PACT).
+    """
+
+    quant_min: float
+    quant_max: float
+    snap: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
+    rounding: str = "nearest"
+    gradient: str = "clipped_ste"
+    strength: float = 1.0
+    noise: bool = False
+    relu: bool = False
+    clips: bool = True
+    residual: bool = True
+
+    def round(self, v: Tensor, zero_point: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+        """Levels less the zero point."""
+        if self.snap is not None:
+            return self.snap(v, rounding)
+        return (rounding(v) + zero_point).clamp(self.quant_min, self.quant_max) - zero_point
+
+    def levels(self, v: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels less the zero point, and where nothing was clipped."""
+        low, high = self.quant_min - zero_point, self.quant_max - zero_point
+        if self.noise:
+            cell = self.round(v, zero_point, torch.floor), self.round(v, zero_point, torch.ceil)
+            q = torch.clamp(add_noise(v, cell[1] - cell[0]), low, high)
+        else:
+            q = self.round(v, zero_point, ROUNDING[self.rounding])
+        if not self.clips:
+            return q, torch.ones_like(v, dtype=torch.bool)
+        if self.snap is None:  # as ATen: clipped is what rounds to an integer outside
+            ends = (v if self.noise else ROUNDING[self.rounding](v)) + zero_point
+            return q, (ends >= self.quant_min) & (ends <= self.quant_max)
+        return q, (v >= low) & (v <= high)
+
+
 def fake_quantize(
     x: Tensor,
     scale: Tensor,
@@ -112,7 +210,7 @@ def fake_quantize(
     rounding: str = "nearest",
     grad_scale: float | None = None,
 ) -> Tensor:
-    """Quantize and dequantize in one step, with straight-through gradients.
+    """Quantize to integers and dequantize in one step, with straight-through gradients.
 
     Args:
         x: any shape; float32, bfloat16 or float16 (the arithmetic is float32; the result has the dtype of `x`).
@@ -138,6 +236,20 @@ def fake_quantize(
         return function.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding)
     learned = _FastFakeQuantizeLSQ if fast else _FakeQuantizeLSQ
     return learned.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale)
+
+
+def fake_quantize_by(
+    x: Tensor, scale: Tensor, zero_point: Tensor, staircase: Staircase, grad_scale: float = 1.0
+) -> Tensor:
+    """Put `x` on the levels of any format and back, with any gradient of GRADIENTS.
+
+    Args:
+        x: any shape; float32, bfloat16 or float16.
+        scale, zero_point: float32, broadcast against `x`; each gets its gradient where it requires one.
+        staircase: the levels, the rounding and the gradient.
+        grad_scale: multiplies the gradients of scale and zero point.
+    """
+    return _FakeQuantizeAny.apply(x, scale, zero_point, staircase, grad_scale)
 
 
 def _bounds(zero_point: Tensor, quant_min: int, quant_max: int, relu: bool) -> Tensor:

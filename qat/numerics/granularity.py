@@ -1,7 +1,12 @@
 """Views of a tensor in which every row has one scale."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def rows_of(x: Tensor, group_size: int | None) -> Tensor:
@@ -18,24 +23,125 @@ def rows_of(x: Tensor, group_size: int | None) -> Tensor:
     >>> rows_of(torch.ones(2, 5), 4).tolist()
     [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
     """
-    flat = x.reshape(x.shape[0], -1)
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     if group_size is None:
         return flat
-    return torch.nn.functional.pad(flat, (0, -flat.shape[1] % group_size)).reshape(-1, group_size)
+    return pad(flat, (0, -flat.shape[1] % group_size)).reshape(-1, group_size)
 
 
 def from_rows(rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Inverse of `rows_of`: back to a weight of shape `shape`, padding dropped."""
-    flat = rows.reshape(shape[0], -1)
-    inputs = 1
-    for size in shape[1:]:
-        inputs *= size
-    return flat[:, :inputs].reshape(shape)
+    flat = rows.reshape(shape[0], -1) if rows.numel() else rows.reshape(shape[0], 0)
+    return flat[:, : math.prod(shape[1:])].reshape(shape)
 
 
-def group_count(shape: torch.Size | tuple[int, ...], group_size: int) -> int:
-    """Groups in each output channel of a weight of shape `shape`."""
-    inputs = 1
-    for size in shape[1:]:
-        inputs *= size
-    return -(-inputs // group_size)
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a tensor is cut into rows that share a scale.
+
+    | kind    | weight [out, in, *kernel]                          | activation                                     | scale      |
+    |---------|----------------------------------------------------|------------------------------------------------|------------|
+    | tensor  | all                                                | all                                            | []         |
+    | channel | one index along `axis`                             | one index along `axis`                         | [channels] |
+    | group   | `group_size` consecutive inputs of an output channel | `group_size` consecutive entries along `axis`  | [n, groups] |
+    | block   | `block_size` rows by columns of the matrix [out, inputs] | -                                        | [r, c]     |
+    | token   | -                                                  | the last dimension; of images, the whole sample | [n]        |
+
+    Attributes:
+        kind: a row of the table.
+        weight: which column.
+        axis: the channel axis; for groups of activations, the axis that groups lie along.
+        group_size: with `group`.
+        block_size: with `block`; -1 takes all rows or columns.
+    """  # noqa: E501
+
+    kind: str = "tensor"
+    weight: bool = True
+    axis: int = 0
+    group_size: int | None = None
+    block_size: tuple[int, int] | None = None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` with one row a scale, shape [rows, values]; short groups and blocks are filled with zeros."""
+        if self.kind == "channel":
+            x = x.movedim(self.axis, 0)
+            return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        if self.kind == "group":
+            return rows_of(x if self.weight else self._along_axis(x), self._group())
+        if self.kind == "block":
+            matrix = rows_of(x, None)
+            r, c = self._block(matrix.shape)
+            matrix = pad(matrix, (0, -matrix.shape[1] % c, 0, -matrix.shape[0] % r))
+            grid = matrix.reshape(matrix.shape[0] // r, r, matrix.shape[1] // c, c)
+            return grid.transpose(1, 2).reshape(-1, r * c)
+        if self.kind == "token":
+            return x.reshape(x.shape[0], math.prod(x.shape[1:])) if x.dim() >= 4 else x.reshape(-1, x.shape[-1])
+        return x.reshape(1, x.numel())
+
+    def restore(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """Inverse of `rows`: values in the shape `shape`, padding dropped."""
+        if self.kind == "channel":
+            moved = [shape[self.axis], *(n for i, n in enumerate(shape) if i != self.axis % len(shape))]
+            return rows.reshape(moved).movedim(0, self.axis)
+        if self.kind == "group" and self.weight:
+            return from_rows(rows, shape)
+        if self.kind == "group":
+            moved = [*(n for i, n in enumerate(shape) if i != self.axis % len(shape)), shape[self.axis]]
+            flat = from_rows(rows, (math.prod(moved[:-1]), moved[-1]))
+            return flat.reshape(moved).movedim(-1, self.axis)
+        if self.kind == "block":
+            out, inputs = shape[0], math.prod(shape[1:])
+            r, c = self._block((out, inputs))
+            grid = rows.reshape(-(-out // r), -(-inputs // c), r, c).transpose(1, 2)
+            return grid.reshape(-(-out // r) * r, -(-inputs // c) * c)[:out, :inputs].reshape(shape)
+        return rows.reshape(shape)
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor of shape `shape`."""
+        if self.kind == "channel":
+            return (shape[self.axis],)
+        if self.kind == "group" and self.weight:
+            return (shape[0], -(-math.prod(shape[1:]) // self._group()))
+        if self.kind == "group":
+            return (math.prod(shape) // max(shape[self.axis], 1), -(-shape[self.axis] // self._group()))
+        if self.kind == "block":
+            out, inputs = shape[0], math.prod(shape[1:])
+            r, c = self._block((out, inputs))
+            return (-(-out // r), -(-inputs // c))
+        if self.kind == "token":
+            return (shape[0],) if len(shape) >= 4 else (math.prod(shape[:-1]),)
+        return ()
+
+    def broadcast(self, scale: Tensor, x: Tensor) -> Tensor:
+        """A scale of `scale_shape` against `x` itself, where it broadcasts (`tensor`, `channel`), else against rows."""
+        if self.kind == "tensor":
+            return scale.reshape(())
+        if self.kind == "channel":
+            return scale.reshape([-1 if i == self.axis % x.dim() else 1 for i in range(x.dim())])
+        return scale.reshape(-1, 1)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether scales broadcast against `rows(x)` only."""
+        return self.kind not in ("tensor", "channel")
+
+    def padding(self, shape: Sequence[int]) -> tuple[int, int] | None:
+        """(entries, group size) where the last group is short; None where nothing needs filling. Blocks may be short."""
+        if self.kind == "group":
+            inputs = math.prod(shape[1:]) if self.weight else shape[self.axis]
+            if inputs % self._group():
+                return inputs, self._group()
+        return None
+
+    def _along_axis(self, x: Tensor) -> Tensor:
+        x = x.movedim(self.axis, -1)
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+    def _group(self) -> int:
+        assert self.group_size is not None
+        return self.group_size
+
+    def _block(self, matrix: Sequence[int]) -> tuple[int, int]:
+        assert self.block_size is not None
+        r, c = (n if size == -1 else size for size, n in zip(self.block_size, matrix, strict=True))
+        return max(min(r, matrix[0]), 1), max(min(c, matrix[1]), 1)

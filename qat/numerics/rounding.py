@@ -8,7 +8,8 @@
 | truncate    | -2   | -1   | 0    | 0   | 1   | 2   | 2   | 5   |
 | logarithmic | -2   | -2   | 0    | 0   | 2   | 2   | 4   | 8   |
 
-`stochastic` gives one of both neighbours, at random: 0.25 becomes 1 once in four times.
+`stochastic` gives one of both neighbours, at random: 0.25 becomes 1 once in four times. `adaptive` learns for each
+weight whether it goes up or down.
 """
 
 from collections.abc import Callable
@@ -42,12 +43,18 @@ def stochastic(x: Tensor) -> Tensor:
 
     Source: Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", section 3.
     """
+    u = uniform(x)
+    low = torch.floor(x)
+    return low + (u < x - low).to(x.dtype)
+
+
+def uniform(x: Tensor) -> Tensor:
+    """Uniform random numbers in [0, 1), float32, of the shape of `x`, from the generator in use."""
     u = torch.rand(x.shape, generator=_generator, device=x.device, dtype=torch.float32)
     rank = _rank() if _generator is None else 0
     if rank:  # equal seeds on all ranks: shifted copies of one uniform variable are uniform, and differ
         u = torch.frac(u + rank * _GOLDEN % 1)
-    low = torch.floor(x)
-    return low + (u < x - low).to(x.dtype)
+    return u
 
 
 def _rank() -> int:
@@ -73,6 +80,80 @@ def logarithmic(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x)
 
 
+STRETCH = (-0.1, 1.1)
+"""A sigmoid is stretched to this interval and clipped to [0, 1], so that it reaches both ends (gamma and zeta)."""
+
+
+def rectified_sigmoid(logits: Tensor) -> Tensor:
+    """How far up each value is rounded, in [0, 1]: `clip(sigmoid(logits) * 1.2 - 0.1, 0, 1)`.
+
+    Source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", equation 23.
+    """
+    low, high = STRETCH
+    return (torch.sigmoid(logits) * (high - low) + low).clamp(0.0, 1.0)
+
+
+def rectified_logits(fraction: Tensor) -> Tensor:
+    """Inverse of `rectified_sigmoid` for fractions in [0, 1]."""
+    low, high = STRETCH
+    return torch.logit((fraction - low) / (high - low))
+
+
+def rounding_penalty(logits: Tensor, beta: float) -> Tensor:
+    """What pushes each value to one side: `sum 1 - |2 h - 1| ** beta`, `h = rectified_sigmoid(logits)`.
+
+    A large beta leaves values in the middle free; a small one pulls them to 0 or 1.
+
+    Source: Nagel et al. 2020, equation 24.
+    """
+    return (1 - (2 * rectified_sigmoid(logits) - 1).abs().pow(beta)).sum()
+
+
+class _Penalized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, beta, weight):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(logits)
+        ctx.beta, ctx.weight = beta, weight
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        with torch.enable_grad():
+            logits = ctx.saved_tensors[0].detach().requires_grad_()
+            (of_penalty,) = torch.autograd.grad(rounding_penalty(logits, ctx.beta), logits)
+        return grad + ctx.weight * of_penalty, None, None
+
+
+def penalized(logits: Tensor, progress: float, weight: float) -> Tensor:
+    """`logits`, whose gradient also has that of `weight * rounding_penalty(logits, beta)`, as if the loss had the term.
+
+    The loss stays the user's own. `beta` falls from 20 to 2 after the first fifth of training, which is free of it.
+
+    Args:
+        logits: any shape.
+        progress: share of training that has passed, in [0, 1].
+        weight: of the penalty.
+
+    Source: Nagel et al. 2020, equation 25, with the annealing of section 3.2 (20 to 2 and a fifth: their code).
+    """
+    share = (progress - 0.2) / 0.8
+    return logits if share < 0 else _Penalized.apply(logits, 20.0 + (2.0 - 20.0) * min(share, 1.0), weight)
+
+
+def adaptive(v: Tensor, logits: Tensor, soft: bool) -> Tensor:
+    """Round down or up as learned: `floor(v) + h(logits)`, with gradients for `v` (straight through) and `logits`.
+
+    Args:
+        v: values in units of the scale.
+        logits: of the shape of `v`.
+        soft: use the fraction itself, as while it is learned; else up where it is at least a half.
+
+    Source: Nagel et al. 2020, equation 22.
+    """
+    up = rectified_sigmoid(logits) if soft else (logits >= 0).to(v.dtype)
+    return round_ste(v, "floor") + up
+
+
 ROUNDING: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest": torch.round,  # ties to even, as ONNX's QuantizeLinear and IEEE 754 do
     "floor": torch.floor,
@@ -80,16 +161,17 @@ ROUNDING: dict[str, Callable[[Tensor], Tensor]] = {
     "truncate": torch.trunc,
     "stochastic": stochastic,
     "logarithmic": logarithmic,
+    "adaptive": torch.round,  # where learning starts; FakeQuantize holds what is learned and calls `adaptive`
 }
 
 SETTLED = {"stochastic": "nearest"}
 """Roundings that are for training only -> what stands in for them in evaluation and export."""
 
 
-class _RoundSTE(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, mode: str) -> Tensor:
-        return ROUNDING[mode](x)
+    def forward(x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -112,4 +194,9 @@ def round_ste(x: Tensor, mode: str = "nearest") -> Tensor:
     >>> round_ste(torch.tensor([0.5, 1.5, -2.5]))
     tensor([ 0.,  2., -2.])
     """
-    return _RoundSTE.apply(x, mode)
+    return straight_through(x, ROUNDING[mode](x.detach()))
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """`value`, with the gradient of `x`."""
+    return _StraightThrough.apply(x, value)

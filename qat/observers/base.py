@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +64,23 @@ class Observer(nn.Module):
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__()
         self.options = options
+        self._checked = False
 
     def reset(self) -> None:
         """Forget everything seen."""
-        raise NotImplementedError
+        self._checked = False
 
-    def update(self, x: Tensor, site: int = 0) -> None:
-        """Take in one batch: `x` has shape [rows, values]; `site` tells apart several edges that share one range."""
+    def update(self, x: Tensor, site: int = 0, relu: bool = False) -> None:
+        """Take in one batch: `x` has shape [rows, values].
+
+        Args:
+            x: the values.
+            site: tells apart several edges that share one range.
+            relu: take in `relu(x)`. Observers of extremes do so without a copy of the values.
+        """
+        self._update(x.clamp(min=0) if relu else x, site)
+
+    def _update(self, x: Tensor, site: int) -> None:
         raise NotImplementedError
 
     def range(self) -> tuple[Tensor, Tensor]:
@@ -103,6 +113,14 @@ class Observer(nn.Module):
             )
         return other
 
-    def _require(self, seen: bool) -> None:
-        if not seen:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._checked = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _require(self, seen: Callable[[], Tensor]) -> None:
+        """Raise unless `seen()`. What was seen stays seen, so a GPU is waited for once, not at every step."""
+        if self._checked:
+            return
+        self._checked = bool(seen())
+        if not self._checked:
             raise RuntimeError(f"{type(self).__name__} has seen no data; run qat.calibrate(net, batches)")

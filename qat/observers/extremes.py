@@ -6,7 +6,24 @@ from torch import Tensor
 from qat.observers.base import Observer, ObserverOptions, row_range
 
 
-class MinMax(Observer):
+class Extremes(Observer):
+    """Base of observers that need no more of a batch than its range."""
+
+    def update(self, x: Tensor, site: int = 0, relu: bool = False) -> None:  # noqa: D102
+        low, high = Extremes.measure(self, x)
+        if relu:  # the range of relu(x) is relu of the range
+            low, high = low.clamp(min=0), high.clamp(min=0)
+        self._take(low, high, site)
+
+    def _take(self, low: Tensor, high: Tensor, site: int) -> None:
+        raise NotImplementedError
+
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        low, high = row_range(x)
+        return low.float(), high.float()
+
+
+class MinMax(Extremes):
     """Smallest and largest value ever seen."""
 
     reduce = {"low": "min", "high": "max"}  # noqa: RUF012
@@ -21,24 +38,20 @@ class MinMax(Observer):
         self.reset()
 
     def reset(self) -> None:  # noqa: D102
+        super().reset()
         self.low.fill_(torch.inf)
         self.high.fill_(-torch.inf)
 
-    def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
-        low, high = self.measure(x)
+    def _take(self, low: Tensor, high: Tensor, site: int) -> None:
         torch.minimum(self.low, torch.where(low.isfinite(), low, torch.inf), out=self.low)
         torch.maximum(self.high, torch.where(high.isfinite(), high, -torch.inf), out=self.high)
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
-        self._require(bool((self.low <= self.high).all()))
+        self._require(lambda: (self.low <= self.high).all())
         return self.low.clone(), self.high.clone()
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        low, high = row_range(x)
-        return low.float(), high.float()
 
-
-class AbsMax(Observer):
+class AbsMax(Extremes):
     """`[-a, a]`, `a` the largest magnitude ever seen.
 
     On a symmetric grid it is `minmax`; on an affine one it puts zero in the middle.
@@ -56,23 +69,24 @@ class AbsMax(Observer):
         self.reset()
 
     def reset(self) -> None:  # noqa: D102
+        super().reset()
         self.largest.fill_(-torch.inf)
 
-    def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
-        _, largest = self.measure(x)
+    def _take(self, low: Tensor, high: Tensor, site: int) -> None:
+        largest = torch.maximum(-low, high)
         torch.maximum(self.largest, torch.where(largest.isfinite(), largest, -torch.inf), out=self.largest)
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
-        self._require(bool((self.largest >= 0).all()))
+        self._require(lambda: (self.largest >= 0).all())
         return -self.largest, self.largest.clone()
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        low, high = row_range(x)
-        largest = torch.maximum(-low, high).float()
+        low, high = super().measure(x)
+        largest = torch.maximum(-low, high)
         return -largest, largest
 
 
-class Ema(Observer):
+class Ema(Extremes):
     """Exponential moving average of each batch's minimum and maximum; the first batch sets it.
 
     `low += momentum * (min(x) - low)`, and so for `high`. Edges that share a range are averaged apart (by `site`) and
@@ -96,22 +110,20 @@ class Ema(Observer):
         self.reset()
 
     def reset(self) -> None:  # noqa: D102
+        super().reset()
         self.low.fill_(torch.nan)
         self.high.fill_(torch.nan)
 
-    def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
-        for average, value in zip((self.low, self.high), self.measure(x), strict=True):
-            old = torch.where(average[site].isnan(), value, average[site])
-            average[site] = torch.where(value.isfinite(), torch.lerp(old, value, self.options.momentum), average[site])
+    def _take(self, low: Tensor, high: Tensor, site: int) -> None:
+        for averages, value in ((self.low, low), (self.high, high)):
+            average = averages[site]
+            old = torch.where(average.isnan(), value, average)
+            average.copy_(torch.where(value.isfinite(), old.lerp(value, self.options.momentum), average))
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
         low, high = self.low, self.high
-        self._require(not bool(low.isnan().all()))
+        self._require(lambda: ~low.isnan().all())
         return (
             torch.where(low.isnan(), torch.inf, low).amin(dim=0),
             torch.where(high.isnan(), -torch.inf, high).amax(dim=0),
         )
-
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        low, high = row_range(x)
-        return low.float(), high.float()

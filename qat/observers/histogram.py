@@ -29,10 +29,11 @@ class Histogram(Observer):
         self.register_buffer("limit", torch.zeros(options.rows))
 
     def reset(self) -> None:  # noqa: D102
+        super().reset()
         self.counts.zero_()
         self.limit.zero_()
 
-    def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
+    def _update(self, x: Tensor, site: int) -> None:
         x = x.float()
         largest = x.abs().amax(dim=1)
         if not bool(torch.isfinite(largest).all()):  # whoever trains is told by the loss; ranges stay sound
@@ -68,7 +69,7 @@ class Histogram(Observer):
         return edges[:-1], edges[1:]
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
-        self._require(bool((self.counts.sum(dim=1) > 0).all()))
+        self._require(lambda: (self.counts.sum(dim=1) > 0).all())
         pairs = [self._row_range(row) for row in range(self.options.rows)]
         return torch.stack([low for low, _ in pairs]).float(), torch.stack([high for _, high in pairs]).float()
 

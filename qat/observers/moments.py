@@ -28,17 +28,18 @@ class Sigma(Observer):
             self.register_buffer(name, torch.zeros(options.rows, dtype=torch.float64))
 
     def reset(self) -> None:  # noqa: D102
+        super().reset()
         for state in (self.count, self.mean, self.m2):
             state.zero_()
 
-    def update(self, x: Tensor, site: int = 0) -> None:  # noqa: D102
+    def _update(self, x: Tensor, site: int) -> None:
         mean, m2 = self._moments(x)
         count = torch.full_like(mean, x.shape[1])
         sound = m2.isfinite()  # a row with NaN or infinity is passed over
         self._add(torch.where(sound, count, 0), torch.where(sound, mean, 0), torch.where(sound, m2, 0))
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
-        self._require(bool((self.count > 0).all()))
+        self._require(lambda: (self.count > 0).all())
         return self._around(self.mean, self.m2 / self.count)
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102

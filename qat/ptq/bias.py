@@ -10,7 +10,6 @@ from qat.fake_quant import Mode, eval_mode
 from qat.fold import batch_norm_affine, fold, integer_bias
 from qat.graph import Graph, Kind
 from qat.layers import QuantizedLayer
-from qat.scheme import Granularity
 
 
 @torch.no_grad()
@@ -68,8 +67,8 @@ def round_biases(prepared: fx.GraphModule) -> None:
     calls = [layer for _, layer in graph.layers()]
     for node, layer in graph.layers():
         quantizer = graph.quantizer_of(node.all_input_nodes[0])
-        grouped = layer.weight_quantizer.scheme.granularity is Granularity.group
-        if quantizer is None or grouped or calls.count(layer) > 1:  # added in float, or at several scales
+        integer = quantizer is not None and quantizer.integer and layer.weight_quantizer.integer
+        if quantizer is None or not integer or calls.count(layer) > 1:  # added in float, or at several scales
             continue
         norm_node = graph.batch_norm_after(node)
         norm = graph.submodule(norm_node) if norm_node else None

@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from qat.calibrate import calibrate
 from qat.fake_quant import Mode, set_mode
+from qat.ptq.adaptive import learn_rounding
 from qat.ptq.batch_norm import reestimate_batch_norm
 from qat.ptq.bias import correct_bias, round_biases
 
@@ -19,13 +20,18 @@ class PTQConfig:
         calibration_batches: how many training batches it sees.
         bias_correction: cancel the mean error of quantized weights; on float weights only (the PTQ baseline).
         reestimate_batch_norm: measure BatchNorm statistics anew after QAT.
-        reestimate_ranges: calibrate anew after QAT (this replaces learned scales too).
+        reestimate_ranges: calibrate anew after QAT (this replaces learned scales and roundings too).
+        adaptive_rounding_steps: steps a layer in which the PTQ baseline learns `weight.rounding=adaptive`; with 0 it
+            rounds to nearest.
+        relearn_rounding: learn it anew after QAT, which leaves its own rounding otherwise.
     """
 
     calibration_batches: int = 8
     bias_correction: bool = True
     reestimate_batch_norm: bool = False
     reestimate_ranges: bool = False
+    adaptive_rounding_steps: int = 1000
+    relearn_rounding: bool = False
 
 
 def finalize(prepared: fx.GraphModule, batches: Sequence[Tensor], config: PTQConfig, *, trained: bool) -> None:
@@ -39,6 +45,8 @@ def finalize(prepared: fx.GraphModule, batches: Sequence[Tensor], config: PTQCon
     """
     if not trained or config.reestimate_ranges:
         calibrate(prepared, batches)
+    if config.adaptive_rounding_steps and (not trained or config.reestimate_ranges or config.relearn_rounding):
+        learn_rounding(prepared, batches, steps=config.adaptive_rounding_steps)
     if trained and config.reestimate_batch_norm:
         reestimate_batch_norm(prepared, batches)
     if not trained and config.bias_correction:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qat.numerics.granularity import from_rows, rows_of
 from qat.runtime.accumulate import centred, exact_dtype, folded_bias, reference_conv
-from qat.runtime.grid import Quantize
+from qat.runtime.grid import Quantize, storage_dtype
 
 
 def convolve(
@@ -70,6 +70,7 @@ class IntegerConv(RuntimeLayer):
         input_bounds: smallest and largest input integer.
         stride, padding, dilation: per spatial dimension, padding as (before, after) pairs.
         groups: as in `nn.Conv2d`.
+        weight_step: distance of neighbouring weight integers (2 for binary weights).
         output: grid of the result.
     """
 
@@ -84,11 +85,12 @@ class IntegerConv(RuntimeLayer):
     def __init__(
         self, weight_shape: list[int], weight_bounds: list[int], input_bounds: list[int],
         stride: list[int] | None = None, padding: list[list[int]] | None = None, dilation: list[int] | None = None,
-        groups: int = 1, output: Quantize | None = None,
+        groups: int = 1, weight_step: int = 1, output: Quantize | None = None,
     ) -> None:  # fmt: skip
         super().__init__(output)
         dims = len(weight_shape) - 2
         self.weight_bounds, self.input_bounds, self.groups = weight_bounds, input_bounds, groups
+        self.weight_step = weight_step
         self.stride, self.dilation = stride or [1] * dims, dilation or [1] * dims
         self.padding = padding or [[0, 0]] * dims
         out = weight_shape[0]
@@ -106,7 +108,7 @@ class IntegerConv(RuntimeLayer):
         return super().spec() | {
             "weight_shape": list(self.weight.shape), "weight_bounds": self.weight_bounds,
             "input_bounds": self.input_bounds, "stride": self.stride, "padding": self.padding,
-            "dilation": self.dilation, "groups": self.groups,
+            "dilation": self.dilation, "groups": self.groups, "weight_step": self.weight_step,
         }  # fmt: skip
 
     def accumulate(self, x_q: Tensor) -> Tensor:
@@ -178,18 +180,19 @@ class FloatConv(RuntimeLayer):
     def __init__(
         self, weight_shape: list[int], weight_bounds: list[int] | None = None, group_size: int | None = None,
         stride: list[int] | None = None, padding: list[list[int]] | None = None, dilation: list[int] | None = None,
-        groups: int = 1, output: Quantize | None = None,
+        groups: int = 1, weight_step: int = 1, output: Quantize | None = None,
     ) -> None:  # fmt: skip
         super().__init__(output)
         dims = len(weight_shape) - 2
         self.weight_bounds, self.group_size, self.groups = weight_bounds, group_size, groups
+        self.weight_step = weight_step
         self.stride, self.dilation = stride or [1] * dims, dilation or [1] * dims
         self.padding = padding or [[0, 0]] * dims
         out = weight_shape[0]
         if weight_bounds is None:
             self.register_buffer("weight", torch.zeros(weight_shape))
         else:
-            weight = torch.zeros(weight_shape, dtype=torch.uint8 if weight_bounds[0] >= 0 else torch.int8)
+            weight = torch.zeros(weight_shape, dtype=storage_dtype(*weight_bounds))
             rows = rows_of(weight, group_size).shape[0]
             shape = (out,) if group_size is None else (out, rows // out)
             self.register_buffer("weight", weight)
@@ -201,7 +204,7 @@ class FloatConv(RuntimeLayer):
         return super().spec() | {
             "weight_shape": list(self.weight.shape), "weight_bounds": self.weight_bounds,
             "group_size": self.group_size, "stride": self.stride, "padding": self.padding,
-            "dilation": self.dilation, "groups": self.groups,
+            "dilation": self.dilation, "groups": self.groups, "weight_step": self.weight_step,
         }  # fmt: skip
 
     def float_weight(self) -> Tensor:

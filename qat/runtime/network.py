@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.runtime import layers, operations
+from qat.runtime import layers, operations, stored
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import IntegerConv, RuntimeLayer
 
 LAYERS: dict[str, type[RuntimeLayer]] = {
     "integer_conv": layers.IntegerConv,
     "float_conv": layers.FloatConv,
+    "table_conv": stored.TableConv,
+    "product_conv": stored.ProductConv,
+    "simulate": stored.Simulate,
     "quantize": operations.QuantizeInput,
     "dequantize": operations.Dequantize,
     "add": operations.Add,

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from qat.fake_quant import FakeQuantize, Mode, get_mode, quantizers
 from qat.prepare import prepare
-from qat.scheme import QuantConfig, RangeMode
+from qat.scheme import QuantConfig
 
 
 def build(description: Mapping[str, Any], *args: Any) -> Any:
@@ -33,14 +33,14 @@ def build(description: Mapping[str, Any], *args: Any) -> Any:
 
 
 def parameter_groups(net: nn.Module, weight_decay: float = 0.0, scale_lr: float | None = None) -> list[dict[str, Any]]:
-    """Optimizer groups: weights with decay; biases and norms without; learned scales without, at a rate of their own.
+    """Optimizer groups: weights with decay; biases and norms without; what quantizers learn without, at its own rate.
 
     Args:
         net: float or prepared.
         weight_decay: of parameters with two or more dimensions.
-        scale_lr: learning rate of learned scales; None for the optimizer's.
+        scale_lr: learning rate of scales, thresholds, codebooks and roundings; None for the optimizer's.
     """
-    scales = {q.scale for _, q in quantizers(net) if q.scheme.range is RangeMode.learned}
+    scales = {parameter for _, quantizer in quantizers(net) for parameter in quantizer.parameters()}
     trained = [p for p in net.parameters() if p.requires_grad and p not in scales]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},

@@ -7,7 +7,7 @@ import lightning as L
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat.fake_quant import Mode, get_mode, quantizers, set_mode
+from qat.fake_quant import Mode, get_mode, quantizers, set_mode, set_progress, watch
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,9 @@ class QATSchedule(L.Callback):
     ) -> None:
         """Before every step: modes may change, and Lightning has put BatchNorm back into training mode."""
         self._apply(trainer, pl_module)
+        set_progress(pl_module, trainer.global_step / max(_total(trainer), 1))
+        if batch_idx == 0:
+            watch(pl_module)
         if self.batch_norm_frozen_at(trainer.global_step, _total(trainer)):
             for norm in _batch_norms(pl_module):
                 norm.eval()

@@ -117,7 +117,7 @@ MODELS = {
     "resnet20_a": (lambda: ResNet(20, "A"), (8, 3, 16, 16), (19, 1, 9)),
     "resnet20_b": (lambda: ResNet(20, "B"), (8, 3, 16, 16), (21, 1, 9)),
 }
-INTEGER_PRESETS = [name for name in PRESETS if name not in ("off", "w4g32")]
+INTEGER_PRESETS = ["int8", "w8a8_asymmetric", "w4a8", "w4a4", "w4a4_lsq", "w2a2_lsq", "binary", "ternary"]
 FLOAT_KERNELS = {
     "Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "Add", "Relu", "AveragePool",
     "GlobalAveragePool", "ReduceMean",

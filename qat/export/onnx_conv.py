@@ -1,0 +1,94 @@
+"""Convolutions and linear layers of integers, of dequantized integers, and of floats, in ONNX."""
+
+import numpy as np
+import torch
+
+from qat.export.onnx_model import Model
+from qat.numerics.granularity import rows_of
+from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
+from qat.runtime.network import Node
+from qat.runtime.stored import StoredConv
+
+
+def integer_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
+    """DequantizeLinear of input, weight and bias, then the layer: what engines run in integers."""
+    assert isinstance(layer, IntegerConv)
+    name = node.name
+    x = model.real(node.inputs[0], f"{name}.input")
+    weight, zero = layer.weight.int(), layer.weight_zero_point
+    centred = weight - zero.reshape(-1, *[1] * (weight.dim() - 1))
+    if int(centred.min()) >= -128 and int(centred.max()) <= 127:  # engines are fastest without weight zero points
+        weight, zero, dtype = centred, torch.zeros_like(zero), "int8"
+    else:
+        dtype = "uint8" if layer.weight_bounds[0] >= 0 else "int8"
+    w = model.op(
+        "DequantizeLinear",
+        [model.constant(f"{name}.weight", weight, dtype), model.constant(f"{name}.weight_scale", layer.weight_scale),
+         model.constant(f"{name}.weight_zero_point", zero, dtype)],
+        f"{name}.weight_real", axis=0,
+    )  # fmt: skip
+    scale = layer.input_scale * layer.weight_scale
+    if layer.bias.dtype == torch.int32:
+        constants = [model.constant(f"{name}.bias", layer.bias), model.constant(f"{name}.bias_scale", scale)]
+        b = model.op("DequantizeLinear", constants, f"{name}.bias_real", axis=0)
+    else:  # 16-bit inputs: no engine has an integer kernel, and the bias is wider than int32
+        b = model.constant(f"{name}.bias_real", layer.bias.double() * scale, np.float32)
+    model.finish(layer, name, lambda out: product(model, node, layer, [x, w, b], out))
+
+
+def float_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
+    """The layer in float, its weight dequantized."""
+    assert isinstance(layer, FloatConv)
+    name = node.name
+    b = model.constant(f"{name}.bias", layer.bias)
+    if layer.weight_bounds is None:
+        w = model.constant(f"{name}.weight", layer.weight)
+    else:
+        w = _dequantized_weight(model, name, layer)
+    model.finish(layer, name, lambda out: product(model, node, layer, [node.inputs[0], w, b], out))
+
+
+def _dequantized_weight(model: Model, name: str, layer: FloatConv) -> str:
+    assert layer.weight_bounds is not None
+    codes = rows_of(layer.weight, layer.group_size).reshape(layer.weight.shape[0], -1)  # groups filled up
+    if layer.group_size is None:
+        codes = layer.weight
+    dtype = np.dtype({torch.int32: "uint16"}.get(layer.weight.dtype, str(layer.weight.dtype).removeprefix("torch.")))
+    constants = [
+        model.constant(f"{name}.weight", codes, dtype),
+        model.constant(f"{name}.weight_scale", layer.weight_scale),
+        model.constant(f"{name}.weight_zero_point", layer.weight_zero_point, dtype),
+    ]
+    if layer.group_size is None:
+        return model.op("DequantizeLinear", constants, f"{name}.weight_real", axis=0)
+    real = model.op("DequantizeLinear", constants, f"{name}.weight_groups", axis=1, block_size=layer.group_size)
+    inputs = layer.weight[0].numel()
+    if codes.shape[1] != inputs:
+        real = model.head(real, [inputs], [1], f"{name}.weight_flat")
+    return model.reshape(real, list(layer.weight.shape), f"{name}.weight_real")
+
+
+def product(
+    model: Model, node: Node, layer: IntegerConv | FloatConv | StoredConv, inputs: list[str], output: str
+) -> str:
+    """Convolution or linear layer.
+
+    Args:
+        inputs: names of input, weight and, if there is one, bias: real numbers.
+        output: name of the result.
+    """
+    shape = layer.weight_shape if isinstance(layer, StoredConv) else list(layer.weight.shape)
+    if len(shape) > 2:
+        pads = [before for before, _ in layer.padding] + [after for _, after in layer.padding]
+        return model.op(
+            "Conv", inputs, output, strides=layer.stride, pads=pads, dilations=layer.dilation, group=layer.groups,
+            kernel_shape=shape[2:],
+        )  # fmt: skip
+    if len(model.shapes[node.inputs[0]]) == 2:
+        return model.op("Gemm", inputs, output, transB=1)
+    # as rows of a matrix: Gemm has integer kernels with a bias; and around a MatMul with dequantized weights ONNX
+    # Runtime quantizes float activations to 8 bits (MatMulNBits), which training did not see
+    middle = model.shapes[node.inputs[0]][1:-1]
+    rows = model.reshape(inputs[0], [-1, shape[1]], f"{node.name}.input_rows")
+    flat = model.op("Gemm", [rows, *inputs[1:]], f"{output}.rows", transB=1)
+    return model.reshape(flat, [-1, *middle, shape[0]], output)

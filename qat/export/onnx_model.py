@@ -1,0 +1,137 @@
+"""An ONNX model under construction: operations, initializers, and tensors on the grids of an integer network.
+
+A grid narrower than its type (4 bits in uint8) is a Clip on the integers after QuantizeLinear, which leaves the pattern
+that engines fuse whole. Signed 8-bit activations are stored 128 higher in uint8, zero point and all: the same real
+numbers, but engines have integer kernels only where a layer's input and output share a type.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat.numerics.packing import pack_bits
+from qat.runtime.grid import Quantize
+from qat.runtime.layers import RuntimeLayer
+from qat.runtime.network import IntegerNetwork, Node
+
+
+def _require_onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError("exporting ONNX needs the packages of qat[export]: pip install 'qat[export]'") from error
+    return onnx
+
+
+class Model:
+    """A model under construction."""
+
+    def __init__(self, network: IntegerNetwork, shapes: dict[str, torch.Size]) -> None:
+        self.onnx = _require_onnx()
+        self.network, self.shapes = network, shapes
+        self.nodes: list[Any] = []
+        self.initializers: dict[str, Any] = {}
+
+    def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Append an operation; returns the name of its result."""
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=f"{output}:{kind}", **attributes))
+        return output
+
+    def constant(self, name: str, value: Any, dtype: Any = None) -> str:
+        """Add an initializer; returns its name."""
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        array = array if dtype is None else array.astype(dtype)
+        self.initializers[name] = self.onnx.numpy_helper.from_array(array.copy(order="C"), name)
+        return name
+
+    def typed(self, name: str, value: Tensor, kind: str) -> str:
+        """Add an initializer of the ONNX type `kind`, which numpy may not have; returns its name."""
+        value = value.detach().cpu().contiguous()
+        if kind in ("UINT4", "INT4"):
+            data = pack_bits(value.int() & 15, 4).numpy()
+        elif kind == "BFLOAT16":
+            data = value.view(torch.int16).numpy()
+        else:
+            data = value.numpy().astype({"FLOAT": "float32"}.get(kind, kind.lower()))
+        tensor = self.onnx.helper.make_tensor(
+            name, getattr(self.onnx.TensorProto, kind), list(value.shape), data.tobytes(), raw=True
+        )
+        self.initializers[name] = tensor
+        return name
+
+    def cast(self, x: str, kind: str, output: str, **attributes: Any) -> str:
+        """`x` as the ONNX type `kind`."""
+        return self.op("Cast", [x], output, to=getattr(self.onnx.TensorProto, kind), **attributes)
+
+    def reshape(self, x: str, shape: list[int], output: str) -> str:
+        """`x` in another shape."""
+        return self.op("Reshape", [x, self.constant(f"{output}.shape", shape, np.int64)], output)
+
+    def head(self, x: str, sizes: list[int], axes: list[int], output: str) -> str:
+        """The first `sizes` entries of `x` along `axes`."""
+        columns = {"starts": [0] * len(sizes), "ends": sizes, "axes": axes}
+        return self.op("Slice", [x, *(self.constant(f"{output}.{k}", v, np.int64) for k, v in columns.items())], output)
+
+    def quantize(self, x: str, grid: Quantize, output: str) -> str:
+        """Real numbers to integers of `grid`."""
+        dtype, offset = storage(grid)
+        low, high = grid.quant_min + offset, grid.quant_max + offset
+        info = np.iinfo(dtype)
+        if info.bits > 8:  # engines have no Clip on 16-bit integers: real numbers are clipped instead
+            ends = (int(grid.zero_point) if grid.relu else grid.quant_min, grid.quant_max)
+            if ends != (info.min, info.max):
+                limits = [grid.scale * (end - grid.zero_point) for end in ends]
+                bounds = [self.constant(f"{output}.real_{k}", v) for k, v in zip(("min", "max"), limits, strict=True)]
+                x = self.op("Clip", [x, *bounds], f"{output}.clipped")
+        elif grid.relu:
+            low = int(grid.zero_point) + offset
+        inputs = [x, *self.grid_constants(grid, output)]
+        if (low, high) == (info.min, info.max) or info.bits > 8:
+            return self.op("QuantizeLinear", inputs, output)
+        wide = self.op("QuantizeLinear", inputs, f"{output}.wide")
+        bounds = [self.constant(f"{output}.{k}", v, dtype) for k, v in (("min", low), ("max", high))]
+        return self.op("Clip", [wide, *bounds], output)
+
+    def grid_constants(self, grid: Quantize, name: str) -> list[str]:
+        """Scale and zero point of the tensor `name` as initializers."""
+        dtype, offset = storage(grid)
+        return [
+            self.constant(f"{name}.scale", grid.scale),
+            self.constant(f"{name}.zero_point", grid.zero_point + offset, dtype),
+        ]
+
+    def real(self, name: str, output: str) -> str:
+        """Real numbers of the integer tensor `name`."""
+        grid = self.network.grid(name)
+        assert grid is not None
+        return self.op("DequantizeLinear", [name, *self.grid_constants(grid, output)], output)
+
+    def as_float(self, node: Node, emit: Callable[[str, str], str]) -> None:
+        """Write `emit(input, output)`, which keeps integers as they are, in float32.
+
+        For 16-bit integers, which no engine takes there and float32 holds exactly.
+        """
+        grid = self.network.grid(node.inputs[0])
+        assert grid is not None
+        x = self.op("Cast", [node.inputs[0]], f"{node.name}.in", to=self.onnx.TensorProto.FLOAT)
+        y = emit(x, f"{node.name}.out")
+        self.op("Cast", [y], node.name, to=self.onnx.helper.np_dtype_to_tensor_dtype(storage(grid)[0]))
+
+    def finish(self, layer: RuntimeLayer, name: str, emit: Callable[[str], str]) -> None:
+        """Let `emit(output name)` write the operation, then put it on the layer's output grid."""
+        if layer.output is None:
+            emit(name)
+        else:
+            self.quantize(emit(f"{name}.float"), layer.output, name)
+
+
+def storage(grid: Quantize) -> tuple[np.dtype[Any], int]:
+    """The integer type of a grid in ONNX, and what is added to its integers there."""
+    if grid.dtype == torch.int8:
+        return np.dtype(np.uint8), 128
+    if grid.dtype == torch.int32:
+        return np.dtype(np.uint16), 0
+    return torch.zeros(0, dtype=grid.dtype).numpy().dtype, 0

@@ -1,0 +1,114 @@
+"""QuantConfig: the schemes of a network, with exceptions."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from qat.numerics.formats import FORMATS
+from qat.scheme.checks import check_scheme
+from qat.scheme.tensor import Granularity, TensorScheme, check_names, override
+
+
+def _weight_default() -> TensorScheme:
+    return TensorScheme(narrow_range=True, granularity=Granularity.channel, range="dynamic")
+
+
+@dataclass(kw_only=True)
+class LayerRule:
+    """An exception to the configuration's schemes. Rules are read in order; the first that matches a layer wins.
+
+    Attributes:
+        match: a glob on the module path (`layer1.*`, `*.conv2`), `type:NAME` (a glob on the class name, `type:Conv*`),
+            or `first` / `last` for the first and last quantizable layer in order of execution.
+        weight: fields to change in the configuration's weight scheme, `{bits: 8}`; `{bits: null}` leaves it float.
+        activation: fields to change in the scheme of the layer's input activations.
+    """
+
+    match: str = "?"
+    weight: dict[str, Any] = field(default_factory=dict)
+    activation: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class QuantConfig:
+    """What `prepare` reads.
+
+    Attributes:
+        weight: scheme of every weight.
+        activation: scheme of every activation edge that a quantized operation reads.
+        input: scheme of the network's own inputs.
+        rules: exceptions, first match wins.
+        target: key of TARGETS, what will run the result.
+    """
+
+    weight: TensorScheme = field(default_factory=_weight_default)
+    activation: TensorScheme = field(default_factory=TensorScheme)
+    input: TensorScheme = field(default_factory=TensorScheme)
+    rules: list[LayerRule] = field(default_factory=list)
+    target: str = "generic"
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: names the field, its value and what would be valid.
+        """
+        for name, role in (("weight", "weight"), ("activation", "activation"), ("input", "activation")):
+            scheme: TensorScheme = getattr(self, name)
+            check_scheme(scheme, f"quant.{name}", role)
+            if not scheme.quantized and scheme.format != "int":
+                bits = FORMATS[scheme.format].bits
+                raise ValueError(
+                    f"quant.{name}.format={scheme.format}: with bits=null the tensor stays float; give quant.{name}.bits="
+                    f"{bits[len(bits) // 2]}"
+                )
+        for i, rule in enumerate(self.rules):
+            where = f"quant.rules[{i}]"
+            if rule.match in ("", "?"):
+                raise ValueError(
+                    f"{where}.match is missing; give a module path, a glob, 'type:Conv2d', 'first' or 'last'"
+                )
+            check_scheme(override(self.weight, rule.weight, f"{where}.weight"), f"{where}.weight", "weight")
+            check_scheme(
+                override(self.activation, rule.activation, f"{where}.activation"), f"{where}.activation", "activation"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything at all is quantized."""
+        return self.weight.quantized or self.activation.quantized or bool(self.rules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (numbers, strings, lists, dicts), for JSON and checkpoints; `from_dict` is the inverse."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "QuantConfig":
+        """Build from plain data such as `to_dict`'s, or a part of it (what is missing takes its default).
+
+        Raises:
+            ValueError: an unknown field or an invalid value.
+        """
+        check_names(data, cls, "quant")
+        schemes = {
+            name: override(getattr(cls(), name), data.get(name, {}), f"quant.{name}")
+            for name in ("weight", "activation", "input")
+        }
+        rules = []
+        for i, rule in enumerate(data.get("rules", [])):
+            check_names(rule, LayerRule, f"quant.rules[{i}]")
+            rules.append(LayerRule(**rule))
+        return cls(**schemes, rules=rules, target=data.get("target", "generic"))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
