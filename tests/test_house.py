@@ -14,6 +14,7 @@ PACKAGE = ROOT / "qat"
 ORDER = [
     "qat.numerics.rounding",
     "qat.numerics.kernels",
+    "qat.numerics.blocks",
     "qat.numerics.affine",
     "qat.numerics.gradients",
     "qat.numerics.fast",

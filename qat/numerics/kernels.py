@@ -1,126 +1,190 @@
-"""The fast path of per-tensor fake quantization: one pass over the values each way, compiled by Inductor.
+"""The kernels of the fast path: one pass over the values each way, compiled by Inductor.
 
-Composed operations read and write a tensor five to ten times; these functions do once. They see every tensor as flat,
-so one dynamic-shape compilation serves all layers; Inductor keeps it on disk for later processes. Small tensors, and
-machines without a compiler, take the composed form in `qat.numerics.affine`, which is the reference: the forward is
-equal to the bit, the backward too but for the order in which a scale's gradient is summed.
+Composed operations read and write a tensor five to ten times; these functions do once. They see a dense tensor in the
+order of memory, in one of three forms:
 
-`QAT_KERNELS=off` in the environment turns them off.
+| form | values    | scale, zero point | for                                                         |
+|------|-----------|-------------------|-------------------------------------------------------------|
+| flat | [n]       | []                | one scale                                                   |
+| rows | [rows, n] | [rows, 1]         | a scale for each run of n neighbours: weights, [N, C, H, W] |
+| cols | [rows, n] | [n]               | a scale for each place in a row: channels last              |
+
+Every form takes one dynamic-shape compilation a kernel and dtype, which Inductor keeps on disk for later processes.
+Extents of 0 and 1, which the compiler would specialise on, do not get here (`qat.numerics.fast`).
+
+`QAT_KERNELS=off` in the environment turns compilation off.
 """
 
 import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from types import FunctionType
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SMALLEST = 2**17
-"""Elements from which the compiled form pays for its call."""
-
 RESIDUAL_STEPS = 252
 """The rounding residual in [-0.5, 0.5] is kept as one of this many steps; see `forward_lsq`."""
 
 
-def forward_ste(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+def forward_ste(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """Fake-quantize; also where the gradient passes, one byte an element.
 
     Args:
-        x: float32, shape [n].
-        scale, zero_point: float32, shape [].
-        bounds: float32, shape [3]: lowest and highest integer, and the number that `x` must exceed (0 behind an
-            absorbed ReLU, else -inf).
+        x: floating point, of a form above.
+        scale, zero_point, low: float32, as the form says; `low` is the smallest integer.
+        limits: float32, shape [2]: the largest integer, and the number that `x` must exceed (0 behind an absorbed
+            ReLU, else -inf).
     """
-    q = torch.round(x / scale) + zero_point
-    inside = (q >= bounds[0]) & (q <= bounds[1]) & (x > bounds[2])
-    # a byte, not a bool: Inductor's loads and stores of bool are not vectorised
-    return (torch.clamp(q, bounds[0], bounds[1]) - zero_point) * scale, torch.where(inside, 1.0, 0.0).to(torch.uint8)
+    x_ = x.float()
+    q = torch.round(x_ / scale) + zero_point
+    clamped = torch.clamp(q, low, limits[0])
+    inside = (q == clamped) & (x_ > limits[1])
+    return ((clamped - zero_point) * scale).to(x.dtype), _byte(inside)
 
 
-def backward_ste(grad: Tensor, inside: Tensor) -> Tensor:
+def _byte(code: Tensor) -> Tensor:
+    """As uint8. By way of int32: the compiler saturates floats on their way to uint8, and vectorises no bools."""
+    return code.to(torch.int32).to(torch.uint8)
+
+
+def backward_ste(grad: Tensor, inside: Tensor) -> tuple[Tensor]:
     """The gradient where it passes."""
-    return torch.where(inside.float() > 0.5, grad, 0.0)
+    return ((grad.float() * inside.float()).to(grad.dtype),)
 
 
-def forward_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+def forward_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     """Fake-quantize; also one byte an element for both gradients.
 
     The byte is 0 for "clipped below", 255 for "clipped above", else 127 + 252 (round(v) - v), `v = x / scale`.
     """
-    v = x / scale
+    x_ = x.float()
+    v = x_ / scale
     rounded = torch.round(v)
     q = rounded + zero_point
-    code = torch.clamp(torch.round((rounded - v) * RESIDUAL_STEPS + 127.0), 1.0, 253.0)
-    code = torch.where(q > bounds[1], 255.0, code)
-    code = torch.where((q < bounds[0]) | (x <= bounds[2]), 0.0, code)
-    return (torch.clamp(q, bounds[0], bounds[1]) - zero_point) * scale, code.to(torch.uint8)
+    under, over = q < low, q > limits[0]
+    code = torch.round((rounded - v) * RESIDUAL_STEPS + 127.0)  # in 1..253, as the residual is at most a half
+    code = torch.where(over, 255.0, torch.where(under | (x_ <= limits[1]), 0.0, code))
+    clamped = torch.where(over, limits[0], torch.where(under, low, q))  # a few instructions less than torch.clamp
+    return ((clamped - zero_point) * scale).to(x.dtype), _byte(code)
 
 
-def backward_lsq(grad: Tensor, code: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _lsq_terms(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+    g, c = grad.float(), code.float()
+    under, over = c == 0.0, c == 255.0
+    slope = torch.where(under, below, torch.where(over, above, (c - 127.0) * (1 / RESIDUAL_STEPS)))
+    # the zero of each row, not a constant: else the compiler sees a pointwise pass of its own in the first result
+    return torch.where(under | over, below - below, g).to(grad.dtype), g * slope
+
+
+def backward_lsq_flat(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `x` and of the scale, the latter summed in the same pass.
 
     Args:
-        grad: float32, shape [n].
+        grad: of the result.
         code: from `forward_lsq`.
-        ends: float32, shape [2]: slope of the result in the scale where clipped below and above.
+        below, above: float32, as the form says: slope of the result in the scale where it is clipped.
     """
-    c = code.float()
-    inside = (c > 0.5) & (c < 254.5)
-    slope = torch.where(inside, (c - 127.0) / RESIDUAL_STEPS, torch.where(c < 0.5, ends[0], ends[1]))
-    return torch.where(inside, grad, 0.0), (grad * slope).sum()
+    grad_x, terms = _lsq_terms(grad, code, below, above)
+    return grad_x, terms.sum()
+
+
+def backward_lsq_rows(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+    """As `backward_lsq_flat`; the gradient of the scale is of shape [rows]."""
+    grad_x, terms = _lsq_terms(grad, code, below, above)
+    return grad_x, terms.sum(1)
+
+
+def backward_lsq_cols(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+    """As `backward_lsq_flat`, of values in blocks of rows, [blocks, rows, n]: sums of each block, shape [blocks, n]."""
+    grad_x, terms = _lsq_terms(grad, code, below, above)
+    return grad_x, terms.sum(1)
+
+
+_Kernel = Callable[..., tuple[Tensor, ...]]
+
+KERNELS: dict[tuple[str, str], _Kernel] = {
+    **{("forward_ste", form): forward_ste for form in ("flat", "rows", "cols")},
+    **{("forward_lsq", form): forward_lsq for form in ("flat", "rows", "cols")},
+    ("backward_ste", "flat"): backward_ste,
+    ("backward_lsq", "flat"): backward_lsq_flat,
+    ("backward_lsq", "rows"): backward_lsq_rows,
+    ("backward_lsq", "cols"): backward_lsq_cols,
+}
+"""(name, form) -> function."""
+
+_VALUES = {"flat": (2**16,), "rows": (192, 320), "cols": (192, 320)}
+_SCALE = {"flat": (), "rows": (192, 1), "cols": (320,)}
+
+
+def _example(name: str, form: str, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """Arguments of ordinary extents, no two alike.
+
+    What the first compilation sees decides how loops are parallelised, and extents that are equal there must be equal
+    ever after.
+    """
+    values, scale = _VALUES[form], torch.ones(_SCALE[form], device=device)
+    x, code = torch.zeros(values, dtype=dtype, device=device), torch.zeros(values, dtype=torch.uint8, device=device)
+    if name.startswith("forward"):
+        return [x, scale, torch.zeros_like(scale), -scale, torch.ones(2, device=device)]
+    if name == "backward_ste":
+        return [x, code]
+    if form == "cols":
+        x, code = x.view(8, 24, 320), code.view(8, 24, 320)
+    return [x, code, -scale, scale]
 
 
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled once for every length."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+def compiled(name: str, form: str, dtype: torch.dtype, device: str) -> _Kernel | None:
+    """A kernel compiled once for all extents; None, and a warning, where that fails.
+
+    Args:
+        name, form: key of KERNELS.
+        dtype: of the values.
+        device: its type.
+    """
+    function = KERNELS[name, form]
+    # code of its own, since the compiler counts compilations by code object
+    own = FunctionType(function.__code__.replace(co_name=f"{name}_{form}"), function.__globals__)
+    kernel: _Kernel = torch.compile(own, dynamic=True, fullgraph=True)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            kernel(*(t.detach() for t in _example(name, form, dtype, device)))
+    except Exception as error:  # no compiler, no write access to the cache, ...: the other forms serve
+        log.warning("Compiled kernels are not available (%s); training is slower without them.", error)
+        return None
+    return kernel
 
 
-_works: bool | None = None
+_broken: set[str] = set()
+"""Types of device on which a compilation failed: it is not tried again."""
+
+
+def available(lsq: bool, form: str, dtype: torch.dtype, device: str) -> bool:
+    """Whether the kernels of a form can run; compiles them at the first call."""
+    if device in _broken or os.environ.get("QAT_KERNELS", "on") == "off":
+        return False
+    both = (("forward_lsq", form), ("backward_lsq", form)) if lsq else (("forward_ste", form), ("backward_ste", "flat"))
+    if all(compiled(*key, dtype, device) for key in both):
+        return True
+    _broken.add(device)
+    return False
+
+
+def run(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
+    """Call a kernel: compiled, or as it is written where the compiler gave up or a second derivative is wanted."""
+    kernel = None if torch.is_grad_enabled() else compiled(name, form, args[0].dtype, args[0].device.type)
+    if kernel is None:
+        return KERNELS[name, form](*args)
+    try:
+        return kernel(*(t.detach() for t in args))  # views would be compiled anew, with their bases' extents
+    except torch._dynamo.exc.FailOnRecompileLimitHit:  # too many global states: threads, autocast, determinism
+        return KERNELS[name, form](*args)
 
 
 def usable(x: Tensor, scale: Tensor, rounding: str) -> bool:
-    """Whether the compiled form can take these arguments: a large, dense float32 tensor with one scale."""
-    if _works is False or torch.compiler.is_compiling():
-        return False
-    return (
-        scale.dim() == 0
-        and x.dtype == torch.float32
-        and x.numel() >= SMALLEST
-        and rounding == "nearest"
-        and _dense(x)
-        and _check()
-    )
-
-
-def _dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-
-
-def _check() -> bool:
-    """Compile once; where that fails, say so and leave it."""
-    global _works
-    if _works is None:
-        _works = os.environ.get("QAT_KERNELS", "on") != "off"
-        if _works:
-            try:
-                x = torch.zeros(SMALLEST)
-                compiled(forward_ste)(x, torch.ones(()), torch.zeros(()), torch.tensor([-1.0, 1.0, -torch.inf]))
-            except Exception as error:  # no compiler, no write access to the cache, ...: the composed form serves
-                log.warning("Compiled kernels are not available (%s); training is slower without them.", error)
-                _works = False
-    return _works
-
-
-def flat(x: Tensor) -> Tensor:
-    """A dense tensor's values in the order of memory, shape [n], without a copy."""
-    return x.as_strided((x.numel(),), (1,))
-
-
-def like(y: Tensor, x: Tensor) -> Tensor:
-    """Inverse of `flat`: the values `y` with the shape and strides of `x`."""
-    return y.as_strided(x.shape, x.stride())
+    """No: `qat.numerics.fast.usable` is what to ask."""
+    return False

@@ -1,0 +1,277 @@
+"""The fast path, compiled and in blocks, against the formulas written out."""
+
+from typing import NamedTuple
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from torch import Tensor
+
+from qat.numerics import blocks, fast, kernels
+from qat.numerics.affine import dequantize, quantize
+
+GRIDS = [(-8, 7, 0), (0, 15, 0), (0, 255, 113), (-127, 127, 0), (-2, 1, 1)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Result(NamedTuple):
+    y: Tensor
+    grad_x: Tensor
+    grad_scale: Tensor
+    terms: Tensor
+    """What the gradient of the scale sums, in magnitude."""
+
+
+def definition(
+    x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, relu: bool, grad: Tensor, lsq: bool
+) -> Result:
+    """`affine`'s forward; equations 1 to 3 of Esser et al., the residual rounded to 1/252, as it is kept in a byte."""
+    v = x.float() / scale
+    q = torch.round(v) + zero
+    y = quantize(x, scale, zero, low, high)
+    y = dequantize(torch.maximum(y, zero) if relu else y, scale, zero).to(x.dtype)
+    inside = (q >= low) & (q <= high) & ((x > 0) | (not relu))
+    residual = (torch.round((torch.round(v) - v) * 252 + 127) - 127) / 252
+    under = torch.maximum(zero, torch.tensor(float(low))) if relu else torch.tensor(float(low))
+    slope = torch.where(inside, residual, torch.where((q > high) & ((x > 0) | (not relu)), high - zero, under - zero))
+    terms = (grad.float() * slope).double()
+    total = terms.sum_to_size(scale.shape).float() if lsq else torch.zeros(())
+    return Result(y, torch.where(inside, grad, 0), total, terms.abs().sum_to_size(scale.shape))
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Random values, among them ties, zeros, values that overflow, infinities and NaN."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2
+    special = [0.0, -0.0, 0.05, -0.05, 0.15, 1e30, -1e30, 1e-40, 0.25, -0.25, torch.inf, -torch.inf, torch.nan]
+    x.view(-1)[: len(special)] = torch.tensor(special)[: x.numel()]
+    return x.to(dtype)
+
+
+def check(
+    x: Tensor,
+    scale: Tensor,
+    grid: tuple[int, int, int] = (-8, 7, 0),
+    relu: bool = False,
+    grad_scale: float | None = None,
+    form: str | None = None,
+    grad: Tensor | None = None,
+) -> None:
+    low, high, zero = grid
+    if relu:
+        zero = max(zero, low)
+    zero_point = torch.full_like(scale, zero)
+    if grad is None:
+        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+        grad = torch.empty_like(x).copy_(grad)
+    leaf, learned = x.detach().requires_grad_(), scale.clone().requires_grad_()
+    assert fast.usable(leaf, learned, "nearest")
+    chosen = fast._form(leaf, learned, grad_scale is not None)
+    assert chosen is not None
+    if form is not None:
+        assert chosen[0] == form
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        y = fast.fake_quantize(leaf, learned, zero_point, low, high, relu=relu, grad_scale=grad_scale)
+    assert x.numel() <= sum(kept) <= x.numel() + 8 * scale.numel()
+    y.backward(grad)
+    expected = definition(x.detach(), scale, zero_point, low, high, relu, grad, grad_scale is not None)
+    assert y.dtype == x.dtype == leaf.grad.dtype
+    assert y.stride() == x.stride()
+    torch.testing.assert_close(y, expected.y, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(leaf.grad, expected.grad_x, rtol=0, atol=0, equal_nan=True)
+    if grad_scale is None:
+        assert learned.grad is None
+        return
+    assert learned.grad.shape == scale.shape
+    error = (learned.grad - expected.grad_scale * grad_scale).abs().double()
+    assert bool((error <= 1e-6 * expected.terms * grad_scale).all()), (learned.grad, expected.grad_scale)
+
+
+@pytest.fixture
+def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast path takes every tensor."""
+    monkeypatch.setattr(fast, "SMALLEST", 0)
+    monkeypatch.setattr(fast, "SMALLEST_BLOCKED", 0)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """A dense tensor in some order of memory, and its scale: one, or one for each index along an axis."""
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=0, max_size=4)))
+    x = values(shape, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99)))
+    x = x.permute(draw(st.permutations(range(len(shape)))))
+    axis = draw(st.sampled_from([None, *range(x.dim())]))
+    if axis is None:
+        return x, torch.full([1] * draw(st.integers(0, x.dim())), 0.1)
+    trailing = x.dim() - axis - 1
+    leading = draw(st.integers(0, axis))
+    return x, torch.linspace(0.05, 0.5, x.shape[axis]).reshape([1] * leading + [-1] + [1] * trailing)
+
+
+@pytest.mark.usefixtures("every_size")
+@pytest.mark.parametrize("compiler", [True, False])
+@given(
+    case=cases(),
+    grid=st.sampled_from(GRIDS),
+    relu=st.booleans(),
+    grad_scale=st.sampled_from([None, 0.5]),
+    block=st.sampled_from([1, 3, 64]),
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(case=(torch.tensor(0.3), torch.tensor(0.1)), grid=GRIDS[0], relu=True, grad_scale=0.5, block=1)
+def test_every_shape_and_order_of_memory(
+    compiler: bool, case: tuple[Tensor, Tensor], grid: tuple[int, int, int], relu: bool, grad_scale: float | None,
+    block: int,
+) -> None:  # fmt: skip
+    if compiler and not kernels.available(False, "rows", torch.float32, "cpu"):
+        pytest.skip("no compiler at hand")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QAT_KERNELS", "on" if compiler else "off")
+        patch.setattr(blocks, "BLOCK", block)
+        check(*case, grid, relu, grad_scale)
+
+
+N = fast.SMALLEST
+LARGE = [
+    ("rows", (2, 16, 64, 65), ()),
+    ("rows", (2, 16, 64, 65), (1, 1, 1, 1)),
+    ("flat", (131101,), ()),  # a prime: no equal pieces
+    ("rows", (2, 16, 64, 65), (16, 1, 1)),
+    ("rows", (2, 16, 64, 65), (2, 1, 1, 1)),
+    ("rows", (4096, 33), (4096, 1)),
+    ("cols", (64, 64, 7, 7), (64, 1, 1)),  # runs of 49
+    ("cols", (64, 2080), (2080,)),
+    ("rows", (3, 65537), (3, 1)),  # long runs without divisors
+]
+
+
+@pytest.fixture(params=["compiled", "blocked"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which form takes large tensors."""
+    if request.param == "blocked":
+        monkeypatch.setenv("QAT_KERNELS", "off")
+    elif not kernels.available(False, "rows", torch.float32, "cpu"):
+        pytest.skip("no compiler at hand")
+    return request.param
+
+
+def scales(shape: tuple[int, ...]) -> Tensor:
+    count = max(int(torch.Size(shape).numel()), 1)
+    return torch.linspace(0.05, 0.2, count).reshape(shape)
+
+
+@pytest.mark.parametrize(("layout", "shape", "scale"), LARGE)
+@pytest.mark.parametrize("grad_scale", [None, 0.5])
+def test_large_tensors(
+    form: str, layout: str, shape: tuple[int, ...], scale: tuple[int, ...], grad_scale: float | None
+) -> None:
+    x = values(shape, torch.float32)
+    assert fast._layout(x.shape, x.stride(), torch.Size(scale)).form == layout
+    check(x, scales(scale), GRIDS[2], relu=True, grad_scale=grad_scale, form=form)
+    check(x, scales(scale), GRIDS[0], grad_scale=grad_scale, form=form)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [(), (16, 1, 1)])
+@pytest.mark.parametrize("grad_scale", [None, 1.0])
+def test_channels_last_and_half_floats(
+    form: str, dtype: torch.dtype, scale: tuple[int, ...], grad_scale: float | None
+) -> None:
+    x = values((2, 16, 64, 65), dtype).contiguous(memory_format=torch.channels_last)
+    check(x, scales(scale), grad_scale=grad_scale, form=form)
+
+
+@pytest.mark.parametrize("grad_scale", [None, 1.0])
+def test_a_gradient_in_another_memory_order(form: str, grad_scale: float | None) -> None:
+    x = values((2, 16, 64, 65), torch.float32)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).contiguous(
+        memory_format=torch.channels_last
+    )
+    check(x, scales((16, 1, 1)), grad_scale=grad_scale, form=form, grad=grad)
+    check(x, scales(()), grad_scale=grad_scale, form=form, grad=torch.ones(()).expand(x.shape))
+
+
+def test_special_values(form: str) -> None:
+    x = torch.zeros(N)
+    x[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.3])
+    for relu, low in ((False, -8.0), (True, 0.0)):
+        for grad_scale in (None, 1.0):
+            scale = torch.tensor(0.5)
+            y = fast.fake_quantize(x, scale, torch.tensor(0.0), -8, 7, relu=relu, grad_scale=grad_scale)
+            assert y[0].isnan()
+            assert y[1:4].tolist() == [3.5, 0.5 * low, 0.0 if relu else -0.5]
+
+
+def test_sums_of_one_sign_stay_accurate(form: str) -> None:
+    """A plain float32 sum over so many equal terms would be off by 1e-4."""
+    for shape, scale in (((2**22,), ()), ((4, 2**20), (4, 1)), ((2**16, 64), (64,))):
+        check(torch.full(shape, 3.0), scales(scale), grad_scale=1.0, form=form, grad=torch.full(shape, 1 / 3))
+
+
+def test_the_second_derivative(form: str) -> None:
+    x = values((N,), torch.float32)[13:].repeat(2).requires_grad_()
+    for grad_scale in (None, 1.0):
+        scale = torch.tensor(0.1, requires_grad=True)
+        weight = torch.ones_like(x, requires_grad=True)
+        y = fast.fake_quantize(x, scale, torch.tensor(0.0), -8, 7, grad_scale=grad_scale)
+        (grad_x,) = torch.autograd.grad((y * weight).sum(), x, create_graph=True)
+        (inside,) = torch.autograd.grad(grad_x.sum(), weight)
+        q = torch.round(x.detach() / 0.1)
+        assert torch.equal(inside, ((q >= -8) & (q <= 7)).float())
+
+
+def test_kernels_are_compiled_once_for_all_extents() -> None:
+    if not kernels.available(False, "rows", torch.float32, "cpu"):
+        pytest.skip("no compiler at hand")
+
+    def train() -> None:
+        for shape, scale in (
+            *((shape, scale) for _, shape, scale in LARGE),
+            ((N,), ()),
+            ((2 * N + 64,), ()),
+            ((131111,), ()),
+            ((131113,), ()),
+            ((2, 3, 200, 200), (3, 1, 1)),
+            ((256, 256, 3, 3), (256, 1, 1, 1)),
+            ((512, 257), (257,)),
+        ):
+            x = values(shape, torch.float32).requires_grad_()
+            for grad_scale in (None, 1.0):
+                s = scales(scale).requires_grad_()
+                fast.fake_quantize(x, s, torch.zeros(scale), -8, 7, grad_scale=grad_scale).sum().backward()
+
+    counters = torch._dynamo.utils.counters
+    torch.compiler.reset()
+    kernels.compiled.cache_clear()
+    counters.clear()
+    train()
+    first = counters["stats"]["unique_graphs"]
+    assert first <= len(kernels.KERNELS) + 1  # one more: sums over runs that could not be cut
+    train()
+    assert counters["stats"]["unique_graphs"] == first
+
+
+@pytest.mark.parametrize(
+    ("x", "scale"),
+    [
+        (torch.zeros(N - 1), torch.ones(())),
+        (torch.zeros(0), torch.ones(())),
+        (torch.zeros(N, dtype=torch.float64), torch.ones(())),
+        (torch.zeros(2 * N)[::2], torch.ones(())),  # gaps
+        (torch.zeros(1, N).expand(2, N), torch.ones(())),
+        (torch.zeros(N), torch.ones(1, 1)),  # the result would have two dimensions
+        (torch.zeros(512, 512), torch.ones(512, 512)),
+        (torch.zeros(512, 512, 2), torch.ones(512, 512, 1)),
+        (torch.zeros(N, 1), torch.ones(4)),
+    ],
+)
+def test_the_composed_form_takes_the_rest(x: Tensor, scale: Tensor) -> None:
+    assert not fast.usable(x, scale, "nearest")
+    with pytest.raises(ValueError, match="usable"):
+        fast.fake_quantize(x, scale, torch.zeros_like(scale), -8, 7)
+
+
+def test_other_roundings_are_not_taken() -> None:
+    assert fast.usable(torch.zeros(2 * N), torch.ones(()), "nearest")
+    assert not fast.usable(torch.zeros(2 * N), torch.ones(()), "floor")
