@@ -35,6 +35,11 @@ class Mode(Enum):
     """Fake-quantize with ranges as they are."""
 
 
+LSQ_LEVELS = 7
+"""Learned scales of other formats are kept as if their largest level were this, that of a 4-bit integer. The largest of
+e4m3fn is 448: a learning rate that suits scales of integers would double such a scale in one step."""
+
+
 class FakeQuantize(nn.Module):
     """Quantize-dequantize one tensor with straight-through gradients.
 
@@ -99,10 +104,19 @@ class FakeQuantize(nn.Module):
                 momentum=scheme.momentum,
                 norm=scheme.norm,
                 sigmas=scheme.sigmas,
+                grid=None if scheme.format == "int" else self.grid,
+                scales=self.format.scales,
             )
         )
+        rule = rule if self.fitted is None else RANGES["dynamic"]  # fitted levels hold what there is to learn
         self.range = rule(
-            RangeOptions(shape=self.scale_shape, quant_min=self.quant_min, quant_max=self.quant_max)
+            RangeOptions(
+                shape=self.scale_shape,
+                quant_min=self.quant_min,
+                quant_max=self.quant_max,
+                unit=self.quant_max / LSQ_LEVELS if self.grid is not None and scheme.format != "int" else 1.0,
+                decay=scheme.range_decay,
+            )
         )
         if shape is not None and scheme.rounding == "adaptive":
             self.logits = nn.Parameter(torch.full(shape, torch.nan))
@@ -171,8 +185,7 @@ class FakeQuantize(nn.Module):
 
     @property
     def integer(self) -> bool:
-        """Whether an integer runtime can compute with its result: static integers with one scale a tensor or, for
-        weights, an output channel."""
+        """Whether an integer runtime can compute with it: static integers, one scale a tensor or output channel."""
         if self.shape is None:
             return self.scheme.format == "int" and self.layout.kind == "tensor" and not self.dynamic
         return self.foldable and self.layout.kind != "group" and (self.scheme.bits or 0) <= 8
@@ -206,7 +219,7 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor, site: int = 0) -> None:
-        """Record the range of `x` (after the absorbed ReLU). Empty tensors are ignored, and so is what needs no range."""
+        """Record the range of `x` (after the absorbed ReLU). Ignores empty tensors, and those that need no range."""
         if x.numel() and not self.dynamic and self.fitted is None:
             self.observer.update(self.rows(x), site, relu=self.relu)
 
@@ -244,7 +257,9 @@ class FakeQuantize(nn.Module):
     def _choose(self, low: Tensor, high: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Scale and zero point of the shape `shape` for observed ranges, [rows] each."""
         if self.scheme.format == "int":
-            scale, zero_point = choose_qparams(low, high, int(self.quant_min), int(self.quant_max), self.scheme.symmetric)
+            scale, zero_point = choose_qparams(
+                low, high, int(self.quant_min), int(self.quant_max), self.scheme.symmetric
+            )
             return scale.reshape(shape), zero_point.reshape(shape)
         largest = torch.maximum(-low.float(), high.float()).clamp(min=0)
         return self._grid_scale(largest.reshape(shape)), torch.zeros(shape, device=low.device)
@@ -274,9 +289,9 @@ class FakeQuantize(nn.Module):
             return self._choose(low, high, self.layout.scale_shape(x.shape))
 
     @torch.no_grad()
-    def scales(self, x: Tensor) -> Tensor:
-        """The scales in use for the weight `x`, for tables and plots; of a table of entries, the largest of each row."""
-        if isinstance(self.fitted, Mean):
+    def scales(self, x: Tensor | None = None) -> Tensor:
+        """The scales in use (for the weight `x`), for tables and plots; of a codebook, each row's largest entry."""
+        if x is not None and isinstance(self.fitted, Mean):
             return self.fitted.integers(self.rows(x))[1]
         if self.fitted is not None:
             return self.fitted.values().abs().flatten(1).amax(dim=1)
@@ -293,6 +308,8 @@ class FakeQuantize(nn.Module):
         if self.mode in (Mode.float, Mode.observe):
             if self.mode is Mode.observe:
                 self.observe(x, site)
+            if self.adapts and self.training and torch.is_grad_enabled() and self.range.calibrated:
+                self.start_rounding(x)  # weights still move as floats; the fractions are those when quantization starts
             return torch.relu(x) if self.relu else x
         moves = self.training and self.mode is Mode.quantize
         if self.fitted is not None:
@@ -316,7 +333,8 @@ class FakeQuantize(nn.Module):
             q = adaptive(x.float() / scale, self._rounding_logits(moves), soft=moves) + zero_point
             return ((q.clamp(self.quant_min, self.quant_max) - zero_point) * scale).to(x.dtype)
         features = x.numel() // max(scale.numel(), 1) if self.shape is not None else math.prod(x.shape[1:])
-        grad_scale = (max(features, 1) * self.quant_max) ** -0.5 if self.range.scaled else 1.0
+        levels = self.quant_max / self.range.options.unit
+        grad_scale = (max(features, 1) * levels) ** -0.5 if self.range.scaled else 1.0
         learned = scale.requires_grad
         plain = scheme.gradient in ("clipped_ste", "lsq") and self.range.residual and not zero_point.requires_grad
         if grid is None and plain:
@@ -339,7 +357,7 @@ class FakeQuantize(nn.Module):
         return fake_quantize_by(x, scale, zero_point, staircase, grad_scale)
 
     def _rounding_logits(self, moves: bool) -> Tensor:
-        """What adaptive rounding has learned, as rows; while it learns, with the gradient that drives it to a decision."""
+        """What adaptive rounding has learned, as rows; in training with the gradient that makes it decide."""
         logits = self.logits if moves else self.logits.detach()
         return self.rows(penalized(logits, self.progress, self.scheme.rounding_penalty) if moves else logits)
 

@@ -5,7 +5,7 @@ stored is indices and a table (`codes`), or integers and a scale.
 """
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,11 +52,9 @@ class Fitted(nn.Module):
 class Mean(Fitted):
     """Signs or signs and zeros, times a mean of magnitudes: `binary` and `ternary`."""
 
-    quantize: ClassVar[Callable[[Tensor], tuple[Tensor, Tensor]]]
-
     def integers(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(-1, 0 or 1, shape of `rows`; scale, shape [rows])."""
-        return type(self).quantize(rows.detach().float())
+        raise NotImplementedError
 
     def forward(self, rows: Tensor, moves: bool) -> Tensor:  # noqa: D102
         q, scale = self.integers(rows)
@@ -66,13 +64,15 @@ class Mean(Fitted):
 class Binary(Mean):
     """`sign(w) mean |w|`. Source: Rastegari et al. 2016, "XNOR-Net", equation 6."""
 
-    quantize = staticmethod(binary)
+    def integers(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return binary(rows.detach().float())
 
 
 class Ternary(Mean):
     """-1, 0 or 1 times a scale. Source: Li, Liu 2016, "Ternary Weight Networks", equations 3, 5 and 6."""
 
-    quantize = staticmethod(ternary)
+    def integers(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return ternary(rows.detach().float())
 
 
 class Table(Fitted):
@@ -121,7 +121,7 @@ class Table(Fitted):
 class Codebook(Table):
     """k-means entries for each row. Source: Han et al. 2016, "Deep Compression", section 3."""
 
-    def __init__(self, shape: tuple[int, int], *args: int) -> None:
+    def __init__(self, shape: tuple[int, int], *args: Any) -> None:
         super().__init__(shape, *args)
         self.register((shape[0], 2**self.bits), shape)
 
@@ -138,6 +138,7 @@ class Codebook(Table):
     def look_up(self, rows: Tensor, entries: Tensor) -> Tensor:  # noqa: D102
         return codebook_ste(rows, entries, self.indices)
 
+
 class Product(Table):
     """Every vector of weights is one of `2 ** bits` prototypes of its part of the inputs.
 
@@ -145,7 +146,7 @@ class Product(Table):
     "And the Bit Goes Down", section 3.
     """
 
-    def __init__(self, shape: tuple[int, int], *args: int) -> None:
+    def __init__(self, shape: tuple[int, int], *args: Any) -> None:
         super().__init__(shape, *args)
         self.register((self.parts, 2**self.bits, shape[1]), (shape[0] // self.parts, self.parts))
 

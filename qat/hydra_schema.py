@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qat.analysis.sweep import collect, results_table, write_results
 from qat.export import EXPORTERS
+from qat.export.onnx_stored import check_onnx
 from qat.presets import DESCRIPTIONS, PRESETS, fields
 from qat.scheme import QuantConfig, choice
 from qat.targets import TARGETS, check_target
@@ -54,6 +55,9 @@ def _quant_options() -> str:
 def quant_config(cfg: DictConfig) -> QuantConfig:
     """The `quant` part of a composed config, validated and checked against its target; `export.formats` too.
 
+    A file format that cannot hold the scheme is taken out of `export.formats` with a warning, if
+    `export.skip_impossible` says so.
+
     Raises:
         ValueError: names the field, its value and what would be valid.
     """
@@ -66,6 +70,14 @@ def quant_config(cfg: DictConfig) -> QuantConfig:
     check_target(config)
     for name in cfg.export.formats:
         choice("export.formats", name, EXPORTERS)
+    if "onnx" in cfg.export.formats:
+        try:
+            check_onnx(config)
+        except ValueError as error:
+            if not cfg.export.skip_impossible:
+                raise
+            log.warning("No ONNX file will be written. %s", error)
+            cfg.export.formats = [name for name in cfg.export.formats if name != "onnx"]
     return config
 
 

@@ -82,7 +82,9 @@ class _Lowering:
         config: QuantConfig = self.prepared.meta["qat"]["config"]
         network = IntegerNetwork(inputs, self.nodes, self.layers, outputs, {"quant": config.to_dict()})
         network.edges = {
-            self.made[node]: node.name for node in self.graph.nodes if self.graph.kind(node) is Kind.quantizer
+            self.made[node]: node.name
+            for node in self.graph.nodes
+            if self.graph.kind(node) is Kind.quantizer and self.grids[self.made[node]] is not None
         }
         return network.eval()
 
@@ -159,7 +161,9 @@ def _layer(lowering: _Lowering, node: fx.Node) -> None:
     if grid is not None and quantizer.integer:
         lowering.add(name, _integer(layer, fold(layer, norm), grid, geometry), [lowering.made[source]], *made)
         return
-    weight_only = _weight_only(layer, fold(layer, norm), geometry) if quantizer.foldable else _stored(layer, norm, geometry)
+    weight_only = (
+        _weight_only(layer, fold(layer, norm), geometry) if quantizer.foldable else _stored(layer, norm, geometry)
+    )
     lowering.add(name, weight_only, [lowering.to_real(source)], *made)
 
 

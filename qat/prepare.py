@@ -219,9 +219,7 @@ def _drop_in_place(prepared: fx.GraphModule) -> None:
     prepared.recompile()
 
 
-def _check_axis(
-    graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes: dict[fx.Node, torch.Size]
-) -> None:
+def _check_axis(graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes: dict[fx.Node, torch.Size]) -> None:
     """Refuse channels and groups that an activation does not have, or that its edges do not share."""
     if scheme.granularity not in (Granularity.channel, Granularity.group):
         return
@@ -237,8 +235,8 @@ def _check_axis(
         if scheme.group_size and size % scheme.group_size and not scheme.allow_padding:
             raise ValueError(
                 f"quant.activation.group_size={scheme.group_size} does not divide the {size} channels of the tensor "
-                f"'{name}' (shape {list(shape)}, axis {axis}); give a divisor of {size}, exempt the layer by a rule, or "
-                f"set quant.activation.allow_padding=true"
+                f"'{name}' (shape {list(shape)}, axis {axis}); give a divisor of {size}, exempt the layer "
+                f"by a rule, or set quant.activation.allow_padding=true"
             )
     if scheme.granularity is Granularity.channel and len(sizes) > 1:
         names = ", ".join(f"'{graph.name(edge)}'" for edge in edges)

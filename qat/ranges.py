@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qat.numerics.affine import SMALLEST_SCALE
 from qat.numerics.formats import Grid
-from qat.numerics.rounding import round_ste, straight_through
+from qat.numerics.rounding import round_ste, straight_through, with_gradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,15 @@ class RangeOptions:
     Attributes:
         shape: of the scale.
         quant_min, quant_max: the smallest and largest level, in units of the scale.
+        unit: learned scales are kept times this, so that they are of one size for all formats: that of an integer's.
+        decay: weight of the L2 term of `pact`.
     """
 
     shape: tuple[int, ...]
     quant_min: float
     quant_max: float
+    unit: float = 1.0
+    decay: float = 0.0
 
 
 class Range(nn.Module):
@@ -141,8 +145,11 @@ class Lsq(Fixed):
         del self.scale
         self.scale = nn.Parameter(self._nan())
 
+    def set(self, scale: Tensor, zero_point: Tensor) -> None:  # noqa: D102
+        super().set(scale * self.options.unit, zero_point)
+
     def qparams(self) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return positive(self.scale), self.zero_point
+        return positive(self.scale) / self.options.unit, self.zero_point
 
 
 class LsqPlus(Range):
@@ -176,9 +183,11 @@ class LsqPlus(Range):
 class Pact(Range):
     """The clip `alpha` is a parameter, with a gradient from clipped values alone: 1 above it, 0 below.
 
+    Nothing but an L2 term pulls it down; the gradient has that term's, `2 decay alpha`, as if it stood in the loss.
     Signed tensors are clipped at both ends.
 
-    Source: Choi et al. 2018, "PACT: Parameterized Clipping Activation for Quantized Neural Networks", equations 1 to 3.
+    Source: Choi et al. 2018, "PACT: Parameterized Clipping Activation for Quantized Neural Networks", equations 1 to 3
+    and section 3.2 (L2 term).
     """
 
     learned = True
@@ -195,7 +204,8 @@ class Pact(Range):
         self.alpha.copy_(scale * self.options.quant_max)
 
     def qparams(self) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return positive(self.alpha / self.options.quant_max), self.get_buffer("zero_point")
+        alpha = with_gradient(self.alpha, 2 * self.options.decay * self.alpha.detach())
+        return positive(alpha / self.options.quant_max), self.get_buffer("zero_point")
 
 
 class Tqt(Range):

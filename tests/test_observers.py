@@ -1,5 +1,7 @@
 """Observers against numpy: quantiles, running averages and a brute-force search in float64."""
 
+import copy
+import pickle
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qat.fake_quant import FakeQuantize, Mode
+from qat.numerics.formats import FORMATS
 from qat.observers import BINS, OBSERVERS, Ema, Entropy, Histogram, Mse, Observer, ObserverOptions, Percentile
+from qat.scheme import Granularity, TensorScheme
 
 
 def make(name: str, **options: object) -> Observer:
@@ -295,6 +300,61 @@ def test_mse_of_a_stream_is_nearly_that_of_the_whole(grid: tuple[int, int], symm
     )
     low, high = observer.range()
     assert squared_error(values, low.item(), high.item(), grid, symmetric) == pytest.approx(best, rel=0.02)
+
+
+def nearest_error(x: np.ndarray, levels: np.ndarray) -> float:
+    """Sum of squared distances to the nearest level, float64."""
+    middles = (levels[1:] + levels[:-1]) / 2
+    return float(((levels[np.searchsorted(middles, x)] - x) ** 2).sum())
+
+
+def outliers(count: int) -> Tensor:
+    x = torch.randn(count, generator=torch.Generator().manual_seed(2))
+    x[::1000] *= 8
+    return x
+
+
+@pytest.mark.parametrize(("name", "bits"), [("e2m1", 4), ("apot", 4), ("pow2", 3), ("e2m3", 6)])
+def test_mse_searches_on_the_levels_of_the_format(name: str, bits: int) -> None:
+    """Against every candidate, by the distance to the nearest of the listed levels."""
+    x = outliers(20_000).reshape(2, 10_000)
+    errors = {}
+    for observer in ("mse", "minmax"):
+        scheme = TensorScheme(bits=bits, format=name, observer=observer, granularity=Granularity.channel)
+        quantizer = FakeQuantize(scheme, x.shape)
+        quantizer.set_range_from(x)
+        quantizer.mode = Mode.quantize
+        errors[observer] = (quantizer(x) - x).double().square().sum(dim=1).tolist()
+    levels = FORMATS[name].grid(bits, True, False).values().double().numpy()  # type: ignore[misc]
+    for row, found, widest in zip(x.double().numpy(), errors["mse"], errors["minmax"], strict=True):
+        clips = np.abs(row).max() * np.arange(1, 101) / 100
+        best = min(nearest_error(row, levels * (clip / levels[-1])) for clip in clips)
+        assert found == pytest.approx(best, rel=1e-4)
+        assert found < 0.98 * widest
+
+
+def test_mse_of_shared_exponents_chooses_among_powers_of_two() -> None:
+    x = outliers(32 * 500).reshape(500, 32)
+    grid = FORMATS["mxfp4"].grid(4, True, False)  # type: ignore[misc]
+    low, high = make("mse", rows=500, grid=grid, scales=FORMATS["mxfp4"].scales).measure(x)
+    levels = grid.values().double().numpy()
+    for row, clip in zip(x.double().numpy(), torch.maximum(-low, high).double().numpy(), strict=True):
+        widest = np.floor(np.log2(np.abs(row).max()))
+        tried = [nearest_error(row, levels * 2.0 ** (widest - k - 2)) for k in range(6)]
+        assert nearest_error(row, levels * 2.0 ** (np.floor(np.log2(clip)) - 2)) == pytest.approx(min(tried), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "group"), [("apot", None), ("nvfp4", 16)])
+def test_a_quantizer_that_searches_on_a_grid_can_be_copied_and_pickled(name: str, group: int | None) -> None:
+    scheme = TensorScheme(
+        bits=4, format=name, observer="mse", range="dynamic", group_size=group,
+        granularity=Granularity.group if group else Granularity.tensor,
+    )  # fmt: skip
+    x = outliers(640).reshape(20, 32)
+    quantizer = FakeQuantize(scheme, x.shape)
+    quantizer.mode = Mode.quantize
+    for copied in (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
+        assert torch.equal(copied(x), quantizer(x))
 
 
 # ---- several observers as one ----------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from qat.presets import DESCRIPTIONS, PRESETS, fields
 from qat.scheme import Granularity
 from qat.targets import TARGETS, check_target
 
-
 INTEGERS = {"off", "int8", "w8a8_asymmetric", "w4a8", "w4a4", "w4a4_lsq", "w2a2_lsq", "w4g32", "binary", "ternary"}
 
 

@@ -1,5 +1,4 @@
 import json
-import re
 from typing import Any
 
 import pytest
@@ -18,7 +17,10 @@ def config(**data: Any) -> QuantConfig:
 @pytest.mark.parametrize("field", ["weight", "activation", "input"])
 def test_bits_of_integers(bits: Any, field: str) -> None:
     role, value = ("weight" if field == "weight" else "activation"), {True: "true"}.get(bits, bits)
-    with pytest.raises(ValueError, match=rf"^quant\.{field}\.bits={value}: an int {role} has 1 to 16 bits; use quant\."):
+    with pytest.raises(
+        ValueError,
+        match=rf"^quant\.{field}\.bits={value}: an int {role} has 1 to 16 bits, null leaves it float; use quant\.",
+    ):
         config(**{field: {"bits": bits}})
 
 
@@ -28,7 +30,9 @@ def test_bits_of_integers(bits: Any, field: str) -> None:
      ("binary", 2, "1"), ("ternary", 1, "2"), ("codebook", 9, "1 to 8"), ("mxint8", 4, "8")],
 )  # fmt: skip
 def test_bits_of_other_formats(format: str, bits: int, has: str) -> None:
-    with pytest.raises(ValueError, match=rf"quant\.weight\.bits={bits}: an {format} weight has {has} bits; use quant"):
+    with pytest.raises(
+        ValueError, match=rf"quant\.weight\.bits={bits}: an {format} weight has {has} bits, .* use quant"
+    ):
         config(weight={"format": format, "bits": bits})
 
 
@@ -56,8 +60,18 @@ UNKNOWN = [
     ({"weight": {"rounding": "neerest"}}, "quant.weight.rounding='neerest'", "nearest", "floor, ceil, truncate"),
     ({"weight": {"observer": "min_max"}}, "quant.weight.observer='min_max'", "minmax", ", ".join(OBSERVERS)),
     ({"activation": {"observer": "emma"}}, "quant.activation.observer='emma'", "ema", ", ".join(OBSERVERS)),
-    ({"weight": {"granularity": "chanel"}}, "quant.weight.granularity='chanel'", "channel", "tensor, channel, group, block, token"),
-    ({"weight": {"range": "learnt"}}, "quant.weight.range='learnt'", "learned", "fixed, running, dynamic, learned, lsq"),
+    (
+        {"weight": {"granularity": "chanel"}},
+        "quant.weight.granularity='chanel'",
+        "channel",
+        "tensor, channel, group, block, token",
+    ),
+    (
+        {"weight": {"range": "learnt"}},
+        "quant.weight.range='learnt'",
+        "learned",
+        "fixed, running, dynamic, learned, lsq",
+    ),
     ({"input": {"format": "imt"}}, "quant.input.format='imt'", "int", "int, e4m3fn"),
     ({"weight": {"gradient": "stee"}}, "quant.weight.gradient='stee'", "ste", "clipped_ste, ste, lsq, ewgs, dsq"),
     ({"weight": {"bit": 8}}, "quant.weight: field='bit'", "bits", "granularity"),
@@ -97,17 +111,20 @@ def test_a_name_like_no_other_gets_no_guess() -> None:
 REFUSED = [
     ({"weight": {"granularity": "group"}}, r"quant\.weight\.group_size=null: .*group_size=32"),
     ({"weight": {"granularity": "group", "group_size": 0}}, r"quant\.weight\.group_size=0: .*positive"),
-    ({"weight": {"granularity": "channel", "group_size": 4}}, r"group_size=4: it has no effect with granularity=channel"),
-    ({"weight": {"percentiles": [99, 1]}}, r"quant\.weight\.percentiles=\[99, 1\]: give \[low, high\]"),
+    (
+        {"weight": {"granularity": "channel", "group_size": 4}},
+        r"group_size=4: it has no effect with granularity=channel",
+    ),
+    ({"weight": {"percentiles": [99, 1]}}, r"quant\.weight\.percentiles=\[99, 1\]: .*give \[low, high\]"),
     ({"weight": {"percentiles": [1.0]}}, r"percentiles=\[1\.0\]"),
     ({"activation": {"percentiles": [-1, 99]}}, r"quant\.activation\.percentiles=\[-1, 99\]"),
     ({"activation": {"percentiles": [0, 100.5]}}, r"percentiles=\[0, 100\.5\]"),
     ({"activation": {"percentiles": [5, 5]}}, r"percentiles=\[5, 5\]"),
-    ({"activation": {"momentum": 0}}, r"quant\.activation\.momentum=0: give a number in \(0, 1\]"),
+    ({"activation": {"momentum": 0}}, r"quant\.activation\.momentum=0: .*give a number in \(0, 1\]"),
     ({"input": {"momentum": 1.1}}, r"quant\.input\.momentum=1\.1"),
     ({"weight": {"momentum": float("nan")}}, r"quant\.weight\.momentum=nan"),
-    ({"activation": {"sigmas": 0}}, r"quant\.activation\.sigmas=0: give a positive number, for example 3"),
-    ({"weight": {"norm": -1.0}}, r"quant\.weight\.norm=-1\.0: give a positive number, for example 2\.4"),
+    ({"activation": {"sigmas": 0}}, r"quant\.activation\.sigmas=0: .*give a positive number, for example 3"),
+    ({"weight": {"norm": -1.0}}, r"quant\.weight\.norm=-1\.0: .*give a positive number, for example 2\.4"),
     ({"input": {"norm": float("inf")}}, r"quant\.input\.norm=inf"),
     ({"weight": {"sigmas": float("nan")}}, r"quant\.weight\.sigmas=nan"),
     ({"activation": {"rounding": "floor"}}, r"quant\.activation\.rounding=floor: .*'nearest'.*quant\.weight\.round"),

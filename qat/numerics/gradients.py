@@ -1,7 +1,7 @@
-"""How a gradient passes the rounding, which has none of its own. GRADIENTS is the table that configurations choose from.
+"""How a gradient passes the rounding, which has none. GRADIENTS is the table that configurations choose from.
 
-A quantizer computes `y = scale * q(v)`, `v = x / scale`, where `q` is a staircase. Each entry replaces its slope `dq/dv`
-by another one; the gradients follow by the chain rule:
+A quantizer computes `y = scale * q(v)`, `v = x / scale`, where `q` is a staircase. Each entry replaces its slope
+`dq/dv` by another one; the gradients follow by the chain rule:
 
     dL/dx     = g * slope                     g: the gradient of y
     dL/dscale = sum g * (q - slope * v)       with the slope of `clipped_ste`: LSQ's equation 3

@@ -126,7 +126,7 @@ class Layout:
         return self.kind not in ("tensor", "channel")
 
     def padding(self, shape: Sequence[int]) -> tuple[int, int] | None:
-        """(entries, group size) where the last group is short; None where nothing needs filling. Blocks may be short."""
+        """(entries, group size) where the last group is short, else None. Blocks may be short."""
         if self.kind == "group":
             inputs = math.prod(shape[1:]) if self.weight else shape[self.axis]
             if inputs % self._group():

@@ -197,6 +197,22 @@ def round_ste(x: Tensor, mode: str = "nearest") -> Tensor:
     return straight_through(x, ROUNDING[mode](x.detach()))
 
 
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, extra):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(extra)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad + ctx.saved_tensors[0], None
+
+
+def with_gradient(x: Tensor, extra: Tensor) -> Tensor:
+    """`x`, whose gradient also has `extra`: that of a term which is in no loss, so that the loss stays the user's."""
+    return _WithGradient.apply(x, extra)
+
+
 def straight_through(x: Tensor, value: Tensor) -> Tensor:
     """`value`, with the gradient of `x`."""
     return _StraightThrough.apply(x, value)

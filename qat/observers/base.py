@@ -1,11 +1,13 @@
 """What every observer is, and what it may be told."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+from qat.numerics.formats import Grid
 
 REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "min": torch.minimum,
@@ -28,17 +30,22 @@ class ObserverOptions:
         momentum: weight of the newest batch in a moving average.
         norm: exponent of the error that `lp` minimises.
         sigmas: how many standard deviations `sigma` reaches to either side of the mean.
+        grid: the levels of a format without a zero point, for observers that weigh rounding against clipping; None for
+            the integers from `quant_min` to `quant_max`.
+        scales: (largest magnitudes, grid) -> scales, for a format that has a rule of its own (`Format.scales`).
     """
 
     rows: int = 1
     sites: int = 1
     symmetric: bool = True
-    quant_min: int = -128
-    quant_max: int = 127
+    quant_min: float = -128
+    quant_max: float = 127
     percentiles: tuple[float, float] = (0.01, 99.99)
     momentum: float = 0.05
     norm: float = 2.4
     sigmas: float = 3.0
+    grid: Grid | None = field(default=None, compare=False)
+    scales: Callable[[Tensor, Grid], Tensor] | None = field(default=None, compare=False)
 
 
 def row_range(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ class Entropy(Histogram):
     def _levels(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Distance from zero, in steps, of each magnitude in each candidate's grid, shape [candidates, bins]."""
         grid = self.options
-        scale, _ = choose_qparams(low, high, grid.quant_min, grid.quant_max, grid.symmetric)
+        scale, _ = choose_qparams(low, high, int(grid.quant_min), int(grid.quant_max), grid.symmetric)
         return torch.round(x.float() / scale.unsqueeze(1)).long()
 
 

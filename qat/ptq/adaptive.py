@@ -104,7 +104,8 @@ class _Reconstruction:
         found: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # calls may differ in the size of their images
         for batch in batches:
             set_mode(graph.module, Mode.float)
-            targets = [self._output(x) for x in _inputs(graph.module, layer, len(nodes), batch)]
+            with torch.no_grad():
+                targets = [self._output(x) for x in _inputs(graph.module, layer, len(nodes), batch)]
             set_mode(graph.module, Mode.frozen)
             for x, target in zip(_inputs(graph.module, layer, len(nodes), batch), targets, strict=True):
                 found.setdefault(x.shape[1:], []).append((x, target))
@@ -176,7 +177,7 @@ class _Reconstruction:
 
 
 def _tail(graph: Graph, node: fx.Node) -> tuple[nn.Module | None, bool]:
-    """The BatchNorm right behind a layer, and whether a ReLU, its own operation or a quantizer's, is all that follows."""
+    """The BatchNorm right behind a layer, and whether a ReLU (an operation or a quantizer's) is all that follows."""
     norm = graph.batch_norm_after(node)
 
     def cuts(reader: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Layers computed in float from weights stored in few bits: tables of levels, tiles, vectors; and simulated activations.
+"""Layers computed in float from weights stored in few bits (levels, tiles, vectors); and simulated activations.
 
 Integer kernels have one scale a tensor or output channel. What does not fit them is stored as codes and multiplied out.
 """

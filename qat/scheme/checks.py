@@ -1,8 +1,8 @@
 """What a scheme may say: every refusal names the field, its value, the reason, and what to write instead."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from qat.numerics.formats import FORMATS
 from qat.numerics.gradients import GRADIENTS
@@ -11,12 +11,30 @@ from qat.observers import OBSERVERS
 from qat.ranges import RANGES
 from qat.scheme.tensor import Granularity, TensorScheme, choice
 
+TABLES: dict[str, Mapping[str, Any]] = {
+    "format": FORMATS, "rounding": ROUNDING, "observer": OBSERVERS, "range": RANGES, "gradient": GRADIENTS
+}  # fmt: skip
+"""Field -> the table that it is a key of."""
 
-class Refusal(NamedTuple):
-    """Why a field's value does not go with the others, and what would."""
 
-    field: str
-    why: str
+class Refusal:
+    """A field whose value does not go with the others.
+
+    Args:
+        field: the field.
+        why: the reason.
+        use: what would be valid, `field=value` with spaces between several; the alternatives, best first.
+        advice: words in place of `use`.
+    """
+
+    def __init__(self, field: str, why: str, *use: str, advice: str = "") -> None:
+        self.field, self.why, self.use, self.advice = field, why, use, advice
+
+    def message(self, scheme: TensorScheme, where: str) -> str:
+        """As an error says it; `where` is the path of the scheme."""
+        ways = [" ".join(f"{where}.{change}" for change in way.split(" ")) for way in self.use]
+        advice = self.advice or f"use {', or '.join(ways)}"
+        return f"{where}.{self.field}={shown(getattr(scheme, self.field))}: {self.why}; {advice}"
 
 
 def check_scheme(scheme: TensorScheme, where: str, role: str) -> None:
@@ -33,8 +51,8 @@ def check_scheme(scheme: TensorScheme, where: str, role: str) -> None:
     for name, table in TABLES.items():
         choice(f"{where}.{name}", getattr(scheme, name), table)
     for check in CHECKS:
-        for refusal in check(scheme, role, where):
-            raise ValueError(f"{where}.{refusal.field}={shown(getattr(scheme, refusal.field))}: {refusal.why}")
+        for refusal in check(scheme, role):
+            raise ValueError(refusal.message(scheme, where))
 
 
 def shown(value: object) -> object:
@@ -44,193 +62,180 @@ def shown(value: object) -> object:
     return value.value if isinstance(value, Granularity) else value
 
 
-TABLES = {"format": FORMATS, "rounding": ROUNDING, "observer": OBSERVERS, "range": RANGES, "gradient": GRADIENTS}
-"""Field -> the table that it is a key of."""
-
-
-def _numbers(scheme: TensorScheme, role: str, where: str) -> Iterator[Refusal]:
+def _numbers(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     low, high = scheme.percentiles if len(scheme.percentiles) == 2 else (1.0, 0.0)
     if not 0 <= low < high <= 100:
-        yield Refusal("percentiles", "give [low, high] with 0 <= low < high <= 100")
+        yield Refusal("percentiles", "not a range", advice="give [low, high] with 0 <= low < high <= 100")
     if not 0 < scheme.momentum <= 1:
-        yield Refusal("momentum", "give a number in (0, 1]")
+        yield Refusal("momentum", "not a share", advice="give a number in (0, 1]")
     for name, usual in (("norm", 2.4), ("sigmas", 3), ("rounding_penalty", 0.01)):
         if not 0 < getattr(scheme, name) < math.inf:
-            yield Refusal(name, f"give a positive number, for example {usual}")
+            yield Refusal(name, "not positive", advice=f"give a positive number, for example {usual}")
+    if not 0 <= scheme.range_decay < math.inf:
+        yield Refusal("range_decay", "negative", advice="give a number from 0 up, for example 0.0002")
     if scheme.refresh < 1:
-        yield Refusal("refresh", "give a number of steps, for example 100")
+        yield Refusal("refresh", "not positive", advice="give a number of steps, for example 100")
     if scheme.subspaces < 1 or (scheme.subspaces > 1 and scheme.format != "product"):
-        yield Refusal("subspaces", "it divides the inputs of format=product; give a positive number there, 1 elsewhere")
+        yield Refusal("subspaces", "it divides the inputs of format=product", "subspaces=1")
     strength = scheme.gradient_strength
     if strength is not None and (len(strength) != 2 or not all(0 < s < math.inf for s in strength)):
-        yield Refusal("gradient_strength", "give [first, last], two positive numbers, for example [1.0, 10.0], or null")
+        yield Refusal("gradient_strength", "not a pair", advice="give [first, last], two positive numbers, or null")
 
 
-def _bits(scheme: TensorScheme, role: str, where: str) -> Iterator[Refusal]:
+def _bits(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     bits, valid = scheme.bits, FORMATS[scheme.format].bits
     if bits is None:
         return
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in valid:
         words = str(valid[0]) if len(valid) == 1 else f"{valid[0]} to {valid[-1]}"
         near = min(valid, key=lambda b: abs(b - bits)) if isinstance(bits, int) else valid[-1]
-        yield Refusal("bits", f"an {scheme.format} {role} has {words} bits; use {where}.bits={near}, or null to leave it "
-                              f"float")  # fmt: skip
+        yield Refusal("bits", f"an {scheme.format} {role} has {words} bits, null leaves it float", f"bits={near}")
     if scheme.format == "int" and bits == 1:
         if role == "weight" and scheme.symmetric:
-            yield Refusal("bits", f"a symmetric integer of 1 bit has no positive level; use {where}.format=binary, or "
-                                  f"{where}.bits=2")  # fmt: skip
+            yield Refusal("bits", "a symmetric integer of 1 bit has no positive level",
+                          "format=binary range=dynamic granularity=channel", "bits=2")  # fmt: skip
         if role == "activation" and scheme.symmetric and scheme.signed is not False:
-            yield Refusal("bits", f"a symmetric signed integer of 1 bit has no positive level; use {where}.signed=false "
-                                  f"(levels 0 and 1), or {where}.bits=2")  # fmt: skip
+            yield Refusal("bits", "a symmetric signed integer of 1 bit has no positive level", "signed=false", "bits=2")
 
 
-def _sign(scheme: TensorScheme, role: str, where: str) -> Iterator[Refusal]:
+def _sign(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     kind = FORMATS[scheme.format]
     if scheme.format != "int":
         if not scheme.symmetric:
-            yield Refusal("symmetric", f"the format {scheme.format} has no zero point; use {where}.symmetric=true, or "
-                                       f"{where}.format=int")  # fmt: skip
+            yield Refusal("symmetric", f"the format {scheme.format} has no zero point", "symmetric=true", "format=int")
         if scheme.signed is not None and not (kind.unsigned and role == "activation"):
-            yield Refusal("signed", f"the format {scheme.format} has values of both signs; use {where}.signed=null")
+            yield Refusal("signed", f"the format {scheme.format} has values of both signs", "signed=null")
     if scheme.signed is False and scheme.symmetric and role == "weight":
-        yield Refusal("signed", f"an unsigned symmetric grid cannot hold negative weights; use {where}.symmetric=false")
+        yield Refusal("signed", "an unsigned symmetric grid cannot hold negative weights", "symmetric=false")
 
 
-def _granularity(scheme: TensorScheme, role: str, where: str) -> Iterator[Refusal]:
-    kind, granularity = FORMATS[scheme.format], scheme.granularity
-    if granularity is Granularity.group:
-        if scheme.group_size is None or scheme.group_size < 1:
-            yield Refusal("group_size", f"granularity=group needs a positive group_size, for example "
-                                        f"{where}.group_size={kind.block or 32}")  # fmt: skip
-    elif scheme.group_size is not None and kind.block is None and kind.fitted != "product":
-        yield Refusal("group_size", f"it has no effect with granularity={granularity.value}; use granularity=group, or "
-                                    f"group_size=null")  # fmt: skip
-    if granularity is Granularity.block:
-        size = scheme.block_size
-        if size is None or len(size) != 2 or not all(n == -1 or n >= 1 for n in size):
-            yield Refusal("block_size", f"granularity=block needs [rows, columns], -1 for all, for example "
-                                        f"'{where}.block_size=[16,16]'")  # fmt: skip
-        if role == "activation":
-            yield Refusal("granularity", f"blocks are tiles of a weight's matrix; for activations use {where}."
-                                         f"granularity=group")  # fmt: skip
-    elif scheme.block_size is not None:
-        yield Refusal("block_size", f"it has no effect with granularity={granularity.value}; use granularity=block, or "
-                                    f"block_size=null")  # fmt: skip
-    if granularity is Granularity.token and role == "weight":
-        yield Refusal("granularity", f"weights have no tokens; use {where}.granularity=channel")
-    if role == "activation" and granularity in (Granularity.token, Granularity.group) and scheme.range != "dynamic":
-        yield Refusal("granularity", f"the number of {granularity.value}s differs from batch to batch, so their ranges "
-                                     f"cannot be kept; use {where}.range=dynamic, or {where}.granularity=tensor")  # fmt: skip
-    if scheme.axis is not None and granularity not in (Granularity.channel, Granularity.group):
-        yield Refusal("axis", f"it has no effect with granularity={granularity.value}; use granularity=channel, or "
-                              f"axis=null")  # fmt: skip
-    if scheme.axis is not None and granularity is Granularity.group and role == "weight":
-        yield Refusal("axis", "groups of a weight lie along its inputs; use axis=null")
-    if kind.unit_scale and granularity not in (Granularity.tensor, Granularity.channel):
-        yield Refusal("granularity", f"{scheme.format} has no scale; use {where}.granularity=tensor")
-
-
-def _ranges(scheme: TensorScheme, role: str, where: str) -> Iterator[Refusal]:
-    kind, name, rule = FORMATS[scheme.format], scheme.range, RANGES[scheme.range]
-    if role not in rule.roles:
-        yield Refusal("range", f"{name} is made for {' and '.join(rule.roles)}s; use {where}.range=lsq")
-    if rule.formats == "int" and scheme.format != "int":
-        yield Refusal("range", f"{name} is defined for integers; use {where}.format=int, or {where}.range=lsq")
-    if rule.affine is True and scheme.symmetric:
-        yield Refusal("range", f"{name} learns a zero point; use {where}.symmetric=false, or {where}.range=lsq")
-    if rule.affine is False and not scheme.symmetric:
-        yield Refusal("range", f"{name} has no zero point; use {where}.symmetric=true, or {where}.range=lsq_plus")
-    if name == "dorefa":
-        if role == "weight" and scheme.bits == 1:
-            yield Refusal("range", f"DoReFa's 1-bit weights are sign(w) mean|w|; use {where}.format=binary with "
-                                   f"{where}.range=dynamic")  # fmt: skip
-        if role == "weight" and scheme.bits is not None and scheme.bits > 7:
-            yield Refusal("bits", f"its levels are odd numbers of one bit more, which has to fit 8; use {where}.bits=7, or "
-                                  f"{where}.range=dynamic")  # fmt: skip
-        if role == "weight" and scheme.granularity not in (Granularity.tensor, Granularity.channel):
-            yield Refusal("granularity", f"range=dorefa squashes a whole layer or channel; use {where}.granularity=tensor")
-    if kind.unit_scale and name not in ("fixed", "dynamic"):
-        yield Refusal("range", f"{scheme.format} has no scale to choose; use {where}.range=fixed")
-    if kind.block is not None and (
-        name != "dynamic" or scheme.granularity is not Granularity.group or scheme.group_size != kind.block
-    ):
-        yield Refusal("format", f"blocks of {kind.block} values have scales of their own, computed from them; give {where}."
-                                f"granularity=group {where}.group_size={kind.block} {where}.range=dynamic")  # fmt: skip
-    if scheme.observer == "entropy" and scheme.format != "int":
-        yield Refusal("observer", f"entropy counts the levels of integers; use {where}.observer=mse")
-    if scheme.observer != "minmax" and (kind.unit_scale or kind.fitted):
-        yield Refusal("observer", f"the format {scheme.format} does not observe a range; use {where}.observer=minmax")
-
-
-def _fitted(scheme: TensorScheme, role: str, where: str) -> Iterator[Refusal]:
-    kind = FORMATS[scheme.format].fitted
+def _fitted(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
+    kind, granularity = FORMATS[scheme.format].fitted, scheme.granularity
     if kind is None:
         return
     if role == "activation":
-        yield Refusal("format", f"{scheme.format} is a format of weights: its levels are fitted to values that are all "
-                                f"known; use {where}.format=int")  # fmt: skip
+        yield Refusal("format", "a format of weights: its levels are fitted to values that are all known", "format=int")
     if kind in ("binary", "ternary"):
         if scheme.range != "dynamic":
-            yield Refusal("range", f"the scale of {scheme.format} weights is a mean of theirs; use {where}.range=dynamic")
-        if scheme.granularity is Granularity.block:
-            yield Refusal("granularity", f"{scheme.format} weights have a scale a tensor, channel or group; use {where}."
-                                         f"granularity=channel")  # fmt: skip
-        if scheme.granularity is Granularity.group and scheme.allow_padding:
-            yield Refusal("allow_padding", f"a mean over a short group would count what fills it; use {where}."
-                                           f"granularity=channel")  # fmt: skip
+            yield Refusal("range", f"the scale of {kind} weights is a mean of theirs", "range=dynamic")
+        if granularity is Granularity.block:
+            yield Refusal("granularity", f"{kind} weights have a scale a tensor, channel or group",
+                          "granularity=channel block_size=null")  # fmt: skip
+        if granularity is Granularity.group and scheme.allow_padding:
+            yield Refusal("allow_padding", "a mean over a short group would count what fills it", "allow_padding=false")
     elif scheme.range not in ("fixed", "learned", "lsq"):
-        yield Refusal("range", f"a table of entries is learned from the data (learned) or stays as calibrated (fixed); use "
-                               f"{where}.range=learned")  # fmt: skip
-    if kind == "codebook" and scheme.granularity is Granularity.group:
-        yield Refusal("granularity", f"a table for {scheme.group_size} weights would be larger than they are; use {where}."
-                                     f"granularity=tensor, channel, or block with '{where}.block_size=[16,-1]' (16 "
-                                     f"channels a table)")  # fmt: skip
-    if kind == "product" and scheme.granularity is not Granularity.group:
-        yield Refusal("granularity", f"product quantization encodes vectors of group_size weights; use {where}.granularity="
-                                     f"group {where}.group_size=4")  # fmt: skip
+        yield Refusal("range", "a table of entries is learned, or stays as calibrated", "range=learned", "range=fixed")
+    if kind == "codebook" and granularity is Granularity.group:
+        yield Refusal("granularity", "a table a group would be larger than its weights",
+                      "granularity=block block_size=[16,-1] group_size=null", "granularity=channel")  # fmt: skip
+    if kind == "product" and granularity is not Granularity.group:
+        yield Refusal("granularity", "product quantization encodes vectors of group_size weights",
+                      "granularity=group group_size=4 block_size=null")  # fmt: skip
     if scheme.gradient not in ("ste", "clipped_ste"):
-        yield Refusal("gradient", f"levels that are fitted to the values pass gradients straight through; use {where}."
-                                  f"gradient=ste")  # fmt: skip
+        yield Refusal("gradient", "levels that are fitted to the values pass gradients straight through",
+                      "gradient=ste")  # fmt: skip
 
 
-def _rounding(scheme: TensorScheme, role: str, where: str) -> Iterator[Refusal]:
+def _granularity(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
+    kind, granularity = FORMATS[scheme.format], scheme.granularity
+    no_effect = f"it has no effect with granularity={granularity.value}"
+    if granularity is Granularity.block and role == "activation":
+        yield Refusal("granularity", "blocks are tiles of a weight's matrix",
+                      "granularity=group group_size=32 block_size=null range=dynamic")  # fmt: skip
+    if granularity is Granularity.token and role == "weight":
+        yield Refusal("granularity", "weights have no tokens", "granularity=channel")
+    if granularity is Granularity.group:
+        if scheme.group_size is None or scheme.group_size < 1:
+            size = kind.block or 32
+            yield Refusal("group_size", "granularity=group needs a positive group_size", f"group_size={size}")
+    elif scheme.group_size is not None and kind.block is None:
+        yield Refusal("group_size", no_effect, "group_size=null", "granularity=group")
+    if granularity is Granularity.block:
+        size_2d = scheme.block_size
+        if size_2d is None or len(size_2d) != 2 or not all(n == -1 or n >= 1 for n in size_2d):
+            yield Refusal("block_size", "granularity=block needs [rows, columns], -1 for all", "block_size=[16,16]")
+    elif scheme.block_size is not None:
+        yield Refusal("block_size", no_effect, "block_size=null", "granularity=block")
+    if scheme.axis is not None and granularity not in (Granularity.channel, Granularity.group):
+        yield Refusal("axis", no_effect, "axis=null", "granularity=channel")
+    if scheme.axis is not None and granularity is Granularity.group and role == "weight":
+        yield Refusal("axis", "groups of a weight lie along its inputs", "axis=null")
+    if kind.unit_scale and granularity not in (Granularity.tensor, Granularity.channel):
+        yield Refusal("granularity", f"{scheme.format} has no scale",
+                      "granularity=tensor group_size=null block_size=null")  # fmt: skip
+    if role == "activation" and granularity in (Granularity.token, Granularity.group) and scheme.range != "dynamic":
+        yield Refusal("granularity", f"{granularity.value}s differ from batch to batch, so their ranges are not kept",
+                      "range=dynamic", "granularity=tensor")  # fmt: skip
+
+
+def _ranges(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
+    kind, name, rule = FORMATS[scheme.format], scheme.range, RANGES[scheme.range]
+    if role not in rule.roles:
+        yield Refusal("range", f"{name} is made for {' and '.join(rule.roles)}s", "range=lsq")
+    if rule.formats == "int" and scheme.format != "int":
+        yield Refusal("range", f"{name} is defined for integers", "range=lsq symmetric=true", "format=int")
+    if rule.affine is True and scheme.symmetric:
+        yield Refusal("range", f"{name} learns a zero point", "symmetric=false", "range=lsq")
+    if rule.affine is False and not scheme.symmetric:
+        yield Refusal("range", f"{name} has no zero point", "symmetric=true", "range=lsq_plus")
+    if name == "dorefa" and role == "weight":
+        if scheme.bits == 1:
+            yield Refusal("range", "DoReFa's weights of 1 bit are sign(w) mean|w|", "format=binary range=dynamic")
+        if scheme.bits is not None and scheme.bits > 7:
+            yield Refusal("bits", "DoReFa's levels are odd integers of one bit more, which have to fit in 8",
+                          "bits=7", "range=dynamic")  # fmt: skip
+        if scheme.granularity not in (Granularity.tensor, Granularity.channel):
+            yield Refusal("granularity", "range=dorefa squashes a whole layer or channel",
+                          "granularity=tensor group_size=null block_size=null")  # fmt: skip
+    if kind.unit_scale and name not in ("fixed", "dynamic"):
+        yield Refusal("range", f"{scheme.format} has no scale to choose", "range=fixed")
+    grouped = scheme.granularity is Granularity.group and scheme.group_size == kind.block
+    if kind.block is not None and (name != "dynamic" or not grouped):
+        yield Refusal("format", f"blocks of {kind.block} values have scales of their own, computed from them",
+                      f"granularity=group group_size={kind.block} block_size=null range=dynamic")  # fmt: skip
+    if scheme.observer == "entropy" and scheme.format != "int":
+        yield Refusal("observer", "entropy counts the levels of integers", "observer=mse")
+    if scheme.observer != "minmax" and (kind.unit_scale or kind.fitted):
+        yield Refusal("observer", f"the format {scheme.format} observes no range", "observer=minmax")
+
+
+def _rounding(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     kind, rounding = FORMATS[scheme.format], scheme.rounding
     if role == "activation" and rounding != "nearest":
         yield Refusal("rounding", "activations are rounded by the runtime, and runtimes (ONNX QuantizeLinear) round to "
-                                  "'nearest'; did you mean quant.weight.rounding?")  # fmt: skip
+                      "'nearest' (did you mean quant.weight.rounding?)", "rounding=nearest")  # fmt: skip
     if kind.fitted and rounding != "nearest":
-        yield Refusal("rounding", f"{scheme.format} takes the nearest entry; use {where}.rounding=nearest")
+        yield Refusal("rounding", f"{scheme.format} takes the nearest entry", "rounding=nearest")
     if rounding == "logarithmic":
         if RANGES[scheme.range].learned:
-            yield Refusal("rounding", f"the gradient of a learned scale holds only for rounding to a neighbouring level; "
-                                      f"use {where}.range=dynamic, or {where}.rounding=nearest")  # fmt: skip
+            yield Refusal("rounding", "the gradient of a learned scale holds only for rounding to a neighbouring level",
+                          "range=dynamic symmetric=true", "rounding=nearest")  # fmt: skip
         if scheme.format not in ("int", "pow2") or scheme.range == "dorefa":
-            yield Refusal("rounding", f"powers of two are not levels of this scheme; use {where}.format=pow2, or "
-                                      f"{where}.rounding=nearest")  # fmt: skip
-    if rounding == "adaptive" and (scheme.format != "int" or scheme.range not in ("fixed", "dynamic")):
-        yield Refusal("rounding", f"it is learned on integers of a range that stays; use {where}.format=int with {where}."
-                                  f"range=fixed, or {where}.rounding=nearest")  # fmt: skip
-    if rounding == "adaptive" and scheme.gradient != "clipped_ste":
-        yield Refusal("rounding", f"it has a gradient of its own; use {where}.gradient=clipped_ste")
+            yield Refusal("rounding", "powers of two are not levels of this scheme", "rounding=nearest", "format=pow2")
+    if rounding == "adaptive":
+        if scheme.format != "int" or scheme.range not in ("fixed", "dynamic"):
+            yield Refusal("rounding", "it is learned on integers of a range that stays", "rounding=nearest",
+                          "format=int range=fixed")  # fmt: skip
+        if scheme.gradient != "clipped_ste":
+            yield Refusal("rounding", "it has a gradient of its own", "gradient=clipped_ste")
 
 
-def _gradient(scheme: TensorScheme, role: str, where: str) -> Iterator[Refusal]:
+def _gradient(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     gradient, rule = scheme.gradient, RANGES[scheme.range]
-    if gradient == "lsq" and scheme.range not in ("learned", "lsq", "lsq_plus"):
-        yield Refusal("gradient", f"it is that of a scale learned by LSQ, and range={scheme.range}; use {where}.gradient="
-                                  f"clipped_ste, or {where}.range=lsq")  # fmt: skip
+    if gradient == "lsq" and not rule.scaled:
+        yield Refusal("gradient", f"it is that of a scale learned by LSQ, and range={scheme.range}",
+                      "gradient=clipped_ste", "range=lsq")  # fmt: skip
     if GRADIENTS[gradient].noisy and scheme.rounding != "nearest":
-        yield Refusal("gradient", f"noise takes the place of rounding; use {where}.rounding=nearest, or {where}."
-                                  f"gradient=clipped_ste")  # fmt: skip
+        yield Refusal("gradient", "noise takes the place of rounding", "rounding=nearest", "gradient=clipped_ste")
     if gradient == "dsq" and scheme.rounding == "logarithmic":
-        yield Refusal("gradient", f"a soft staircase needs steps between neighbouring levels; use {where}."
-                                  f"gradient=clipped_ste")  # fmt: skip
-    if gradient == "ste" and rule.learned and not rule.residual:
-        yield Refusal("gradient", f"range={scheme.range} learns from clipped values; use {where}.gradient=clipped_ste")
+        yield Refusal("gradient", "a soft staircase needs steps between neighbouring levels", "gradient=clipped_ste")
+    if gradient == "ste" and not rule.residual:
+        yield Refusal("gradient", f"range={scheme.range} learns from clipped values", "gradient=clipped_ste")
     if scheme.gradient_strength is not None and gradient not in ("ewgs", "dsq"):
-        yield Refusal("gradient_strength", f"gradient={gradient} has none; use null, or {where}.gradient=dsq")
+        yield Refusal("gradient_strength", f"gradient={gradient} has none", "gradient_strength=null", "gradient=dsq")
 
 
-CHECKS: tuple[Callable[[TensorScheme, str, str], Iterator[Refusal]], ...] = (
-    _numbers, _bits, _sign, _fitted, _granularity, _ranges, _rounding, _gradient,
+CHECKS: tuple[Callable[[TensorScheme, str], Iterable[Refusal]], ...] = (
+    _numbers, _bits, _sign, _fitted, _granularity, _ranges, _rounding, _gradient
 )  # fmt: skip
+"""Each gives the refusals of one concern; the first of all is raised."""

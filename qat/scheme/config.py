@@ -64,8 +64,8 @@ class QuantConfig:
             if not scheme.quantized and scheme.format != "int":
                 bits = FORMATS[scheme.format].bits
                 raise ValueError(
-                    f"quant.{name}.format={scheme.format}: with bits=null the tensor stays float; give quant.{name}.bits="
-                    f"{bits[len(bits) // 2]}"
+                    f"quant.{name}.format={scheme.format}: with bits=null the tensor stays float; give "
+                    f"quant.{name}.bits={bits[len(bits) // 2]}"
                 )
         for i, rule in enumerate(self.rules):
             where = f"quant.rules[{i}]"

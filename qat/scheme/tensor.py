@@ -22,7 +22,7 @@ class Granularity(Enum):
     """One per `group_size` consecutive inputs of each output channel (of an activation: consecutive channels)."""
     block = "block"
     """One per tile of `block_size` rows by columns of a weight's matrix [out, inputs]."""
-    token = "token"  # noqa: S105
+    token = "token"
     """One per token of an activation: per vector along the last dimension, or per image."""
 
 
@@ -50,6 +50,7 @@ class TensorScheme:
         norm: exponent of the error that the `lp` observer minimises.
         sigmas: standard deviations to either side of the mean, in the `sigma` observer.
         range: key of RANGES: where the range comes from.
+        range_decay: weight of the L2 term that pulls the clip of `pact` down.
         gradient: key of GRADIENTS: how the gradient passes the rounding.
         gradient_strength: [first, last] step's delta of `ewgs` or temperature of `dsq`; None takes the usual ones.
         refresh: training steps between assignments of weights to codebook entries.
@@ -74,6 +75,7 @@ class TensorScheme:
     norm: float = 2.4
     sigmas: float = 3.0
     range: str = "fixed"
+    range_decay: float = 2e-4
     gradient: str = "clipped_ste"
     gradient_strength: list[float] | None = None
     refresh: int = 100
@@ -101,7 +103,8 @@ class TensorScheme:
         if self.bits is None:
             return "float"
         kind = FORMATS[self.format]
-        name = f"{self.format}{self.bits}" if len(kind.bits) > 1 else self.format
+        name = self.format if len(kind.bits) == 1 else f"{self.bits}-bit {self.format}"
+        name = f"int{self.bits}" if self.format == "int" else name
         if kind.unit_scale:
             return name
         size = {Granularity.group: f" {self.group_size}", Granularity.block: f" {self.block_size}"}

@@ -148,9 +148,9 @@ class LogQuantizers(L.Callback):
         """Log the scales in use, those of weights as their values now give them."""
         weights = {m.weight_quantizer: m.weight for m in pl_module.modules() if isinstance(m, QuantizedLayer)}
         scales = {
-            f"scale/{name.removeprefix('net.')}": q.qparams(weights.get(q))[0].detach().float().cpu().reshape(-1)
+            f"scale/{name.removeprefix('net.')}": q.scales(weights.get(q)).float().cpu().reshape(-1)
             for name, q in quantizers(pl_module)
-            if q.calibrated
+            if q.calibrated and (q in weights or not q.dynamic)
         }
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

@@ -1,5 +1,6 @@
 """QATModule: a network, a task and an optimizer, described by plain data: a checkpoint is enough to rebuild it."""
 
+import math
 import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,20 +33,25 @@ def build(description: Mapping[str, Any], *args: Any) -> Any:
     return function(*args, **arguments)
 
 
-def parameter_groups(net: nn.Module, weight_decay: float = 0.0, scale_lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    net: nn.Module, weight_decay: float = 0.0, scale_lr: float | None = None, rounding_lr: float = 0.01
+) -> list[dict[str, Any]]:
     """Optimizer groups: weights with decay; biases and norms without; what quantizers learn without, at its own rate.
 
     Args:
         net: float or prepared.
         weight_decay: of parameters with two or more dimensions.
-        scale_lr: learning rate of scales, thresholds, codebooks and roundings; None for the optimizer's.
+        scale_lr: learning rate of scales, thresholds and codebooks; None for the optimizer's.
+        rounding_lr: learning rate of adaptive roundings.
     """
-    scales = {parameter for _, quantizer in quantizers(net) for parameter in quantizer.parameters()}
-    trained = [p for p in net.parameters() if p.requires_grad and p not in scales]
+    roundings = {quantizer.logits for _, quantizer in quantizers(net) if quantizer.adapts}
+    scales = {p for _, quantizer in quantizers(net) for p in quantizer.parameters()} - roundings
+    trained = [p for p in net.parameters() if p.requires_grad and p not in scales | roundings]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
         {"params": [p for p in net.parameters() if p in scales], "weight_decay": 0.0},
+        {"params": [p for p in net.parameters() if p in roundings], "weight_decay": 0.0, "lr": rounding_lr},
     ]
     if scale_lr is not None:
         groups[2]["lr"] = scale_lr
@@ -65,7 +71,8 @@ class QATModule(L.LightningModule):
         quant: a `QuantConfig` as plain data; None for the float network.
         input_shape: shape of one input without the batch dimension; needed with `quant`.
         cosine: lower the learning rate to nought along a half cosine over the whole fit.
-        scale_lr: learning rate of learned scales; None for the optimizer's.
+        scale_lr: learning rate of learned scales; None for the optimizer's. Adaptive roundings have one of their own,
+            0.01 or what a short run needs, and keep it: they are decided in the end.
     """
 
     def __init__(
@@ -136,12 +143,17 @@ class QATModule(L.LightningModule):
     def configure_optimizers(self) -> Any:  # noqa: D102
         description = dict(self.hparams["optimizer"])
         weight_decay = description.pop("weight_decay", 0.0)
-        groups = parameter_groups(self.net, weight_decay, self.hparams["scale_lr"])
+        total = max(self.trainer.estimated_stepping_batches, 1)
+        # A logit has to go about 2 to be decided, against gradients that disagree: 0.01 is too slow for a short run.
+        groups = parameter_groups(self.net, weight_decay, self.hparams["scale_lr"], max(0.01, 20 / total))
         optimizer = build(description, groups)
         if not self.hparams["cosine"]:
             return optimizer
-        steps = max(int(self.trainer.estimated_stepping_batches), 1)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        steps = int(total)
+        schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        if any(quantizer.adapts for quantizer in self._quantizers()):  # the penalty needs them at its end most
+            half_cosine = [lambda step: (1 + math.cos(math.pi * step / steps)) / 2] * (len(groups) - 1)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [*half_cosine, lambda step: 1.0])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

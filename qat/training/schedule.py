@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.fake_quant import Mode, get_mode, quantizers, set_mode, set_progress, watch
+from qat.layers import QuantizedLayer
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,15 @@ class QATSchedule(L.Callback):
         """Whether BatchNorm statistics are frozen at a step of `total`."""
         return _reached(self.freeze_batch_norm_at, step, total)
 
+    def progress_at(self, step: int, total: int) -> float:
+        """How much of the training of quantizers has passed at a step of `total`: from quantization to frozen ranges.
+
+        What is annealed has to be done when ranges freeze: roundings that are still open then would be cut off.
+        """
+        start = _step(self.quantize_at, total)
+        end = total if self.freeze_ranges_at is None else _step(self.freeze_ranges_at, total)
+        return min(max((step - start) / max(end - start, 1), 0.0), 1.0)
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the sanity check."""
         self._apply(trainer, pl_module)
@@ -61,7 +71,7 @@ class QATSchedule(L.Callback):
     ) -> None:
         """Before every step: modes may change, and Lightning has put BatchNorm back into training mode."""
         self._apply(trainer, pl_module)
-        set_progress(pl_module, trainer.global_step / max(_total(trainer), 1))
+        set_progress(pl_module, self.progress_at(trainer.global_step, _total(trainer)))
         if batch_idx == 0:
             watch(pl_module)
         if self.batch_norm_frozen_at(trainer.global_step, _total(trainer)):
@@ -74,8 +84,11 @@ class QATSchedule(L.Callback):
         if mode is before:
             return
         if before is Mode.observe and mode in (Mode.quantize, Mode.frozen):
+            weights = {m.weight_quantizer: m.weight for m in pl_module.modules() if isinstance(m, QuantizedLayer)}
             for _, quantizer in quantizers(pl_module):
-                if not quantizer.calibrated:
+                if quantizer in weights and not quantizer.calibrated:  # tables and roundings need the weight itself
+                    quantizer.set_range_from(weights[quantizer])
+                elif not quantizer.calibrated:
                     quantizer.set_range_from_observer()
         set_mode(pl_module, mode)
         if trainer.is_global_zero:
@@ -83,9 +96,11 @@ class QATSchedule(L.Callback):
 
 
 def _reached(at: float | int | None, step: int, total: int) -> bool:
-    if at is None:
-        return False
-    return step >= (at * total if isinstance(at, float) else at)
+    return at is not None and step >= _step(at, total)
+
+
+def _step(at: float | int, total: int) -> float:
+    return at * total if isinstance(at, float) else at
 
 
 def _total(trainer: L.Trainer) -> int:

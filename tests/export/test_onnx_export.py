@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 import qat
 from qat.export.onnx import save_onnx
 from qat.export.onnxruntime import OnnxNetwork, count_kernels
-from qat.presets import PRESETS
 from qat.ptq import round_biases
 from qat.runtime import IntegerConv, IntegerNetwork
 from qat.zoo.models import ResNet, SmallCNN

@@ -1,4 +1,4 @@
-"""Stored weights and simulated activations in ONNX files: what ONNX Runtime computes is what the integer network does."""
+"""Stored weights and simulated activations in ONNX files: ONNX Runtime computes what the integer network does."""
 
 import re
 from pathlib import Path
@@ -31,8 +31,8 @@ LEARNED = {"range": "learned"}
 
 def images() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(
-        nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1, groups=2), nn.ReLU(),
-        nn.Flatten(), nn.Linear(96, 5),
+        nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1, groups=2),
+        nn.ReLU(), nn.Flatten(), nn.Linear(96, 5),
     ), torch.randn(32, 4, 6, 6)  # fmt: skip
 
 
@@ -61,6 +61,11 @@ def lowered(made: tuple[nn.Module, Tensor], config: dict[str, Any]) -> tuple[Int
     return qat.lower(prepared.eval()), x * 1.3  # beyond the calibrated ranges, too
 
 
+def by_reference(path: Path, x: Tensor) -> Tensor:
+    model = onnx.load(path)
+    return torch.from_numpy(ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})[0])
+
+
 @torch.no_grad()
 def assert_equal(network: IntegerNetwork, x: Tensor, path: Path, reference: bool = False) -> None:
     """The file gives what `network` does, to float32's rounding.
@@ -70,9 +75,7 @@ def assert_equal(network: IntegerNetwork, x: Tensor, path: Path, reference: bool
     save_onnx(network, path, (x[:2],))
     onnx.checker.check_model(onnx.load(path), full_check=True)
     expected = network(x)
-    results = [OnnxNetwork(path)(x)]
-    if reference:
-        results += [torch.from_numpy(ReferenceEvaluator(onnx.load(path)).run(None, {network.inputs[0]: x.numpy()})[0])]
+    results = [OnnxNetwork(path)(x)] + ([by_reference(path, x)] if reference else [])
     for got in results:
         assert got.shape == expected.shape
         far = (got - expected).abs() / (expected.max() - expected.min())
@@ -167,7 +170,8 @@ def test_engines_multiply_weights_out_once(name: str, tmp_path: Path) -> None:
     """All operations on initializers are gone from the graph that runs."""
     network, x = lowered(images(), {"weight": WEIGHTS[name][0]})
     save_onnx(network, tmp_path / "m.onnx", (x[:2],))
-    assert set(count_kernels(tmp_path / "m.onnx")) <= {"Conv", "FusedConv", "Gemm", "Relu", "Reshape"}
+    gone = {"Cast", "Gather", "GatherElements", "Sub", "Mul", "Add", "Transpose", "Slice"}
+    assert not gone & set(count_kernels(tmp_path / "m.onnx"))
 
 
 def test_zero_points_are_written_where_there_are_any(tmp_path: Path) -> None:
@@ -190,7 +194,7 @@ def test_engines_leave_float_layers_between_integer_activations_alone(tmp_path: 
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.stays, self.other = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+            self.first, self.stays, self.other = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3)
             self.last = nn.Conv2d(8, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -272,10 +276,7 @@ def simulated(scheme: dict[str, Any], signed: bool, relu: bool) -> IntegerNetwor
 def assert_identical(network: IntegerNetwork, x: Tensor, path: Path) -> None:
     save_onnx(network, path, (x[:1],))
     expected = network(x)
-    for got in (
-        OnnxNetwork(path)(x),
-        torch.from_numpy(ReferenceEvaluator(onnx.load(path)).run(None, {"x": x.numpy()})[0]),
-    ):
+    for got in (OnnxNetwork(path)(x), by_reference(path, x)):
         assert torch.equal(got, expected)
 
 
@@ -300,13 +301,7 @@ def test_dynamic_ranges_are_the_observers_to_the_bit(granularity: str, symmetric
     size = torch.tensor([0, 1e-42, 1e-38, 1e-3, 1.0, 1e30]).reshape(6, 1, 1, 1)
     x = torch.randn(6, 3, 4, 5) * size
     for observer in ("minmax", "absmax"):
-        scheme = {
-            "bits": 8,
-            "range": "dynamic",
-            "granularity": granularity,
-            "observer": observer,
-            "symmetric": symmetric,
-        }
+        scheme = {"bits": 8, "granularity": granularity, "observer": observer, "symmetric": symmetric} | DYNAMIC
         for relu in (False, True):
             for case in (x, x.abs(), -x.abs(), x[:, 0], x[:, 0, 0]):
                 assert_identical(simulated(scheme, symmetric and not relu, relu), case, tmp_path / "m.onnx")
@@ -328,13 +323,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "group": (
         {"bits": 8, "group_size": 4, "axis": -1} | GROUP | DYNAMIC,
-        "quant.activation.granularity=group: ONNX Runtime has no kernels for activations in groups; use export=int8 (no "
-        "ONNX file), or quant.activation.granularity=token quant.activation.group_size=null quant.activation.axis=null",
+        "quant.activation.granularity=group: ONNX Runtime has no kernels for activations in groups; use export=int8 "
+        "(no ONNX file), or quant.activation.granularity=token quant.activation.group_size=null "
+        "quant.activation.axis=null",
     ),
     "observer": (
         {"bits": 8, "observer": "mse"} | DYNAMIC,
-        "quant.activation.observer=mse: a dynamic range is measured in the file, and ONNX measures minmax and absmax; use "
-        "export=int8 (no ONNX file), or quant.activation.observer=minmax",
+        "quant.activation.observer=mse: a dynamic range is measured in the file, and ONNX measures minmax and absmax; "
+        "use export=int8 (no ONNX file), or quant.activation.observer=minmax",
     ),
     "apot": (
         {"format": "apot", "bits": 4},
@@ -351,9 +347,9 @@ def test_refusals_name_the_field_and_a_valid_neighbour(name: str) -> None:
         check_onnx(qat.QuantConfig.from_dict({"activation": scheme}))
     with pytest.raises(ValueError, match=f"^{re.escape(message.replace('quant.activation', 'quant.input'))}$"):
         check_onnx(qat.QuantConfig.from_dict({"input": scheme}))
-    rule = {"match": "fc", "activation": scheme}
-    with pytest.raises(ValueError, match=f"^{re.escape(message.replace('activation', 'rules[0].activation', 9))}"[:40]):
-        check_onnx(qat.QuantConfig.from_dict({"rules": [rule]}))
+    message = message.replace("quant.activation", "quant.rules[0].activation")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_onnx(qat.QuantConfig.from_dict({"rules": [{"match": "fc", "activation": scheme}]}))
 
 
 def neighbour(message: str) -> dict[str, Any]:

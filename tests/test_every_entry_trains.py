@@ -1,0 +1,261 @@
+"""Every combination of format, granularity, range, rounding and gradient trains, or is refused with a valid neighbour.
+
+Three circles: all combinations are checked as data; all valid ones are run forward and backward on a small tensor; and
+some, in which any two names that can meet do meet, train the digits network by Hydra override and are lowered.
+"""
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+import qat
+from qat import hydra_schema
+from qat.fake_quant import FakeQuantize, Mode
+from qat.numerics.formats import FORMATS
+from qat.numerics.gradients import GRADIENTS
+from qat.numerics.rounding import ROUNDING
+from qat.observers import OBSERVERS
+from qat.ptq import PTQConfig, finalize
+from qat.ranges import RANGES
+from qat.scheme import Granularity, TensorScheme, check_scheme, override
+from qat.training import parameter_groups
+from qat.zoo.models import SmallCNN
+
+CONF = str(Path(__file__).parents[1] / "conf")
+FIELDS = {
+    "format": list(FORMATS),
+    "granularity": [g.value for g in Granularity],
+    "range": list(RANGES),
+    "rounding": list(ROUNDING),
+    "gradient": list(GRADIENTS),
+}
+
+
+def scheme(role: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A scheme of these names with the numbers that they need."""
+    kind = FORMATS[values["format"]]
+    widths = [b for b in (4, 8, 16) if b in kind.bits] or [kind.bits[0]]
+    data = {
+        **values,
+        "bits": widths[0],
+        "narrow_range": False,
+        "allow_padding": kind.fitted not in ("binary", "ternary"),
+    }
+    if values["granularity"] == "group":
+        data["group_size"] = kind.block or (6 if data["allow_padding"] else 8)
+    if values["granularity"] == "block":
+        data["block_size"] = [4, 9]
+    if values["range"] == "lsq_plus":
+        data["symmetric"] = False
+    return data | {
+        "observer": "minmax" if kind.unit_scale or kind.fitted else "mse" if values["range"] == "lsq_plus" else "absmax"
+    }
+
+
+def refusal(role: str, data: dict[str, Any]) -> str | None:
+    try:
+        check_scheme(override(TensorScheme(), data, f"quant.{role}"), f"quant.{role}", role)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def combinations(role: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    valid, refused = [], []
+    for names in itertools.product(*FIELDS.values()):
+        data = scheme(role, dict(zip(FIELDS, names, strict=True)))
+        (refused if refusal(role, data) else valid).append(data)
+    return valid, refused
+
+
+ROLES = ("weight", "activation")
+VALID, REFUSED = {}, {}
+for _role in ROLES:
+    VALID[_role], REFUSED[_role] = combinations(_role)
+
+
+def read(text: str) -> Any:
+    """A value as Hydra reads it from the command line."""
+    if text.startswith("["):
+        return [int(part) for part in text[1:-1].split(",")]
+    return {"null": None, "true": True, "false": False}.get(text, int(text) if text.lstrip("-").isdigit() else text)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_refusal_leads_to_a_valid_neighbour(role: str) -> None:
+    """Following what the message says to write, as often as it says so, ends at a scheme that is accepted."""
+    assert len(REFUSED[role]) > 1000
+    for start in REFUSED[role]:
+        data, messages = dict(start), []
+        while (message := refusal(role, data)) is not None:
+            messages.append(message)
+            assert len(messages) < 12, (start, messages)
+            assert message.startswith(f"quant.{role}."), message
+            advice = message.partition(": ")[2]
+            first = re.split(r", or |\(", advice[advice.rindex("use ") if "use " in advice else 0 :])[0]
+            changes = re.findall(rf"'?(?:quant\.{role}\.)?(\w+)=(\[[^\]]*\]|[\w.+-]+)", first)
+            assert changes, (message, first)
+            data |= {name: read(value) for name, value in changes}
+        assert FORMATS[data["format"]].bits, messages
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_name_is_valid_somewhere(role: str) -> None:
+    for name, names in FIELDS.items():
+        used = {data[name] for data in VALID[role]}
+        cannot = {
+            ("activation", "format"): {"binary", "ternary", "codebook", "product"},
+            ("activation", "granularity"): {"block"},
+            ("activation", "rounding"): set(ROUNDING) - {"nearest"},
+            ("weight", "granularity"): {"token"},
+            ("weight", "range"): {"pact"},
+        }.get((role, name), set())
+        assert used == set(names) - cannot, name
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_valid_combination_runs_forward_and_backward(role: str) -> None:
+    """In every mode: finite, of the input's shape, and with a gradient for whatever learns."""
+    torch.manual_seed(0)
+    weight, batch = torch.randn(8, 4, 3, 3) / 3, torch.randn(4, 8, 3, 3)
+    assert len(VALID[role]) > 500
+    for data in VALID[role]:
+        if "logarithmic" in data["rounding"] and data["format"] == "int":
+            data = data | {"bits": 8}
+        config = override(TensorScheme(), data, "")
+        if role == "weight":
+            x, quantizer = weight, FakeQuantize(config, weight.shape)
+            quantizer.set_range_from(x)
+        else:
+            x, quantizer = batch, FakeQuantize(config, activation=batch.shape)
+            quantizer.mode = Mode.observe
+            quantizer(x)
+            quantizer.set_range_from_observer()
+        assert quantizer.calibrated, data
+        quantizer.mode = Mode.quantize
+        leaf = x.clone().requires_grad_()
+        y = quantizer(leaf)
+        (y * torch.linspace(0.5, 1.5, y.numel()).reshape(y.shape)).sum().backward()
+        assert y.shape == x.shape, data
+        assert y.isfinite().all(), data
+        assert leaf.grad.isfinite().all(), data
+        assert leaf.grad.abs().sum() > 0, data
+        for name, parameter in quantizer.named_parameters():
+            assert parameter.grad is not None, (data, name)
+            assert parameter.grad.isfinite().all(), (data, name)
+        quantizer.mode = Mode.frozen
+        with torch.no_grad():
+            frozen = quantizer(x)
+        assert frozen.isfinite().all(), data
+        assert torch.equal(quantizer.eval()(x), frozen), data  # what is evaluated is what is frozen
+        assert float((frozen - x).norm() / x.norm()) < 1.2, data
+
+
+def covering(valid: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Few combinations in which every pair of names that is valid together occurs."""
+
+    def pairs(data: dict[str, Any]) -> set[tuple[tuple[str, str], ...]]:
+        names = [(field, data[field]) for field in FIELDS]
+        return set(itertools.combinations(names, 2))
+
+    missing = set().union(*(pairs(data) for data in valid))
+    chosen = []
+    pool = [(data, pairs(data)) for data in valid]
+    while missing:
+        data, covered = max(pool, key=lambda entry: len(entry[1] & missing))
+        chosen.append(data)
+        missing -= covered
+    return chosen
+
+
+COVERING = [(role, data) for role in ROLES for data in covering(VALID[role])]
+OBSERVED = [
+    ("activation", {"format": f, "bits": b, "observer": observer})
+    for f, b in (("int", 8), ("e4m3fn", 8))
+    for observer in OBSERVERS
+    if not (observer == "entropy" and f != "int")
+]
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
+    images, targets = load_digits(return_X_y=True)
+    return torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)[:64] / 8 - 1, torch.tensor(targets[:64])
+
+
+@pytest.fixture(scope="module")
+def trained(digits: tuple[Tensor, Tensor]) -> SmallCNN:
+    torch.manual_seed(0)
+    net = SmallCNN(1, 10, width=8)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(25):
+        F.cross_entropy(net(digits[0]), digits[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return net
+
+
+def overrides(role: str, data: dict[str, Any]) -> list[str]:
+    """As on the command line: one tensor by this scheme, the others at 8 bits."""
+    words = ["quant=int8", "export=int8", "quant.weight.narrow_range=false"]
+    parts = [role, "input"] if role == "activation" else [role]
+    if data.get("group_size") == 8:  # the first layer has 9 inputs
+        words.append("quant.rules=[{match: first, weight: {granularity: channel, group_size: null}}]")
+    return words + [
+        f"quant.{part}.{name}={str(value).lower().replace(' ', '')}" for part in parts for name, value in data.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("role", "data"),
+    COVERING + OBSERVED,
+    ids=[
+        f"{role}-" + "-".join(str(d[f]) for f in ("format", *FIELDS, "observer") if f in d)
+        for role, d in COVERING + OBSERVED
+    ],
+)
+def test_trains_on_digits_by_hydra_override_and_is_lowered(
+    role: str, data: dict[str, Any], digits: tuple[Tensor, Tensor], trained: SmallCNN
+) -> None:
+    if role == "weight" and data["format"] == "int" and data["rounding"] == "logarithmic":
+        data = data | {"bits": 8}  # 4 bits hold too few powers of two to train on
+    with initialize_config_dir(CONF, version_base="1.3"):
+        config = hydra_schema.quant_config(compose("config", overrides=overrides(role, data)))
+    assert getattr(config, role).format == data["format"]
+    torch.manual_seed(1)
+    net = SmallCNN(1, 10, width=8)
+    net.load_state_dict(trained.state_dict())
+    prepared = qat.prepare(net, config, digits[0][:2]).train()
+    qat.calibrate(prepared, [digits[0]])
+    groups = parameter_groups(prepared, 1e-4, scale_lr=1e-3)
+    optimizer = torch.optim.Adam(groups, lr=2e-3)
+    losses, before = [], {name: p.detach().clone() for name, p in prepared.named_parameters()}
+    learns: set[str] = set()
+    for _ in range(4):
+        loss = F.cross_entropy(prepared(digits[0]), digits[1])
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in prepared.parameters())
+        learns |= {name for name, p in prepared.named_parameters() if p.grad.any()}
+        optimizer.step()
+    assert all(torch.isfinite(p).all() for p in prepared.parameters())
+    moved = {name for name, p in prepared.named_parameters() if not torch.equal(p.detach(), before[name])}
+    assert moved >= learns
+    assert all(name.endswith("offset") for name in set(before) - moved), moved  # learns only from clipped values
+    assert min(losses[1:]) < losses[0] * 1.05, losses
+    finalize(prepared, [digits[0]], PTQConfig(), trained=True)
+    integer = qat.lower(prepared.eval())
+    with torch.no_grad():
+        simulated, lowered = prepared(digits[0]), integer(digits[0])
+    assert (simulated.argmax(1) == lowered.argmax(1)).float().mean() >= 0.95
+    assert (simulated - lowered).abs().mean() <= 0.02 * simulated.std()
