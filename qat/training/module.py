@@ -87,6 +87,7 @@ class QATModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self._random: dict[str, Tensor] = {}
         self.task = build(task)
         self.net: nn.Module = build(model)
         if quant is not None:
@@ -157,14 +158,26 @@ class QATModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is not a tensor: the mode of the quantizers."""
-        checkpoint["qat"] = {"mode": get_mode(self.net).value, "quant": self.hparams["quant"]}
+        """Keep what is no weight: the mode of the quantizers, and torch's random state, which rounding may draw from."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["qat"] = {"mode": get_mode(self.net).value, "quant": self.hparams["quant"], "random": random}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put quantizers into the mode they were saved in (their ranges come with the tensors)."""
         mode = Mode(checkpoint.get("qat", {}).get("mode", "float"))
         for quantizer in self._quantizers():
             quantizer.mode = mode
+        self._random = checkpoint.get("qat", {}).get("random", {})
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go on with the random numbers of the run that was interrupted (what came before this batch drew some)."""
+        random, self._random = self._random, {}
+        if "cpu" in random:
+            torch.set_rng_state(random["cpu"].cpu())
+        if "cuda" in random and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"].cpu(), self.device)
 
     def _quantizers(self) -> Iterator[FakeQuantize]:
         return (quantizer for _, quantizer in quantizers(self.net))

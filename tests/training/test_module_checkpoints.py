@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.fake_quant import Mode, get_mode, quantizers
+from qat.scheme import QuantConfig
 from qat.training import QATModule, QATSchedule, ResumeHint
 from qat.training.module import build
 from qat.zoo.data import Digits
@@ -32,11 +33,32 @@ def digits() -> Digits:
     return data
 
 
+def _with(**schemes: dict[str, Any]) -> Callable[[], QuantConfig]:
+    return lambda: qat.preset("int8", **schemes)
+
+
+METHODS: dict[str, Callable[[], QuantConfig]] = {
+    "lsq_plus": _with(activation={"range": "lsq_plus", "symmetric": False, "observer": "mse"}, weight={"range": "lsq_plus",
+                      "symmetric": False, "bits": 4, "granularity": "tensor", "narrow_range": False}),
+    "pact": _with(activation={"range": "pact", "bits": 4}),
+    "tqt": _with(activation={"range": "tqt"}, weight={"range": "tqt"}),
+    "dorefa": _with(activation={"range": "dorefa", "bits": 4}, weight={"range": "dorefa", "bits": 3}),
+    "adaptive": _with(weight={"rounding": "adaptive", "range": "fixed", "bits": 3}),
+    "codebook": _with(weight={"format": "codebook", "bits": 3, "range": "learned", "refresh": 4}),
+    "product": _with(weight={"format": "product", "bits": 4, "range": "learned", "granularity": "group",
+                             "group_size": 3, "allow_padding": True, "refresh": 4}),
+    "dsq": _with(weight={"gradient": "dsq", "bits": 4}, activation={"gradient": "dsq"}),
+    "noise": _with(weight={"gradient": "noise", "bits": 4}),
+}  # fmt: skip
+"""Methods that learn, count or anneal something of their own."""
+
+
 def module_of(preset: str | None, calibrated: bool = True, seed: int = 0) -> QATModule:
     L.seed_everything(seed, verbose=False)
     module = QATModule(MODEL, TASK, ADAMW)
     if preset is not None:
-        module = module.quantized(qat.preset(preset), [1, 8, 8])
+        config = METHODS[preset]() if preset in METHODS else qat.preset(preset)
+        module = module.quantized(config, [1, 8, 8])
         if calibrated:
             qat.calibrate(module.prepared, digits().calibration_batches(1))
     return module
@@ -57,6 +79,9 @@ PHASES: dict[str, tuple[str | None, dict[str, Any], Mode]] = {
     "quantize, groups": ("w4g32", {"freeze_ranges_at": None}, Mode.quantize),
     "quantize, affine": ("w8a8_asymmetric", {"freeze_ranges_at": None}, Mode.quantize),
     "frozen": ("w4a4", {"freeze_ranges_at": 3}, Mode.frozen),
+    **{name: (name, {"freeze_ranges_at": None}, Mode.quantize) for name in METHODS},
+    "observe, then a codebook": ("codebook", {"quantize_at": 2, "freeze_ranges_at": None}, Mode.quantize),
+    "observe, then adaptive": ("adaptive", {"quantize_at": 2, "freeze_ranges_at": None}, Mode.quantize),
 }
 
 
@@ -248,7 +273,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     assert difference(expected, resumed) == 0.0
 
 
-@pytest.mark.parametrize("preset", [None, "int8"])
+@pytest.mark.parametrize("preset", [None, "int8", *METHODS])
 def test_a_run_interrupted_within_an_epoch_goes_on_to_the_same_end(tmp_path: Path, preset: str | None) -> None:
     path = interrupted(preset, tmp_path, 7)
     expected, _ = end_of(module_of(preset), preset)
