@@ -6,6 +6,7 @@ Import it before `hydra.main` composes (train.py does). It is the only file of t
 import logging
 import math
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from qat.analysis.sweep import collect, results_table, write_results
 from qat.export import EXPORTERS
 from qat.export.onnx_stored import check_onnx
 from qat.presets import DESCRIPTIONS, PRESETS, fields
-from qat.scheme import QuantConfig, choice
+from qat.scheme import Granularity, QuantConfig, choice
+from qat.scheme.checks import TABLES
 from qat.targets import TARGETS, check_target
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ def register() -> None:
         store.store(group="quant", name=name, node=node, provider="qat")
     OmegaConf.register_new_resolver("widest", _widest, replace=True)
     OmegaConf.register_new_resolver("quant_options", _quant_options, replace=True)
+    OmegaConf.register_new_resolver("quant_fields", _quant_fields, replace=True)
 
 
 def _widest(bits: int, *, _root_: DictConfig) -> int:
@@ -50,6 +53,16 @@ def _widest(bits: int, *, _root_: DictConfig) -> int:
 def _quant_options() -> str:
     """The presets with their descriptions, for `--help`."""
     return "\n".join(f"  {name:<17} {text}" for name, text in DESCRIPTIONS.items())
+
+
+def _quant_fields() -> str:
+    """The names that fields of a scheme take, for `--help`."""
+    names = {name: list(table) for name, table in TABLES.items()}
+    names["granularity"] = [member.value for member in Granularity]
+    return "\n".join(
+        textwrap.fill(", ".join(values), 118, initial_indent=f"  {name:<12} ", subsequent_indent=" " * 15)
+        for name, values in names.items()
+    )
 
 
 def quant_config(cfg: DictConfig) -> QuantConfig:
