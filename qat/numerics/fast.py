@@ -20,8 +20,11 @@ from qat.numerics import blocks, kernels
 SMALLEST = 2**17
 """Elements from which the compiled form pays for its call."""
 
-SMALLEST_BLOCKED = 2**17
-"""Elements from which the blocked form does."""
+SMALLEST_LEARNED = 2**16
+"""The same where the scale is learned: there the composed form has more to do."""
+
+SMALLEST_BLOCKED = 2**23
+"""Elements from which blocks pay: where the composed form's intermediate results are fresh memory each time."""
 
 NARROW = 64
 """Runs of fewer elements with one scale are taken together with their neighbours: short loops are slow."""
@@ -124,24 +127,29 @@ def _dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
 
 
 def _form(x: Tensor, scale: Tensor, lsq: bool) -> tuple[str, Layout] | None:
-    """("compiled" or "blocked", layout), or None."""
+    """("compiled" or "blocked", layout); None where neither can."""
     if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
         return None
-    if x.numel() < min(SMALLEST, SMALLEST_BLOCKED) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     layout = _layout(x.shape, x.stride(), scale.shape)
     if layout is None:
         return None
-    device = x.device.type
-    small = layout.form == "cols" and layout.block == 1  # extents of 1 would be compiled anew
-    if x.numel() >= SMALLEST and not small and kernels.available(lsq, layout.form, x.dtype, device):
+    one = layout.form != "flat" and 1 in (*layout.shape, layout.block if layout.form == "cols" else 2)
+    if not one and kernels.available(lsq, layout.form, x.dtype, x.device.type):
         return "compiled", layout
-    return ("blocked", layout) if device == "cpu" and x.numel() >= SMALLEST_BLOCKED else None
+    return ("blocked", layout) if x.device.type == "cpu" else None
 
 
 def usable(x: Tensor, scale: Tensor, rounding: str) -> bool:
-    """Whether `fake_quantize` takes these arguments: a large dense tensor, one scale or scales along one dimension."""
-    return rounding == "nearest" and _form(x, scale, lsq=False) is not None
+    """Whether `fake_quantize` takes these arguments, and pays.
+
+    It takes dense tensors with one scale or with scales along one dimension, and pays for large ones.
+    """
+    if rounding != "nearest" or x.numel() < (SMALLEST_LEARNED if scale.requires_grad else SMALLEST):
+        return False
+    form = _form(x, scale, scale.requires_grad)
+    return form is not None and (form[0] == "compiled" or x.numel() >= SMALLEST_BLOCKED)
 
 
 @functools.cache
@@ -157,7 +165,7 @@ def _forward(
     """The result, the byte an element, and the smallest integers."""
     chosen = _form(x, scale, lsq)
     if chosen is None:
-        raise ValueError("`usable` is False for these arguments")
+        raise ValueError("no form takes these arguments: ask `usable` first")
     ctx.form, ctx.layout = chosen
     ctx.x_like = (x.shape, x.stride())
     form, layout = chosen
@@ -245,10 +253,10 @@ def fake_quantize(
     relu: bool = False,
     grad_scale: float | None = None,
 ) -> Tensor:
-    """As `qat.numerics.fake_quantize.fake_quantize` with rounding to nearest, for what is `usable`.
+    """As `qat.numerics.fake_quantize.fake_quantize` with rounding to nearest, of tensors of any size.
 
     Raises:
-        ValueError: `usable` is False.
+        ValueError: `x` has gaps in memory or is empty, or the scale varies along several dimensions.
     """
     scale_ = scale if grad_scale is not None else scale.detach()
     if zero_point.shape != scale.shape:
