@@ -127,8 +127,8 @@ class Codebook(Table):
 
     @torch.no_grad()
     def fit(self, rows: Tensor) -> None:  # noqa: D102
-        # the linear start of the paper leaves many entries in the empty tails: twice the error at 8 bits
-        start: Literal["linear", "k-means++"] = "linear" if self.bits < 6 else "k-means++"
+        # the linear start of the paper leaves many entries in the empty tails: 1 dB at 4 bits, 4 dB at 8
+        start: Literal["linear", "k-means++"] = "linear" if self.bits < 3 else "k-means++"
         self.entries.copy_(fit_codebook(rows, 2**self.bits, start=start))
         self.indices.copy_(assign(rows, self.entries))
 

@@ -19,7 +19,7 @@ def test_bits_of_integers(bits: Any, field: str) -> None:
     role, value = ("weight" if field == "weight" else "activation"), {True: "true"}.get(bits, bits)
     with pytest.raises(
         ValueError,
-        match=rf"^quant\.{field}\.bits={value}: an int {role} has 1 to 16 bits, null leaves it float; use quant\.",
+        match=rf"^quant\.{field}\.bits={value}: int {role}s have 1 to 16 bits, null leaves them float; use quant\.",
     ):
         config(**{field: {"bits": bits}})
 
@@ -31,7 +31,7 @@ def test_bits_of_integers(bits: Any, field: str) -> None:
 )  # fmt: skip
 def test_bits_of_other_formats(format: str, bits: int, has: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"quant\.weight\.bits={bits}: an {format} weight has {has} bits, .* use quant"
+        ValueError, match=rf"quant\.weight\.bits={bits}: {format} weights have {has} bits, .* use quant"
     ):
         config(weight={"format": format, "bits": bits})
 

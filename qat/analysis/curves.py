@@ -57,12 +57,14 @@ class Curve(Lines):
         text: the scheme in words.
         notes: what one should know to read the picture.
         sqnr_db: signal to quantization noise, with every scale that the scheme has.
-        bits: what a value takes in storage, with its share of scales and tables.
+        width: bits that a value's code takes in storage.
+        bits: the same, with the value's share of scales and tables.
     """
 
     text: str
     notes: tuple[str, ...]
     sqnr_db: float
+    width: float
     bits: float
 
 
@@ -119,7 +121,8 @@ def _measure(scheme: TensorScheme, part: str, points: int) -> Curve:
         if random:
             settled = torch.stack([quantizer.eval()(batch) for batch in batches])
             notes.append(f"as in training; evaluation rounds to nearest, SQNR {sqnr_db(target, settled):.2f} dB")
-        scales = torch.cat([quantizer.scales(batch).flatten() for batch in batches])
+        seen = batches if quantizer.dynamic else batches[:1]
+        scales = torch.cat([quantizer.scales(batch).flatten() for batch in seen])
     if quantizer.grid is not None and scheme.format == "int":
         notes.append("the noise is what differs from tanh(w) / max |tanh(w)|, the dotted line")
     if isinstance(quantizer.fitted, Product):
@@ -136,8 +139,9 @@ def _measure(scheme: TensorScheme, part: str, points: int) -> Curve:
     if random:
         drawn = dataclasses.replace(drawn, random=True)
     return Curve(
-        **vars(drawn), text=text, notes=tuple(notes), sqnr_db=sqnr_db(target, stored), bits=_bits(quantizer, scales)
-    )
+        **vars(drawn), text=text, notes=tuple(notes), sqnr_db=sqnr_db(target, stored), width=_width(quantizer),
+        bits=_width(quantizer) + _shared(quantizer, scales),
+    )  # fmt: skip
 
 
 def _calibrated(scheme: TensorScheme, part: str, batches: Sequence[Tensor]) -> FakeQuantize:
@@ -163,16 +167,18 @@ def _target(quantizer: FakeQuantize, x: Tensor) -> Tensor:
     return quantizer.layout.restore(quantizer.range.transform(quantizer.rows(x)), x.shape)
 
 
-def _bits(quantizer: FakeQuantize, scales: Tensor) -> float:
-    """Bits a value in storage, with what it shares: 32-bit scales (8 in block formats), tables of 32-bit entries."""
-    scheme, fitted = quantizer.scheme, quantizer.fitted
-    bits, values = float(scheme.bits or 32), math.prod(WEIGHT)
+def _width(quantizer: FakeQuantize) -> float:
+    """Bits of a value's code."""
+    width = quantizer.fitted.values().shape[2] if isinstance(quantizer.fitted, Product) else 1
+    return (quantizer.scheme.bits or 32) / width
+
+
+def _shared(quantizer: FakeQuantize, scales: Tensor) -> float:
+    """Bits a value for what values share: scales of 32 bits (8 in block formats), tables of 32-bit entries."""
     if quantizer.format.unit_scale:
-        return bits
-    if isinstance(fitted, Table):
-        width = fitted.values().shape[2] if isinstance(fitted, Product) else 1
-        return bits / width + 32 * fitted.values().numel() / values
-    return bits + (8 if quantizer.format.block else 32) * len(scales) / values
+        return 0.0
+    fitted, each = quantizer.fitted, 8 if quantizer.format.block else 32
+    return each * (fitted.values().numel() if isinstance(fitted, Table) else len(scales)) / math.prod(WEIGHT)
 
 
 def _staircase(quantizer: FakeQuantize, part: str, batches: Sequence[Tensor], points: int) -> Lines:

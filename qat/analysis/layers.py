@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 
 from qat.fake_quant import FakeQuantize, quantizers
+from qat.fitted import Product
 from qat.graph import Graph, Kind
 from qat.layers import SWAPS, QuantizedLayer
 
@@ -50,12 +51,15 @@ def _layer_row(name: str, layer: QuantizedLayer, reason: str) -> dict[str, Any]:
     row = _row(
         name, type(layer).__name__, quantizer.scheme.describe(), reason, layer.weight, quantizer.scheme.bits or 32
     )
+    if isinstance(quantizer.fitted, Product):  # a code is for a vector
+        row["bytes"] = -(-quantizer.fitted.indices.numel() * row["bits"] // 8)
     if quantizer.calibrated:
         scale = quantizer.scales(layer.weight)
         mode, quantizer.mode = quantizer.mode, type(quantizer.mode).frozen
-        noise = quantizer(layer.weight) - layer.weight
+        meant = quantizer.range.transform(quantizer.rows(layer.weight))  # DoReFa squashes first
+        noise = quantizer.rows(quantizer(layer.weight)) - meant
         quantizer.mode = mode
-        signal = float(layer.weight.square().sum())
+        signal = float(meant.square().sum())
         power = float(noise.square().sum())
         row |= {
             "scale_min": float(scale.min()),

@@ -1,17 +1,16 @@
 """Fake quantization: quantize and dequantize in one step, with straight-through gradients.
 
 `fake_quantize`, for integers and the clipped straight-through gradient, chooses between the composed form here, which
-is the reference, and the compiled one (`qat.numerics.kernels`). `fake_quantize_by` takes every format and gradient.
+is the reference, and the fast one (`qat.numerics.fast`). `fake_quantize_by` takes every format and gradient.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from qat.numerics import kernels
+from qat.numerics import fast
 from qat.numerics.affine import dequantize, quantize
 from qat.numerics.gradients import GRADIENTS, Step, add_noise
 from qat.numerics.rounding import ROUNDING
@@ -34,23 +33,6 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (inside,) = ctx.saved_tensors
         return grad * inside, None, None, None, None, None, None
-
-
-class _FastFakeQuantize(torch.autograd.Function):
-    """`_FakeQuantize` in one pass each way."""
-
-    @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, rounding):  # type: ignore[no-untyped-def]
-        bounds = _bounds(zero_point, quant_min, quant_max, relu)
-        y, inside = kernels.compiled(kernels.forward_ste)(kernels.flat(x), scale, zero_point, bounds)
-        ctx.save_for_backward(inside)
-        ctx.x_like = (x.shape, x.stride())
-        return kernels.like(y, x)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (inside,) = ctx.saved_tensors
-        return _flatwise(kernels.backward_ste, ctx, grad, inside), None, None, None, None, None, None
 
 
 class _FakeQuantizeLSQ(torch.autograd.Function):
@@ -83,24 +65,6 @@ class _FakeQuantizeLSQ(torch.autograd.Function):
         slope = torch.where(below, low - zero_point, torch.where(above, high - zero_point, slope))
         grad_v = (grad.float() * slope).sum_to_size(scale.shape) * ctx.grad_scale
         return grad.masked_fill(below | above, 0), grad_v, None, None, None, None, None, None
-
-
-class _FastFakeQuantizeLSQ(torch.autograd.Function):
-    """`_FakeQuantizeLSQ` in one pass each way."""
-
-    @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale):  # type: ignore[no-untyped-def]
-        bounds = _bounds(zero_point, quant_min, quant_max, relu)
-        y, code = kernels.compiled(kernels.forward_lsq)(kernels.flat(x), scale.detach(), zero_point, bounds)
-        ctx.save_for_backward(code, bounds[:2] - zero_point)
-        ctx.x_like, ctx.grad_scale = (x.shape, x.stride()), grad_scale
-        return kernels.like(y, x)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        code, ends = ctx.saved_tensors
-        grad_x, grad_scale = _flatwise(kernels.backward_lsq, ctx, grad, code, ends)
-        return grad_x, grad_scale * ctx.grad_scale, None, None, None, None, None, None
 
 
 class _FakeQuantizeAny(torch.autograd.Function):
@@ -230,12 +194,11 @@ def fake_quantize(
     if not torch.is_grad_enabled():
         q = quantize(x, scale, zero_point, quant_min, quant_max, rounding)
         return dequantize(torch.maximum(q, zero_point) if relu else q, scale, zero_point).to(x.dtype)
-    fast = kernels.usable(x, scale, rounding)
+    if fast.usable(x, scale, rounding):
+        return fast.fake_quantize(x, scale, zero_point, quant_min, quant_max, relu=relu, grad_scale=grad_scale)
     if grad_scale is None:
-        function = _FastFakeQuantize if fast else _FakeQuantize
-        return function.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding)
-    learned = _FastFakeQuantizeLSQ if fast else _FakeQuantizeLSQ
-    return learned.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale)
+        return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding)
+    return _FakeQuantizeLSQ.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale)
 
 
 def fake_quantize_by(
@@ -250,22 +213,3 @@ def fake_quantize_by(
         grad_scale: multiplies the gradients of scale and zero point.
     """
     return _FakeQuantizeAny.apply(x, scale, zero_point, staircase, grad_scale)
-
-
-def _bounds(zero_point: Tensor, quant_min: int, quant_max: int, relu: bool) -> Tensor:
-    """What the kernels clamp to: lowest and highest integer, and the number that a value must exceed."""
-    if not relu:
-        return torch.tensor([quant_min, quant_max, -torch.inf], device=zero_point.device)
-    fixed = torch.tensor([quant_min, quant_max, 0.0], device=zero_point.device)
-    return torch.cat([torch.maximum(fixed[:1], zero_point.reshape(1)), fixed[1:]])
-
-
-def _flatwise(kernel: Callable[..., Any], ctx: Any, grad: Tensor, *kept: Tensor) -> Any:
-    """Run a backward kernel on `grad` in the memory order of the forward's input; the first result gets its shape."""
-    shape, stride = ctx.x_like
-    if grad.stride() != stride:
-        grad = torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
-    result = kernels.compiled(kernel)(kernels.flat(grad), *kept)
-    if isinstance(result, Tensor):
-        return kernels.like(result, grad)
-    return (kernels.like(result[0], grad), *result[1:])

@@ -89,7 +89,7 @@ def _bits(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in valid:
         words = str(valid[0]) if len(valid) == 1 else f"{valid[0]} to {valid[-1]}"
         near = min(valid, key=lambda b: abs(b - bits)) if isinstance(bits, int) else valid[-1]
-        yield Refusal("bits", f"an {scheme.format} {role} has {words} bits, null leaves it float", f"bits={near}")
+        yield Refusal("bits", f"{scheme.format} {role}s have {words} bits, null leaves them float", f"bits={near}")
     if scheme.format == "int" and bits == 1:
         if role == "weight" and scheme.symmetric:
             yield Refusal("bits", "a symmetric integer of 1 bit has no positive level",

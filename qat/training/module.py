@@ -158,7 +158,7 @@ class QATModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is no weight: the mode of the quantizers, and torch's random state, which rounding may draw from."""
+        """Keep what is no weight: the mode of the quantizers, and torch's random state, which rounding draws from."""
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)

@@ -1,57 +1,21 @@
 """`python -m qat show`: the numbers it prints, the files it writes, what it refuses."""
 
-import math
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import qat
 from qat.__main__ import main
-from qat.analysis.show import configure, measure, sqnr_db
-from qat.numerics.affine import int_range
-from qat.numerics.fake_quantize import fake_quantize
-from qat.scheme import TensorScheme
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-def test_a_uniform_signal_has_six_decibels_a_bit(bits: int) -> None:
-    """6.02 b dB (Bennett 1948): a uniform signal that fills the cells of all 2^b levels, its power about its mean."""
-    low, high = int_range(bits, signed=True)
-    x = torch.linspace(low - 0.5, high + 0.5, 2**18 + 1)[:-1] + (high - low + 1) / 2**19
-    x_dq = fake_quantize(x * 0.125, torch.tensor(0.125), torch.tensor(0.0), low, high) * 8
-    assert sqnr_db(x - x.mean(), x_dq - x.mean()) == pytest.approx(20 * math.log10(2) * bits, abs=0.01)
-
-
-def best_uniform_gaussian(levels: np.ndarray) -> float:
-    """SQNR in dB of N(0, 1) on `levels` times the best step: brute force over steps, integral over the density."""
-    x = np.linspace(-8, 8, 40_001)
-    density = np.exp(-(x**2) / 2) / np.exp(-(x**2) / 2).sum()
-    middles = (levels[1:] + levels[:-1]) / 2
-    noise = [
-        float((density * (levels[np.searchsorted(middles * s, x)] * s - x) ** 2).sum())
-        for s in np.linspace(0.2, 8, 600) / np.abs(levels).max()
-    ]
-    return -10 * math.log10(min(noise))
-
-
-@pytest.mark.parametrize(("bits", "published"), [(2, 9.25), (3, 14.27), (4, 19.38)])
-def test_a_gaussian_at_its_best_clip(bits: int, published: float) -> None:
-    """The `mse` observer against the optimum, found by code that is held to the published values of Max 1960.
-
-    The published grids have 2^b levels and none at zero. A grid here has one, so that zero is exact: the optimum on
-    its own levels is what the observer must reach.
-    """
-    assert best_uniform_gaussian(np.arange(2**bits) - (2**bits - 1) / 2) == pytest.approx(published, abs=0.02)
-    for narrow in (False, True):
-        low, high = int_range(bits, signed=True, narrow=narrow)
-        ours = best_uniform_gaussian(np.arange(low, high + 1))
-        scheme = TensorScheme(bits=bits, observer="mse", narrow_range=narrow)
-        assert measure(scheme, "activation").sqnr_db == pytest.approx(ours, abs=0.1)
-        assert ours < published
+from qat.analysis import gallery
+from qat.analysis.curves import Curve, measure
+from qat.analysis.show import configure
+from qat.numerics.formats import FORMATS
+from qat.numerics.gradients import GRADIENTS
+from qat.presets import PRESETS
+from qat.ranges import RANGES
 
 
 def test_the_curve_is_the_grid() -> None:
@@ -61,8 +25,9 @@ def test_the_curve_is_the_grid() -> None:
     steps = levels.diff()
     torch.testing.assert_close(steps, steps[:1].expand(len(steps)))
     inside = (curve.x > curve.clip[0] + float(steps[0])) & (curve.x < curve.clip[1] - float(steps[0]))
-    assert (curve.gradient[inside] == 1).all()
-    assert (curve.gradient[curve.x > curve.clip[1] + float(steps[0])] == 0).all()
+    (gradient,) = curve.gradients.values()
+    assert (gradient[inside] == 1).all()
+    assert (gradient[curve.x > curve.clip[1] + float(steps[0])] == 0).all()
     assert ((curve.y - curve.x).abs()[inside] <= steps[0] / 2 + 1e-6).all()
 
 
@@ -76,6 +41,8 @@ def test_the_command_writes_a_picture_and_says_so(tmp_path: Path, suffix: str) -
     assert done.returncode == 0, done.stderr
     assert "quant.weight: int3 symmetric channel, learned (mse), SQNR" in done.stdout
     assert "quant.activation: int4 symmetric tensor, learned (mse), SQNR" in done.stdout
+    assert "quant.input: int8 symmetric tensor, running (ema), SQNR" in done.stdout
+    assert "rules are not drawn: first (weight.bits=8, activation.bits=8); last (" in done.stdout
     head = out.read_bytes()[:5]
     assert head == (b"<?xml" if suffix == "svg" else b"\x89PNG\r")
 
@@ -86,6 +53,23 @@ def test_the_command_writes_a_picture_and_says_so(tmp_path: Path, suffix: str) -
         ([], "nothing is quantized; give a number of bits"),
         (["quant.weight.bits=33"], "quant.weight.bits=33"),
         (["quant.weight.bits=many"], "quant.weight.bits=many is not valid: give an integer, or null"),
+        (
+            ["quant.weight.bits=4", "quant.weight.block_size=16"],
+            "block_size=16 is not valid: give a list, [16,16], or null",
+        ),
+        (["quant.activation.momentum=fast"], "quant.activation.momentum=fast is not valid: give a number"),
+        (["quant.weight.symmetric=1"], "quant.weight.symmetric=1 is not valid: give true or false"),
+        (
+            ["quant.weight.bits=4", "quant.weight.axis=4"],
+            "axis=4: the sample has the shape [256, 64, 3, 3]",
+        ),
+        (
+            ["quant.input.bits=1", "quant.input.format=binary"],
+            "a format of weights: its levels are fitted",
+        ),
+        (["quant.rules=[]"], "rules are not drawn"),
+        (["--gallery", "mxfp5"], "did you mean 'mxfp"),
+        (["--gallery", "int4", "quant.activation.bits=4"], "yours stay float"),
         (["quant.weight.bit=3"], "did you mean 'bits'?"),
         (["quant.weight.rounding=flor"], "did you mean 'floor'?"),
         (["bits=3"], "'bits=3' is not a setting of a scheme; write it as quant.weight.bits=4"),
@@ -113,7 +97,187 @@ def test_random_rounding_is_drawn_as_in_training_and_is_reproducible() -> None:
     curve, again = measure(scheme, "weight"), measure(scheme, "weight")
     assert torch.equal(torch.get_rng_state(), state)
     assert curve.random
-    assert curve.text.endswith("stochastic (as in training)")
+    assert curve.text.endswith(", stochastic")
+    assert curve.notes[0].startswith("as in training; evaluation rounds to nearest, SQNR 17.2")
     assert torch.equal(curve.y, again.y)
     assert (curve.y.diff() < 0).any()  # not monotonic
     assert curve.sqnr_db < measure(configure(["quant.weight.bits=4"]).weight, "weight").sqnr_db - 2
+
+
+# ---- every scheme ----------------------------------------------------------------------------------------------------
+
+
+def weight(*settings: str) -> Curve:
+    return measure(configure([f"quant.weight.{setting}" for setting in settings]).weight, "weight")
+
+
+def activation(*settings: str) -> Curve:
+    return measure(configure([f"quant.activation.{setting}" for setting in settings]).activation, "activation")
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "off"])
+def test_every_preset_is_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "scheme.svg"
+    assert main(["show", "--preset", name, "--out", str(out)]) == 0
+    assert "quant.weight: " in capsys.readouterr().out
+    assert "SQNR" in out.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", gallery.USUAL)
+def test_a_curve_stays_on_its_levels(name: str) -> None:
+    curve = measure(gallery.schemes()[name], "weight")
+    assert torch.isin(curve.y, curve.levels).all()
+    assert len(curve.levels) <= 2 ** gallery.schemes()[name].bits  # type: ignore[operator]
+    assert (curve.y.diff() >= 0).all()
+    assert float(curve.levels[0]) >= curve.clip[0] - 1e-6
+    # every level is the nearest one to the inputs that get it; ternary weights have a threshold of their own
+    nearest = curve.levels[(curve.x.unsqueeze(1) - curve.levels).abs().argmin(dim=1)]
+    slack = 0.12 if name == "ternary" else 1e-3
+    assert ((curve.y - curve.x).abs() <= (nearest - curve.x).abs() + slack).all()
+
+
+@pytest.mark.parametrize(("name", "scale"), [("mxfp4", 0.5), ("mxfp6 (e2m3)", 0.5), ("mxfp8 (e4m3)", 2.0**-7)])
+def test_blocks_are_drawn_with_the_median_of_their_scales(name: str, scale: float) -> None:
+    """Of 32 Gaussians the largest is about 2.1 in the median: the power of two below it is 2."""
+    curve = measure(gallery.schemes()[name], "weight")
+    assert curve.clip[1] == FORMATS[gallery.schemes()[name].format].grid(  # type: ignore[misc]
+        int(curve.width), True, False
+    ).high * scale  # fmt: skip
+
+
+def test_blocks_tables_and_channels_share_their_scales_bits() -> None:
+    bits = {name: curve.bits for name, curve in gallery.measured(gallery.schemes()).items()}
+    assert bits["mxfp4"] == 4.25
+    assert bits["nvfp4"] == 4.5
+    assert bits["int4 (groups of 32)"] == 5.0
+    assert bits["int8"] == pytest.approx(8 + 32 / 576)
+    assert bits["codebook (16 values)"] == pytest.approx(4 + 16 * 32 / (256 * 576))
+
+
+def test_vectors_are_a_cloud() -> None:
+    curve = weight("bits=6", "format=product", "granularity=group", "group_size=4", "range=learned")
+    assert curve.random
+    assert "have no transfer curve" in curve.notes[0]
+    assert curve.width == 1.5
+    assert 4 < curve.sqnr_db < 20 * 0.30103 * 1.5  # Shannon's limit
+
+
+def test_dorefa_is_drawn_with_its_tanh_and_without_zero() -> None:
+    curve = weight("bits=2", "range=dorefa", "granularity=tensor")
+    torch.testing.assert_close(curve.levels, torch.tensor([-1, -1 / 3, 1 / 3, 1]))
+    torch.testing.assert_close(curve.ideal, curve.x.tanh(), atol=2e-3, rtol=0)
+    (gradient,) = curve.gradients.values()
+    torch.testing.assert_close(gradient, 1 - curve.x.tanh().square(), atol=2e-3, rtol=0)
+    assert "tanh" in curve.notes[-1]
+
+
+def test_ewgs_is_drawn_for_both_signs_of_the_incoming_gradient() -> None:
+    curve = weight("bits=3", "granularity=tensor", "gradient=ewgs", "gradient_strength=[0.2,0.2]")
+    up, down = curve.gradients.values()
+    assert list(curve.gradients) == ["delta = 0.2, g > 0", "delta = 0.2, g < 0"]
+    inside = (curve.x > curve.clip[0]) & (curve.x < curve.clip[1])
+    torch.testing.assert_close((up + down)[inside], torch.full_like(up[inside], 2.0))
+    assert float(up[inside].max()) == pytest.approx(1.1, abs=0.01)
+
+
+def test_dsq_is_drawn_at_both_ends_of_training() -> None:
+    curve = activation("bits=3", "gradient=dsq", "gradient_strength=[1,10]", "observer=mse", "narrow_range=true")
+    first, last = curve.gradients.values()
+    assert list(curve.gradients) == ["k = 1 (first step)", "k = 10 (last step)"]
+    inside = (curve.x > curve.clip[0]) & (curve.x < curve.clip[1])
+    assert float(first[inside].min()) > 0.8
+    assert float(last.max()) == pytest.approx(5.0, rel=0.01)  # k / (2 tanh(k / 2))
+    assert float(last[inside].mean()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_noise_is_a_cloud_as_wide_as_a_step() -> None:
+    curve = activation("bits=4", "gradient=noise")
+    step = float(curve.levels.diff().median())
+    inside = (curve.x > curve.clip[0] + step) & (curve.x < curve.clip[1] - step)
+    error = (curve.y - curve.x)[inside]
+    assert curve.random
+    assert float(error.abs().max()) <= step / 2 + 1e-5
+    assert float(error.std()) == pytest.approx(step / 12**0.5, rel=0.05)
+
+
+def test_adaptive_rounding_is_drawn_as_nearest_and_says_so() -> None:
+    curve = weight("bits=4", "rounding=adaptive", "range=fixed")
+    plain = weight("bits=4", "range=fixed")
+    assert torch.equal(curve.y, plain.y)
+    assert curve.sqnr_db == plain.sqnr_db
+    assert "learned nothing yet: drawn as nearest" in curve.notes[0]
+
+
+def test_what_follows_a_relu_is_measured_on_one() -> None:
+    curve = activation("bits=4", "signed=false")
+    assert curve.clip[0] == 0
+    assert curve.sqnr_db > 20
+    assert "measured on relu(x)" in curve.notes[0]
+
+
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name, rule in RANGES.items() for part in rule.roles])
+def test_every_range_is_drawn(name: str, part: str) -> None:
+    settings = [f"quant.{part}.bits=4", f"quant.{part}.range={name}"]
+    settings += [f"quant.{part}.symmetric=false"] if RANGES[name].affine else []
+    curve = measure(getattr(configure(settings), part), part)
+    assert curve.sqnr_db > 4
+    assert len(curve.levels) <= 16
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_every_gradient_is_drawn(name: str) -> None:
+    curve = activation("bits=4", f"gradient={name}", "range=lsq")
+    assert all(gradient.isfinite().all() for gradient in curve.gradients.values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["granularity=block", "block_size=[16,16]"],
+        ["granularity=block", "block_size=[-1,1]"],
+        ["granularity=channel", "axis=1"],
+        ["granularity=channel", "axis=-1"],
+        ["granularity=group", "group_size=48"],
+    ],
+)
+def test_every_granularity_of_weights_is_drawn(settings: list[str]) -> None:
+    curve = weight("bits=4", *settings)
+    assert 13 < curve.sqnr_db < 22
+
+
+@pytest.mark.parametrize("settings", [["granularity=token"], ["granularity=group", "group_size=32"], ["axis=-1", "granularity=channel"]])  # fmt: skip # noqa: E501
+def test_every_granularity_of_activations_is_drawn(settings: list[str]) -> None:
+    assert 13 < activation("bits=4", "range=dynamic", *settings).sqnr_db < 30
+
+
+# ---- the gallery -----------------------------------------------------------------------------------------------------
+
+
+def test_the_gallery_is_sorted_by_bits_then_by_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "formats.svg"
+    assert main(["show", "--out", str(out), "--gallery"]) == 0
+    lines = capsys.readouterr().out.splitlines()[:-1]
+    assert len(lines) == len(gallery.USUAL)
+    names = [line[:24].strip() for line in lines]
+    assert set(names) == set(gallery.USUAL)
+    order = [(-gallery.schemes()[name].bits, -float(line.split(" dB")[0].split()[-1]))  # type: ignore[operator]
+             for name, line in zip(names, lines, strict=True)]  # fmt: skip
+    assert order == sorted(order)
+    svg = out.read_text(encoding="utf-8")
+    assert len(svg) < 150_000
+    assert all(f">{name}<" in svg for name in names)
+
+
+def test_the_gallery_takes_presets_formats_and_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "formats.png"
+    mine = ["quant.weight.bits=5", "quant.weight.rounding=floor"]
+    assert main(["show", "--gallery", "w4g32", "mxfp4", "apot3", "int16", "product4", *mine, "--out", str(out)]) == 0
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["int16", "yours", "w4g32", "mxfp4", "apot3", "product4", "wrote"]
+    assert out.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_picture_in_the_readme_shows_the_usual_formats() -> None:
+    svg = (Path(qat.__file__).parents[1] / "docs" / "formats.svg").read_text(encoding="utf-8")
+    assert len(svg) < 150_000
+    assert all(f">{name}<" in svg for name in gallery.USUAL)

@@ -38,8 +38,8 @@ def _with(**schemes: dict[str, Any]) -> Callable[[], QuantConfig]:
 
 
 METHODS: dict[str, Callable[[], QuantConfig]] = {
-    "lsq_plus": _with(activation={"range": "lsq_plus", "symmetric": False, "observer": "mse"}, weight={"range": "lsq_plus",
-                      "symmetric": False, "bits": 4, "granularity": "tensor", "narrow_range": False}),
+    "lsq_plus": _with(activation={"range": "lsq_plus", "symmetric": False, "observer": "mse"},
+                      weight={"range": "lsq_plus", "symmetric": False, "bits": 4, "narrow_range": False}),
     "pact": _with(activation={"range": "pact", "bits": 4}),
     "tqt": _with(activation={"range": "tqt"}, weight={"range": "tqt"}),
     "dorefa": _with(activation={"range": "dorefa", "bits": 4}, weight={"range": "dorefa", "bits": 3}),
