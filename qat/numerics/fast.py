@@ -153,33 +153,32 @@ def usable(x: Tensor, scale: Tensor, rounding: str) -> bool:
 
 
 @functools.cache
-def _limits(quant_max: int, relu: bool, device: torch.device) -> Tensor:
-    """The largest integer, and the number that a value must exceed; made once, as a copy to a GPU would wait for it."""
+def _floor(relu: bool, device: torch.device) -> Tensor:
+    """What a value must exceed for its gradient to pass; made once, as a copy to a GPU would wait for it."""
     with torch.inference_mode(False):
-        return torch.tensor([quant_max, 0.0 if relu else -torch.inf], device=device)
+        return torch.tensor([0.0 if relu else -torch.inf], device=device)
 
 
 def _forward(
     ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, relu: bool, lsq: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, the byte an element, and the smallest integers."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, the byte an element, and the smallest and largest integer less the zero point."""
     chosen = _form(x, scale, lsq)
     if chosen is None:
         raise ValueError("no form takes these arguments: ask `usable` first")
-    ctx.form, ctx.layout = chosen
+    ctx.form, ctx.layout = form, layout = chosen
     ctx.x_like = (x.shape, x.stride())
-    form, layout = chosen
     low = zero_point.clamp(min=quant_min) if relu else torch.full_like(zero_point, quant_min)
+    bottom, top = low - zero_point, quant_max - zero_point
     values = layout.view(x)
     if form == "compiled":
-        limits = _limits(quant_max, relu, x.device)
+        arguments = [layout.spread(p) for p in (scale, -bottom, top - bottom, top)]
         name = "forward_lsq" if lsq else "forward_ste"
-        s, z, lo = (layout.spread(p) for p in (scale, zero_point, low))
-        y, code = kernels.run(name, layout.form, values, s, z, lo, limits)
+        y, code = kernels.run(name, layout.form, values, *arguments, _floor(relu, x.device))
     else:
         s, z, lo = (_two(layout.spread(p)) for p in (scale, zero_point, low))
         y, code = blocks.forward(_two(values), s, z, lo, quant_max, relu=relu, lsq=lsq)
-    return y.as_strided(x.shape, x.stride()), code, low
+    return y.as_strided(x.shape, x.stride()), code, bottom, top
 
 
 def _two(t: Tensor) -> Tensor:
@@ -200,7 +199,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu):  # type: ignore[no-untyped-def]
-        y, inside, _ = _forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, lsq=False)
+        y, inside, *_ = _forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, lsq=False)
         ctx.save_for_backward(inside)
         return y
 
@@ -221,8 +220,8 @@ class _FakeQuantizeLSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, grad_scale):  # type: ignore[no-untyped-def]
-        y, code, low = _forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, lsq=True)
-        ctx.save_for_backward(code, low - zero_point, quant_max - zero_point)
+        y, code, *ends = _forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, lsq=True)
+        ctx.save_for_backward(code, *ends)
         ctx.scale_shape, ctx.grad_scale = scale.shape, grad_scale
         return y
 

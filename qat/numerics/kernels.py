@@ -30,20 +30,27 @@ RESIDUAL_STEPS = 252
 """The rounding residual in [-0.5, 0.5] is kept as one of this many steps; see `forward_lsq`."""
 
 
-def forward_ste(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+def forward_ste(
+    x: Tensor, scale: Tensor, zero: Tensor, last: Tensor, top: Tensor, floor: Tensor
+) -> tuple[Tensor, Tensor]:
     """Fake-quantize; also where the gradient passes, one byte an element.
+
+    Integers are counted from the smallest one, so that both clamps are a ReLU: that is one instruction, while
+    `torch.clamp` takes four for each end. The result is that of `qat.numerics.affine` to the bit.
 
     Args:
         x: floating point, of a form above.
-        scale, zero_point, low: float32, as the form says; `low` is the smallest integer.
-        limits: float32, shape [2]: the largest integer, and the number that `x` must exceed (0 behind an absorbed
-            ReLU, else -inf).
+        scale: float32, as the form says, and so are the next three.
+        zero: the zero point, counted from the smallest integer.
+        last: the largest integer, counted from the smallest.
+        top: the largest integer less the zero point.
+        floor: float32, shape [1]: what `x` must exceed (0 behind an absorbed ReLU, else -inf).
     """
     x_ = x.float()
-    q = torch.round(x_ / scale) + zero_point
-    clamped = torch.clamp(q, low, limits[0])
-    inside = (q == clamped) & (x_ > limits[1])
-    return ((clamped - zero_point) * scale).to(x.dtype), _byte(inside)
+    q = torch.round(x_ / scale) + zero
+    below_top = torch.relu(last - torch.relu(q))
+    inside = (q == last - below_top) & (x_ > floor)
+    return ((top - below_top) * scale).to(x.dtype), _byte(inside)
 
 
 def _byte(code: Tensor) -> Tensor:
@@ -56,20 +63,22 @@ def backward_ste(grad: Tensor, inside: Tensor) -> tuple[Tensor]:
     return ((grad.float() * inside.float()).to(grad.dtype),)
 
 
-def forward_lsq(x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """Fake-quantize; also one byte an element for both gradients.
+def forward_lsq(
+    x: Tensor, scale: Tensor, zero: Tensor, last: Tensor, top: Tensor, floor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `forward_ste`, with one byte an element for both gradients.
 
     The byte is 0 for "clipped below", 255 for "clipped above", else 127 + 252 (round(v) - v), `v = x / scale`.
     """
     x_ = x.float()
     v = x_ / scale
     rounded = torch.round(v)
-    q = rounded + zero_point
-    under, over = q < low, q > limits[0]
+    q = rounded + zero
+    below_top = last - torch.relu(q)
     code = torch.round((rounded - v) * RESIDUAL_STEPS + 127.0)  # in 1..253, as the residual is at most a half
-    code = torch.where(over, 255.0, torch.where(under | (x_ <= limits[1]), 0.0, code))
-    clamped = torch.where(over, limits[0], torch.where(under, low, q))  # a few instructions less than torch.clamp
-    return ((clamped - zero_point) * scale).to(x.dtype), _byte(code)
+    code = torch.where((q >= 0.0) & (x_ > floor), code.to(torch.int32), 0)
+    code = torch.where(below_top < 0.0, 255, code)
+    return ((top - torch.relu(below_top)) * scale).to(x.dtype), _byte(code)
 
 
 def _lsq_terms(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +138,7 @@ def _example(name: str, form: str, dtype: torch.dtype, device: str) -> list[Tens
     values, scale = _VALUES[form], torch.ones(_SCALE[form], device=device)
     x, code = torch.zeros(values, dtype=dtype, device=device), torch.zeros(values, dtype=torch.uint8, device=device)
     if name.startswith("forward"):
-        return [x, scale, torch.zeros_like(scale), -scale, torch.ones(2, device=device)]
+        return [x, scale, torch.zeros_like(scale), scale, scale, torch.ones(1, device=device)]
     if name == "backward_ste":
         return [x, code]
     if form == "cols":
@@ -183,8 +192,3 @@ def run(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
         return kernel(*(t.detach() for t in args))  # views would be compiled anew, with their bases' extents
     except torch._dynamo.exc.FailOnRecompileLimitHit:  # too many global states: threads, autocast, determinism
         return KERNELS[name, form](*args)
-
-
-def usable(x: Tensor, scale: Tensor, rounding: str) -> bool:
-    """No: `qat.numerics.fast.usable` is what to ask."""
-    return False

@@ -78,6 +78,7 @@ def check(
     assert y.dtype == x.dtype == leaf.grad.dtype
     assert y.stride() == x.stride()
     torch.testing.assert_close(y, expected.y, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(y.signbit() & ~y.isnan(), expected.y.signbit() & ~expected.y.isnan())  # zeros too
     torch.testing.assert_close(leaf.grad, expected.grad_x, rtol=0, atol=0, equal_nan=True)
     if grad_scale is None:
         assert learned.grad is None
