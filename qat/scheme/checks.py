@@ -74,7 +74,7 @@ def _numbers(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     if not 0 <= scheme.range_decay < math.inf:
         yield Refusal("range_decay", "negative", advice="give a number from 0 up, for example 0.0002")
     if scheme.refresh < 1:
-        yield Refusal("refresh", "not positive", advice="give a number of steps, for example 100")
+        yield Refusal("refresh", "not positive", advice="give a number of steps, for example 10")
     if scheme.subspaces < 1 or (scheme.subspaces > 1 and scheme.format != "product"):
         yield Refusal("subspaces", "it divides the inputs of format=product", "subspaces=1")
     strength = scheme.gradient_strength

@@ -78,7 +78,7 @@ class TensorScheme:
     range_decay: float = 2e-4
     gradient: str = "clipped_ste"
     gradient_strength: list[float] | None = None
-    refresh: int = 100
+    refresh: int = 10
     subspaces: int = 1
 
     @property
