@@ -23,7 +23,7 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) ->
             tensor).
         RuntimeError: a quantizer saw no data (its branch never ran).
     """
-    weights = {m.weight_quantizer: m.weight for m in net.modules() if isinstance(m, QuantizedLayer)}
+    weights = {m.weight_quantizer: m.outputs_first() for m in net.modules() if isinstance(m, QuantizedLayer)}
     modes = {quantizer: quantizer.mode for _, quantizer in quantizers(net)}
     for _, quantizer in quantizers(net):
         quantizer.observer.reset()

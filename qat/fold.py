@@ -15,13 +15,16 @@ from qat.layers import QuantizedLayer
 LARGEST_BIAS = 2**30
 """int32 biases stay below this, so that a sum of products can be added without overflow."""
 
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+"""The normalisations that fold."""
+
 
 @dataclass
 class FoldedWeight:
     """A layer's integers after folding the BatchNorm behind it.
 
     Attributes:
-        q: integers (float tensor), shape of the weight.
+        q: integers (float tensor), shape of the weight with output channels first.
         scale, zero_point: shape [out], or [out, groups].
         bias: real-valued bias, float64, shape [out].
         bounds: smallest and largest integer.
@@ -44,11 +47,11 @@ def fold(layer: QuantizedLayer, batch_norm: nn.Module | None) -> FoldedWeight:
 
     Source: Jacob et al. 2018, section 3.2 (folding); the sign rule follows from it.
     """
-    quantizer, out = layer.weight_quantizer, layer.weight.shape[0]
-    encoded = encode(quantizer, layer.weight.detach())
+    quantizer, weight = layer.weight_quantizer, layer.outputs_first().detach()
+    out, encoded = weight.shape[0], encode(quantizer, weight)
     assert encoded.levels is None
     low, high = encoded.low, encoded.high
-    q = quantizer.layout.restore(encoded.codes, layer.weight.shape)
+    q = quantizer.layout.restore(encoded.codes, weight.shape)
     shape = quantizer.scale_shape or (1,)
     scale, zero_point = (t.reshape(shape).expand(out, *shape[1:]) for t in (encoded.scale, encoded.zero_point))
     gain, shift = batch_norm_affine(batch_norm, out)
@@ -71,7 +74,7 @@ def batch_norm_affine(batch_norm: nn.Module | None, channels: int) -> tuple[Tens
     """A BatchNorm in eval mode as `gain * x + shift`, float64, shape [channels] each; (1, 0) for None."""
     if batch_norm is None:
         return torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    assert isinstance(batch_norm, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert isinstance(batch_norm, BatchNorm)
     mean, variance = batch_norm.running_mean, batch_norm.running_var
     if mean is None or variance is None:
         raise ValueError("a BatchNorm with track_running_stats=False has no fixed statistics and cannot be folded")

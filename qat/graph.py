@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx.node import Target
 
 from qat.fake_quant import FakeQuantize
-from qat.layers import QuantizedLayer
+from qat.layers import SWAPS, QuantizedLayer
 
 
 class Kind(Enum):
@@ -39,8 +39,8 @@ class Kind(Enum):
 
 
 KINDS: dict[Any, Kind] = {
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d), Kind.batch_norm),
-    **dict.fromkeys((nn.Linear, nn.Conv1d, nn.Conv2d), Kind.float_layer),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), Kind.batch_norm),
+    **dict.fromkeys(SWAPS, Kind.float_layer),
     **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), Kind.relu),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), Kind.add),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), Kind.concat),
@@ -168,7 +168,7 @@ class Graph:
         kind = KINDS.get(self.key(node), Kind.other)
         if kind is Kind.add and not (len(tensor_arguments(node)) == 2 and node.kwargs.get("alpha", 1) == 1):
             return Kind.other
-        if node.target is F.pad and not _pads_with_zeros(node):
+        if node.target is F.pad and not _pads_within(node):
             return Kind.other
         if kind is Kind.relu and node in self.passing_relus:
             return Kind.passes
@@ -246,7 +246,8 @@ def tensor_list(node: fx.Node) -> list[fx.Node]:
     return [t for t in tensors if isinstance(t, fx.Node)]
 
 
-def _pads_with_zeros(node: fx.Node) -> bool:
+def _pads_within(node: fx.Node) -> bool:
+    """Whether a padding lies on any grid that the tensor has: zeros, or values repeated."""
     mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
     value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return mode == "constant" and value in (None, 0)
+    return mode != "constant" or value in (None, 0)

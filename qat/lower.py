@@ -5,25 +5,22 @@ only reader of an operation is made in the same step, so that a layer takes inte
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from qat import translate
-from qat.encoding import encode
 from qat.fake_quant import FakeQuantize, Mode, quantizers
-from qat.fitted import Product
-from qat.fold import FoldedWeight, batch_norm_affine, fold, integer_bias
+from qat.fold import BatchNorm, batch_norm_affine
 from qat.graph import Graph, Kind, tensor_arguments, tensor_list
 from qat.layers import QuantizedLayer
-from qat.numerics.granularity import rows_of
+from qat.lower_layers import float_layer, integer_layer, real_layer
 from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize
-from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
+from qat.runtime.layers import RuntimeLayer
 from qat.runtime.network import IntegerNetwork, Node
-from qat.runtime.stored import ProductConv, Simulate, StoredConv, TableConv
+from qat.runtime.stored import Simulate
 from qat.scheme import QuantConfig
 
 
@@ -127,6 +124,14 @@ class _Lowering:
         inputs = [self.to_real(arg) for arg in tensor_arguments(node)]
         self.add(self.graph.name(node), layer, inputs, node, *self.fused_quantizer(node))
 
+    def padded(self, layer: nn.Module, node: fx.Node, x: str) -> str:
+        """`x` as a convolution with a padding mode pads it: it only moves values, so integers stay integers."""
+        pads = translate.moved_padding(layer)
+        if pads is None:
+            return x
+        step = ops.Pad(pads=pads, value=0, mode=str(layer.padding_mode))
+        return self.add(f"{node.target}.padded", step, [x], grid=self.grids[x])
+
     def integer_operation(self, node: fx.Node, layer: RuntimeLayer, args: list[fx.Node]) -> None:
         """Append an operation that keeps its inputs' grid, whether integer or real."""
         names = [self.made[arg] for arg in args]
@@ -153,82 +158,27 @@ def _layer(lowering: _Lowering, node: fx.Node) -> None:
     tail = norm_node or node
     source = node.all_input_nodes[0]
     grid = lowering.grids[lowering.made[source]]
-    output = lowering.output_grid(tail)
     made = [node, tail, *lowering.fused_quantizer(tail)]
-    quantizer = layer.weight_quantizer
-    geometry = translate.geometry(layer, node) | {"output": output}
-    name = str(node.target)
-    if grid is not None and quantizer.integer:
-        lowering.add(name, _integer(layer, fold(layer, norm), grid, geometry), [lowering.made[source]], *made)
-        return
-    weight_only = (
-        _weight_only(layer, fold(layer, norm), geometry) if quantizer.foldable else _stored(layer, norm, geometry)
-    )
-    lowering.add(name, weight_only, [lowering.to_real(source)], *made)
-
-
-def _integer(layer: QuantizedLayer, folded: FoldedWeight, grid: Quantize, geometry: dict[str, Any]) -> IntegerConv:
-    scale, q, bias = integer_bias(folded, float(grid.scale), layer.weight.dim())
-    between = bool(((q - folded.bounds[0]) % folded.step).any())  # a channel that was scaled down for its bias
-    step = IntegerConv(
-        list(folded.q.shape), list(folded.bounds), [grid.quant_min, grid.quant_max], **geometry,
-        weight_step=1 if between else folded.step,
-    )  # fmt: skip
-    limit = torch.iinfo(torch.int32).max if step.bias.dtype == torch.int32 else 2**62
-    step.weight.copy_(q)
-    step.weight_scale.copy_(scale)
-    step.weight_zero_point.copy_(folded.zero_point)
-    step.bias.copy_(bias.clamp(-limit, limit))
-    step.input_scale.copy_(grid.scale)
-    step.input_zero_point.copy_(grid.zero_point)
-    return step
-
-
-def _weight_only(layer: QuantizedLayer, folded: FoldedWeight, geometry: dict[str, Any]) -> FloatConv:
-    group_size = layer.weight_quantizer.layout.group_size
-    step = FloatConv(
-        list(folded.q.shape), list(folded.bounds), group_size, **geometry, weight_step=folded.step
-    )  # fmt: skip
-    step.weight.copy_(folded.q)
-    step.weight_scale.copy_(folded.scale)
-    step.weight_zero_point.copy_(folded.zero_point)
-    step.bias.copy_(folded.bias)
-    assert rows_of(step.weight, group_size).shape[0] == folded.scale.numel()
-    return step
-
-
-def _stored(layer: QuantizedLayer, norm: nn.Module | None, geometry: dict[str, Any]) -> StoredConv:
-    """A weight on levels that are not integers, or in rows that cross output channels."""
-    quantizer, shape = layer.weight_quantizer, list(layer.weight.shape)
-    step: StoredConv
-    if isinstance(quantizer.fitted, Product):
-        rows = quantizer.rows(layer.weight)
-        step = ProductConv(
-            shape, list(quantizer.fitted.entries.shape), rows.numel() // shape[0], quantizer.fitted.bits, **geometry
-        )
-        step.codes.copy_(quantizer.fitted.indices)
-        step.prototypes.copy_(quantizer.fitted.entries.detach())
+    geometry = translate.geometry(layer, node) | {"output": lowering.output_grid(tail)}
+    step: RuntimeLayer
+    if grid is not None and layer.weight_quantizer.integer:
+        step, x = integer_layer(layer, norm, grid, geometry), lowering.made[source]
     else:
-        step = TableConv.of(shape, quantizer.layout, encode(quantizer, layer.weight.detach()), **geometry)
-    gain, shift = batch_norm_affine(norm, shape[0])
-    step.gain.copy_(gain)
-    step.bias.copy_(shift if layer.bias is None else layer.bias.detach().double() * gain + shift)
-    return step
+        step, x = real_layer(layer, norm, geometry), lowering.to_real(source)
+    lowering.add(str(node.target), step, [lowering.padded(layer, node, x)], *made)
 
 
 def _float_layer(lowering: _Lowering, node: fx.Node) -> None:
     layer = lowering.graph.submodule(node)
-    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
-    step = FloatConv(list(layer.weight.shape), None, None, **translate.geometry(layer, node))
-    step.weight.copy_(layer.weight.detach())
-    if layer.bias is not None:
-        step.bias.copy_(layer.bias.detach())
-    lowering.real_operation(node, step)
+    assert layer is not None
+    step = float_layer(layer, translate.geometry(layer, node) | {"output": lowering.output_grid(node)})
+    x = lowering.padded(layer, node, lowering.to_real(node.all_input_nodes[0]))
+    lowering.add(lowering.graph.name(node), step, [x], node, *lowering.fused_quantizer(node))
 
 
 def _batch_norm(lowering: _Lowering, node: fx.Node) -> None:
     module = lowering.graph.submodule(node)
-    assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+    assert isinstance(module, BatchNorm)
     gain, shift = batch_norm_affine(module, module.num_features)
     step = ops.Affine(module.num_features)
     step.factor.copy_(gain)

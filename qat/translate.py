@@ -23,23 +23,43 @@ FUNCTION_NAMES: dict[Any, str] = {
 }
 
 
+CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
+TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
+
 def geometry(layer: nn.Module, node: fx.Node) -> dict[str, Any]:
-    """Stride, padding, dilation and groups of a convolution as the runtime's arguments; nothing for a linear layer.
+    """Stride, padding, dilation and groups of a convolution as the runtime's arguments; nothing for other layers.
 
     Raises:
-        ValueError: a padding mode other than zeros.
+        ValueError: a transposed convolution is called with `output_size`, and so depends on the size of its input.
     """
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d):
+    if not isinstance(layer, CONVOLUTIONS | TRANSPOSED):
         return {}
-    if layer.padding_mode != "zeros":
-        raise ValueError(f"layer '{node.target}': padding_mode='{layer.padding_mode}' cannot be lowered; use 'zeros'")
-    dims = layer.weight.dim() - 2
+    padding = [[0, 0]] * (layer.weight.dim() - 2) if moved_padding(layer) else _padding(layer)
+    common = {"stride": list(layer.stride), "padding": padding, "dilation": list(layer.dilation),
+              "groups": layer.groups}  # fmt: skip
+    if isinstance(layer, CONVOLUTIONS):
+        return common
+    if len(node.args) > 1 or node.kwargs.get("output_size") is not None:
+        raise ValueError(
+            f"layer '{node.target}' cannot be lowered: it is called with output_size, which depends on the size of "
+            f"its input; give the layer output_padding= instead"
+        )
+    return common | {"output_padding": list(layer.output_padding)}
+
+
+def moved_padding(layer: nn.Module) -> list[list[int]] | None:
+    """(before, after) per dimension of a padding that repeats values; None for zeros, which the layer itself adds."""
+    if not isinstance(layer, CONVOLUTIONS) or layer.padding_mode == "zeros":
+        return None
+    return _padding(layer)
+
+
+def _padding(layer: CONVOLUTIONS | TRANSPOSED) -> list[list[int]]:
     if layer.padding == "same":
         totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        padding = [[total // 2, total - total // 2] for total in totals]
-    else:
-        padding = [[0, 0]] * dims if layer.padding == "valid" else [[int(p), int(p)] for p in layer.padding]
-    return {"stride": list(layer.stride), "padding": padding, "dilation": list(layer.dilation), "groups": layer.groups}
+        return [[total // 2, total - total // 2] for total in totals]
+    return [[0, 0]] * (layer.weight.dim() - 2) if layer.padding == "valid" else [[int(p)] * 2 for p in layer.padding]
 
 
 def average_layer(graph: Graph, node: fx.Node) -> RuntimeLayer:
@@ -114,7 +134,7 @@ def passing_layer(graph: Graph, node: fx.Node, zero_point: int) -> RuntimeLayer:
     if key is F.pad:
         flat = args.get(1, "pad")
         pairs = [[flat[i], flat[i + 1]] for i in range(0, len(flat), 2)]
-        return ops.Pad(pads=pairs[::-1], value=zero_point)
+        return ops.Pad(pads=pairs[::-1], value=zero_point, mode=args.get(2, "mode", "constant"))
     raise unsupported(graph, node, "no integer form yet")
 
 

@@ -35,6 +35,7 @@ ORDER = [
     "qat.fold",
     "qat.runtime",  # above `lower`, which builds it: an integer network does not know the training code
     "qat.translate",
+    "qat.lower_layers",
     "qat.lower",
     "qat.ptq",
     "qat.export",

@@ -469,12 +469,6 @@ def test_unsupported_operations_are_named(function: Callable[[Tensor], Tensor], 
     assert named in str(error.value)
 
 
-def test_padding_mode_is_named() -> None:
-    prepared = prepare_only(nn.Sequential(conv(3, 4, 3, padding=1, padding_mode="reflect")), torch.randn(8, *IMAGE))
-    with pytest.raises(ValueError, match=r"layer '0': padding_mode='reflect'.*'zeros'"):
-        qat.lower(prepared)
-
-
 @pytest.mark.parametrize("alone", [True, False])
 def test_batch_norm_without_running_statistics(alone: bool) -> None:
     norm = nn.BatchNorm2d(4, track_running_stats=False)

@@ -54,10 +54,11 @@ def _layer_row(name: str, layer: QuantizedLayer, reason: str) -> dict[str, Any]:
     if isinstance(quantizer.fitted, Product):  # a code is for a vector
         row["bytes"] = -(-quantizer.fitted.indices.numel() * row["bits"] // 8)
     if quantizer.calibrated:
-        scale = quantizer.scales(layer.weight)
+        weight = layer.outputs_first()
+        scale = quantizer.scales(weight)
         mode, quantizer.mode = quantizer.mode, type(quantizer.mode).frozen
-        meant = quantizer.range.transform(quantizer.rows(layer.weight))  # DoReFa squashes first
-        noise = quantizer.rows(quantizer(layer.weight)) - meant
+        meant = quantizer.range.transform(quantizer.rows(weight))  # DoReFa squashes first
+        noise = quantizer.rows(quantizer(weight)) - meant
         quantizer.mode = mode
         signal = float(meant.square().sum())
         power = float(noise.square().sum())

@@ -143,6 +143,14 @@ def _pad(model: Model, node: Node, layer: RuntimeLayer) -> None:
     dtype, offset = (np.dtype(np.float32), 0) if grid is None else storage(grid)
     wide = grid is not None and dtype.itemsize > 1
     shape = model.constant(f"{node.name}.pads", flat, np.int64)
+    mode = layer.settings.get("mode", "constant")
+    if mode != "constant":
+        onnx_mode = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode]
+        if wide:
+            model.as_float(node, lambda x, out: model.op("Pad", [x, shape], out, mode=onnx_mode))
+        else:
+            model.op("Pad", [node.inputs[0], shape], node.name, mode=onnx_mode)
+        return
     value = model.constant(f"{node.name}.value", layer.settings["value"] + offset, np.float32 if wide else dtype)
     if wide:
         model.as_float(node, lambda x, out: model.op("Pad", [x, shape, value], out))

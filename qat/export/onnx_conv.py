@@ -21,12 +21,15 @@ def integer_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
         weight, zero, dtype = centred, torch.zeros_like(zero), "int8"
     else:
         dtype = "uint8" if layer.weight_bounds[0] >= 0 else "int8"
+    direct = layer.output_padding is not None and layer.groups == 1  # [in, out, *kernel]: channels lie along axis 1
+    weight = weight.transpose(0, 1) if direct else weight
     w = model.op(
         "DequantizeLinear",
         [model.constant(f"{name}.weight", weight, dtype), model.constant(f"{name}.weight_scale", layer.weight_scale),
          model.constant(f"{name}.weight_zero_point", zero, dtype)],
-        f"{name}.weight_real", axis=0,
+        f"{name}.weight_real", axis=int(direct),
     )  # fmt: skip
+    w = w if direct else weight_as_kept(model, name, layer, w)
     scale = layer.input_scale * layer.weight_scale
     if layer.bias.dtype == torch.int32:
         constants = [model.constant(f"{name}.bias", layer.bias), model.constant(f"{name}.bias_scale", scale)]
@@ -45,6 +48,7 @@ def float_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
         w = model.constant(f"{name}.weight", layer.weight)
     else:
         w = _dequantized_weight(model, name, layer)
+    w = weight_as_kept(model, name, layer, w)
     model.finish(layer, name, lambda out: product(model, node, layer, [node.inputs[0], w, b], out))
 
 
@@ -68,21 +72,35 @@ def _dequantized_weight(model: Model, name: str, layer: FloatConv) -> str:
     return model.reshape(real, list(layer.weight.shape), f"{name}.weight_real")
 
 
+def weight_as_kept(model: Model, name: str, layer: IntegerConv | FloatConv | StoredConv, w: str) -> str:
+    """The weight `w`, output channels first, in the order that the operation takes: of ConvTranspose inputs first."""
+    if layer.output_padding is None:
+        return w
+    out, inputs, *kernel = layer.weight_shape if isinstance(layer, StoredConv) else layer.weight.shape
+    groups, spatial = layer.groups, range(len(kernel))
+    w = model.reshape(w, [groups, out // groups, inputs, *kernel], f"{name}.weight_grouped")
+    w = model.op("Transpose", [w], f"{name}.weight_swapped", perm=[0, 2, 1, *(3 + i for i in spatial)])
+    return model.reshape(w, [groups * inputs, out // groups, *kernel], f"{name}.weight_kept")
+
+
 def product(
     model: Model, node: Node, layer: IntegerConv | FloatConv | StoredConv, inputs: list[str], output: str
 ) -> str:
     """Convolution or linear layer.
 
     Args:
-        inputs: names of input, weight and, if there is one, bias: real numbers.
+        inputs: names of input, weight (`weight_as_kept`) and, if there is one, bias: real numbers.
         output: name of the result.
     """
     shape = layer.weight_shape if isinstance(layer, StoredConv) else list(layer.weight.shape)
     if len(shape) > 2:
         pads = [before for before, _ in layer.padding] + [after for _, after in layer.padding]
+        kind, extra = "Conv", {}
+        if layer.output_padding is not None:
+            kind, extra = "ConvTranspose", {"output_padding": layer.output_padding}
         return model.op(
-            "Conv", inputs, output, strides=layer.stride, pads=pads, dilations=layer.dilation, group=layer.groups,
-            kernel_shape=shape[2:],
+            kind, inputs, output, strides=layer.stride, pads=pads, dilations=layer.dilation, group=layer.groups,
+            kernel_shape=shape[2:], **extra,
         )  # fmt: skip
     if len(model.shapes[node.inputs[0]]) == 2:
         return model.op("Gemm", inputs, output, transB=1)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from qat.export.onnx_conv import product
+from qat.export.onnx_conv import product, weight_as_kept
 from qat.export.onnx_model import Model
 from qat.fake_quant import FakeQuantize
 from qat.numerics.affine import SMALLEST_SCALE
@@ -179,6 +179,7 @@ def _restore(model: Model, layout: Layout, shape: list[int], rows: str, output: 
 def _stored(model: Model, node: Node, layer: StoredConv, w: str) -> None:
     """`product * gain + bias`, on the layer's output grid."""
     name, x = node.name, node.inputs[0]
+    w = weight_as_kept(model, name, layer, w)
     if bool((layer.gain == 1).all()):
         b = model.constant(f"{name}.bias", layer.bias)
         model.finish(layer, name, lambda out: product(model, node, layer, [x, w, b], out))

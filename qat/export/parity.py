@@ -19,6 +19,8 @@ from qat.export.onnx import storage
 from qat.export.onnxruntime import OnnxNetwork
 from qat.runtime.network import IntegerNetwork
 
+Batch = Tensor | tuple[Tensor, ...]
+
 
 class ParityError(RuntimeError):
     """Two implementations of one network disagree by more than is allowed."""
@@ -110,16 +112,16 @@ class _Recorder(fx.Interpreter):
 
 
 @torch.no_grad()
-def training_integers(prepared: fx.GraphModule, network: IntegerNetwork, inputs: Tensor) -> dict[str, Tensor]:
+def training_integers(prepared: fx.GraphModule, network: IntegerNetwork, *inputs: Tensor) -> dict[str, Tensor]:
     """The integers behind every fake-quantized activation of `prepared`, by name of `network`'s tensor.
 
     Args:
         prepared: the network that `network` was lowered from, in eval mode.
         network: from `qat.lower`.
-        inputs: float32, batch dimension first.
+        inputs: the network's arguments, batch dimension first.
     """
     recorder = _Recorder(prepared, set(network.edges.values()))
-    recorder.run(inputs)
+    recorder.run(*inputs)
     integers = {}
     for name, node in network.edges.items():
         grid = network.grid(name)
@@ -129,7 +131,7 @@ def training_integers(prepared: fx.GraphModule, network: IntegerNetwork, inputs:
 
 
 @torch.no_grad()
-def integers_given(network: IntegerNetwork, inputs: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def integers_given(network: IntegerNetwork, inputs: Batch, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """What each layer of `network` makes of `given` integers, by name of tensor."""
     made: dict[str, Tensor] = {}
 
@@ -138,11 +140,11 @@ def integers_given(network: IntegerNetwork, inputs: Tensor, given: dict[str, Ten
             made[name] = tensor
         return given.get(name, tensor)
 
-    network.run(inputs, watch=watch)
+    network.run(*_arguments(inputs), watch=watch)
     return made
 
 
-def onnx_integers_given(path: Path, target: str, network: IntegerNetwork, inputs: Tensor, given: dict[str, Tensor]) -> (
+def onnx_integers_given(path: Path, target: str, network: IntegerNetwork, inputs: Batch, given: dict[str, Tensor]) -> (
     dict[str, Tensor]
 ):  # fmt: skip
     """What each layer of an ONNX file, read back from disk and run by ONNX Runtime, makes of `given` integers.
@@ -167,7 +169,7 @@ def onnx_integers_given(path: Path, target: str, network: IntegerNetwork, inputs
         if name not in {output.name for output in graph.output}:
             graph.output.append(kinds[name])
     session = OnnxNetwork(model.SerializeToString(), target)
-    feeds = {network.inputs[0]: inputs.numpy()}
+    feeds = {name: x.numpy() for name, x in zip(network.inputs, _arguments(inputs), strict=True)}
     for name in present:
         dtype, offset = _storage(network, name)
         feeds[f"{name}/given"] = (given[name].int() + offset).numpy().astype(dtype)
@@ -232,7 +234,7 @@ def measure(
     network: IntegerNetwork,
     checkpoint: IntegerNetwork | None,
     onnx_path: Path | None,
-    inputs: Tensor,
+    inputs: Batch,
     *,
     target: str = "generic",
     layer_samples: int = 256,
@@ -245,7 +247,8 @@ def measure(
         network: lowered from `prepared`.
         checkpoint: the int8 checkpoint as reloaded from disk; None if there is none.
         onnx_path: the ONNX file; None if there is none.
-        inputs: real test inputs, shape [samples, ...].
+        inputs: real test inputs, shape [samples, ...]; a tuple for a network of several arguments (where their numbers
+            of samples differ, as of indices and offsets, they stay one batch).
         target: key of TARGETS, how the ONNX file is run.
         layer_samples: how many samples are compared layer by layer.
         batch_size: samples at a time.
@@ -254,16 +257,16 @@ def measure(
         `qat_int8`, `qat_onnx` and `int8_onnx`, those of them whose files are there.
     """
     prepared.eval()
-    batches = inputs.split(batch_size)
-    outputs = {"qat": torch.cat([_first(prepared(x)) for x in batches])}
+    batches = _split(_arguments(inputs), batch_size)
+    outputs = {"qat": torch.cat([_first(prepared(*x)) for x in batches])}
     integers: dict[str, list[dict[str, Tensor]]] = {"qat": [], "int8": [], "onnx": []}
     if checkpoint is not None:
-        outputs["int8"] = torch.cat([_first(checkpoint(x)) for x in batches])
+        outputs["int8"] = torch.cat([_first(checkpoint(*x)) for x in batches])
     if onnx_path is not None:
         session = OnnxNetwork(onnx_path, target)
-        outputs["onnx"] = torch.cat([session(x) for x in batches])
-    for x in inputs[:layer_samples].split(batch_size):
-        given = training_integers(prepared, network, x)
+        outputs["onnx"] = torch.cat([session(*x) for x in batches])
+    for x in _split(_arguments(inputs), batch_size, layer_samples):
+        given = training_integers(prepared, network, *x)
         integers["qat"].append(given)
         if checkpoint is not None:
             integers["int8"].append(integers_given(checkpoint, x, given))
@@ -274,6 +277,17 @@ def measure(
         for a, b in (("qat", "int8"), ("qat", "onnx"), ("int8", "onnx"))
         if a in outputs and b in outputs
     }
+
+
+def _arguments(inputs: Batch) -> tuple[Tensor, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _split(inputs: tuple[Tensor, ...], size: int, samples: int | None = None) -> list[tuple[Tensor, ...]]:
+    """Batches of the first `samples` samples."""
+    if len({len(x) for x in inputs}) > 1:
+        return [inputs]
+    return list(zip(*(x[:samples].split(size) for x in inputs), strict=True))
 
 
 def _first(y: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -1,6 +1,6 @@
 """What every quantized layer is: the float layer plus a quantizer for its weight."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -18,6 +18,10 @@ class QuantizedLayer(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_quantizer: FakeQuantize
+    multiplies: ClassVar[bool] = True
+    """An output is a sum of products of one input with the weight, plus a bias: what integer kernels compute."""
+    biased: ClassVar[bool] = True
+    """An output has channels that a bias, or a BatchNorm behind the layer, can shift."""
 
     @classmethod
     def from_float(cls, module: nn.Module, scheme: TensorScheme, name: str) -> Self:
@@ -33,8 +37,12 @@ class QuantizedLayer(nn.Module):
         """
         weight = module.weight
         assert isinstance(weight, Tensor)
+        layer = cls.__new__(cls)
+        # the float layer's state as it stands, hooks included; the containers are copied to leave the original alone
+        layer.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
+        view = layer.outputs_first().shape
         if scheme.granularity is Granularity.group and scheme.group_size:
-            inputs = weight[0].numel()
+            inputs = view[1:].numel()
             shape = f"layer '{name}' (weight {list(weight.shape)})"
             if inputs % scheme.group_size and not scheme.allow_padding:
                 raise ValueError(
@@ -47,13 +55,18 @@ class QuantizedLayer(nn.Module):
                     f"quant.weight.subspaces={scheme.subspaces} does not divide the {groups} groups of inputs of "
                     f"{shape}; give a divisor of {groups}"
                 )
-        layer = cls.__new__(cls)
-        # the float layer's state as it stands, hooks included; the containers are copied to leave the original alone
-        layer.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
-        layer.weight_quantizer = FakeQuantize(scheme, weight.shape)
+        layer.weight_quantizer = FakeQuantize(scheme, view)
         layer.weight_quantizer.name = f"{name}.weight"
         return layer
 
+    def outputs_first(self) -> Tensor:
+        """The weight as its quantizer sees it, [out, inputs...]: channels, groups and blocks count in this view."""
+        return self.weight
+
+    def as_kept(self, weight: Tensor) -> Tensor:
+        """Inverse of `outputs_first`: a weight in the shape of the parameter."""
+        return weight
+
     def quantized_weight(self) -> Tensor:
         """The fake-quantized weight."""
-        return self.weight_quantizer(self.weight)
+        return self.as_kept(self.weight_quantizer(self.outputs_first()))

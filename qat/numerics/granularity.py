@@ -35,6 +35,26 @@ def from_rows(rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     return flat[:, : math.prod(shape[1:])].reshape(shape)
 
 
+def swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight with output channels first, as a convolution's has them; its own inverse.
+
+    Output channel `g * (out / groups) + j` of the layer is column `j` of the rows of group `g`.
+
+    Args:
+        weight: shape [in, out / groups, *kernel], or [out, in / groups, *kernel].
+        groups: of the convolution.
+
+    Returns:
+        shape [out, in / groups, *kernel], or [in, out / groups, *kernel].
+
+    >>> swap_channels(torch.tensor([[1, 2], [3, 4]]), 1).tolist(), swap_channels(torch.tensor([[1, 2], [3, 4]]), 2).tolist()
+    ([[1, 3], [2, 4]], [[1], [2], [3], [4]])
+    """  # noqa: E501
+    rows, columns, *kernel = weight.shape
+    grouped = weight.reshape(groups, rows // groups, columns, *kernel)
+    return grouped.transpose(1, 2).reshape(groups * columns, rows // groups, *kernel)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How a tensor is cut into rows that share a scale.

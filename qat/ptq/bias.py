@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.fake_quant import Mode, eval_mode
-from qat.fold import batch_norm_affine, fold, integer_bias
+from qat.fold import BatchNorm, batch_norm_affine, fold, integer_bias
 from qat.graph import Graph, Kind
 from qat.layers import QuantizedLayer
 
@@ -23,7 +23,7 @@ def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tens
     to those layers).
     """
     graph = Graph(prepared)
-    layers = {layer: graph.batch_norm_after(node) for node, layer in graph.layers()}
+    layers = {layer: graph.batch_norm_after(node) for node, layer in graph.layers() if layer.biased}
     error: dict[QuantizedLayer, Tensor] = {}
     count = 0
 
@@ -31,9 +31,9 @@ def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tens
         assert isinstance(layer, QuantizedLayer)
         quantizer, mode = layer.weight_quantizer, layer.weight_quantizer.mode
         quantizer.mode = Mode.float
-        exact = type(layer).forward(layer, inputs[0])
+        exact = type(layer).forward(layer, *inputs)
         quantizer.mode = mode
-        channel = 1 if layer.weight.dim() > 2 else output.dim() - 1
+        channel = 1 if layer.outputs_first().dim() > 2 else output.dim() - 1
         other = [d for d in range(output.dim()) if d != channel]
         error[layer] = error.get(layer, torch.zeros(())) + (exact - output).mean(dim=other)
 
@@ -67,20 +67,20 @@ def round_biases(prepared: fx.GraphModule) -> None:
     calls = [layer for _, layer in graph.layers()]
     for node, layer in graph.layers():
         quantizer = graph.quantizer_of(node.all_input_nodes[0])
-        integer = quantizer is not None and quantizer.integer and layer.weight_quantizer.integer
+        integer = quantizer is not None and quantizer.integer and layer.weight_quantizer.integer and layer.multiplies
         if quantizer is None or not integer or calls.count(layer) > 1:  # added in float, or at several scales
             continue
         norm_node = graph.batch_norm_after(node)
         norm = graph.submodule(norm_node) if norm_node else None
         folded = fold(layer, norm)
         input_scale = float(quantizer.qparams()[0].detach())
-        scale, _, bias = integer_bias(folded, input_scale, layer.weight.dim())
+        scale, _, bias = integer_bias(folded, input_scale, folded.q.dim())
         _add_to_folded_bias(layer, norm, bias * scale * input_scale - folded.bias)
 
 
 def _add_to_output(layer: QuantizedLayer, norm: nn.Module | None, delta: Tensor) -> None:
     """Shift the layer's output by `delta` a channel."""
-    if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.running_mean is not None:
+    if isinstance(norm, BatchNorm) and norm.running_mean is not None:
         norm.running_mean.sub_(delta)
     elif layer.bias is not None:
         layer.bias.data.add_(delta)
@@ -90,7 +90,7 @@ def _add_to_output(layer: QuantizedLayer, norm: nn.Module | None, delta: Tensor)
 
 def _add_to_folded_bias(layer: QuantizedLayer, norm: nn.Module | None, delta: Tensor) -> None:
     """Shift the output of the layer and its BatchNorm by `delta` a channel."""
-    if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+    if isinstance(norm, BatchNorm):
         if norm.bias is not None:
             norm.bias.data.copy_(norm.bias.double() + delta)
         elif norm.running_mean is not None:  # affine=False: the mean is the only constant to move

@@ -4,6 +4,7 @@ Both compute `sum over inputs of (x_q - x_zero) * (w_q - w_zero)` for every outp
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,35 @@ def reference_conv(
         bias = folded_bias(torch.zeros(w_q.shape[0], dtype=wide), w_q, x_zero, w_zero)
     total = products - zw * input_sum + bias.to(wide).reshape(groups, 1, -1)
     return total.transpose(2, 3).reshape(n, w_q.shape[0], *out_spatial)
+
+
+def reference_conv_transpose(
+    x_q: Tensor, w_q: Tensor, x_zero: int, w_zero: Tensor, stride: Sequence[int], padding: Sequence[Sequence[int]],
+    dilation: Sequence[int], groups: int, output_padding: Sequence[int], bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Transposed convolution in integers: a convolution of the input with zeros in between, by the weight turned round.
+
+    Between values and around them stands the zero point, which stands for 0.
+
+    Args:
+        w_q: integers, output channels first: [out, c / groups, *kernel].
+        stride, dilation, groups, output_padding: as in torch.nn.functional.conv_transpose2d.
+        padding: (before, after) per spatial dimension, taken away from the full result.
+        x_q, x_zero, w_zero, bias: as in `reference_conv`.
+
+    Source: Dumoulin, Visin 2016, "A guide to convolution arithmetic for deep learning", section 4.6.
+    """
+    sizes = [step * (size - 1) + 1 for size, step in zip(x_q.shape[2:], stride, strict=True)]
+    spread = torch.full((*x_q.shape[:2], *sizes), x_zero, dtype=x_q.dtype, device=x_q.device)
+    places: tuple[Any, ...] = (..., *[slice(None, None, step) for step in stride])
+    spread[places] = x_q
+    reach = [gap * (size - 1) for gap, size in zip(dilation, w_q.shape[2:], strict=True)]
+    around = [
+        [far - before, far - after + extra]
+        for far, (before, after), extra in zip(reach, padding, output_padding, strict=True)
+    ]
+    turned = w_q.flip(list(range(2, w_q.dim())))
+    return reference_conv(spread, turned, x_zero, w_zero, [1] * len(sizes), around, dilation, groups, bias)
 
 
 def folded_bias(bias: Tensor, w_q: Tensor, x_zero: int, w_zero: Tensor) -> Tensor:

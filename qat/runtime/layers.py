@@ -10,23 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.numerics.granularity import from_rows, rows_of
-from qat.runtime.accumulate import centred, exact_dtype, folded_bias, reference_conv
+from qat.numerics.granularity import from_rows, rows_of, swap_channels
+from qat.runtime.accumulate import centred, exact_dtype, folded_bias, reference_conv, reference_conv_transpose
 from qat.runtime.grid import Quantize, storage_dtype
 
 
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[list[int]], dilation: list[int],
-    groups: int,
+    groups: int, output_padding: list[int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Convolution or, for a weight of two dimensions, linear layer, in the dtype of its arguments; pads with zeros."""
+    """Convolution or, for a weight of two dimensions, linear layer, in the dtype of its arguments; pads with zeros.
+
+    With `output_padding` a transposed convolution, by a weight that has its output channels first all the same.
+    """
     dims = weight.dim() - 2
     if dims == 0:
         return F.linear(x, weight, bias)
     before = [pair[0] for pair in padding]
+    if output_padding is not None:
+        transposed = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
+        return transposed(x, swap_channels(weight, groups), bias, stride, before, output_padding, groups, dilation)
     if before != [pair[1] for pair in padding]:
         x, before = F.pad(x, [p for pair in reversed(padding) for p in pair]), [0] * dims
-    conv = {1: F.conv1d, 2: F.conv2d}[dims]
+    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[dims]
     return conv(x, weight, bias, stride, before, dilation, groups)
 
 
@@ -70,6 +76,7 @@ class IntegerConv(RuntimeLayer):
         input_bounds: smallest and largest input integer.
         stride, padding, dilation: per spatial dimension, padding as (before, after) pairs.
         groups: as in `nn.Conv2d`.
+        output_padding: of a transposed convolution, per spatial dimension; None for a convolution.
         weight_step: distance of neighbouring weight integers (2 for binary weights).
         output: grid of the result.
     """
@@ -85,14 +92,14 @@ class IntegerConv(RuntimeLayer):
     def __init__(
         self, weight_shape: list[int], weight_bounds: list[int], input_bounds: list[int],
         stride: list[int] | None = None, padding: list[list[int]] | None = None, dilation: list[int] | None = None,
-        groups: int = 1, weight_step: int = 1, output: Quantize | None = None,
+        groups: int = 1, weight_step: int = 1, output: Quantize | None = None, output_padding: list[int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(output)
         dims = len(weight_shape) - 2
         self.weight_bounds, self.input_bounds, self.groups = weight_bounds, input_bounds, groups
         self.weight_step = weight_step
         self.stride, self.dilation = stride or [1] * dims, dilation or [1] * dims
-        self.padding = padding or [[0, 0]] * dims
+        self.padding, self.output_padding = padding or [[0, 0]] * dims, output_padding
         out = weight_shape[0]
         dtype = torch.uint8 if weight_bounds[0] >= 0 else torch.int8
         self.register_buffer("weight", torch.zeros(weight_shape, dtype=dtype))
@@ -109,6 +116,7 @@ class IntegerConv(RuntimeLayer):
             "weight_shape": list(self.weight.shape), "weight_bounds": self.weight_bounds,
             "input_bounds": self.input_bounds, "stride": self.stride, "padding": self.padding,
             "dilation": self.dilation, "groups": self.groups, "weight_step": self.weight_step,
+            "output_padding": self.output_padding,
         }  # fmt: skip
 
     def accumulate(self, x_q: Tensor) -> Tensor:
@@ -121,12 +129,16 @@ class IntegerConv(RuntimeLayer):
             geometry = (self.stride, self.padding, self.dilation) if dims else ([1], [[0, 0]], [1])
             if self._folded_bias is None:
                 self._folded_bias = folded_bias(self.bias, weight, zero, self.weight_zero_point)
-            total = reference_conv(x, weight, zero, self.weight_zero_point, *geometry, self.groups, self._folded_bias)
+            arguments = (x, weight, zero, self.weight_zero_point, *geometry, self.groups)
+            if self.output_padding is not None:
+                return reference_conv_transpose(*arguments, self.output_padding, self._folded_bias)
+            total = reference_conv(*arguments, self._folded_bias)
             return total if dims else total.reshape(*x_q.shape[:-1], -1)
         weight, x_zero = self._fast_form()
         total = convolve(
-            centred(x_q, x_zero, weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups
-        )
+            centred(x_q, x_zero, weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups,
+            self.output_padding,
+        )  # fmt: skip
         return self.bias.reshape(-1, *[1] * dims) + total.to(self.bias.dtype)
 
     def _fast_form(self) -> tuple[Tensor, int | Tensor]:
@@ -166,7 +178,7 @@ class FloatConv(RuntimeLayer):
     Holds weight-only schemes (4-bit groups with float activations, say) and layers that stay float.
 
     Args:
-        weight_shape, stride, padding, dilation, groups: as in `IntegerConv`.
+        weight_shape, stride, padding, dilation, groups, output_padding: as in `IntegerConv`.
         weight_bounds: smallest and largest weight integer; None for float weights.
         group_size: inputs that share a scale; None for one scale an output channel.
         output: grid of the result.
@@ -180,14 +192,14 @@ class FloatConv(RuntimeLayer):
     def __init__(
         self, weight_shape: list[int], weight_bounds: list[int] | None = None, group_size: int | None = None,
         stride: list[int] | None = None, padding: list[list[int]] | None = None, dilation: list[int] | None = None,
-        groups: int = 1, weight_step: int = 1, output: Quantize | None = None,
+        groups: int = 1, weight_step: int = 1, output: Quantize | None = None, output_padding: list[int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(output)
         dims = len(weight_shape) - 2
         self.weight_bounds, self.group_size, self.groups = weight_bounds, group_size, groups
         self.weight_step = weight_step
         self.stride, self.dilation = stride or [1] * dims, dilation or [1] * dims
-        self.padding = padding or [[0, 0]] * dims
+        self.padding, self.output_padding = padding or [[0, 0]] * dims, output_padding
         out = weight_shape[0]
         if weight_bounds is None:
             self.register_buffer("weight", torch.zeros(weight_shape))
@@ -205,6 +217,7 @@ class FloatConv(RuntimeLayer):
             "weight_shape": list(self.weight.shape), "weight_bounds": self.weight_bounds,
             "group_size": self.group_size, "stride": self.stride, "padding": self.padding,
             "dilation": self.dilation, "groups": self.groups, "weight_step": self.weight_step,
+            "output_padding": self.output_padding,
         }  # fmt: skip
 
     def float_weight(self) -> Tensor:
@@ -218,4 +231,5 @@ class FloatConv(RuntimeLayer):
     def forward(self, x: Tensor) -> Tensor:
         """float32 -> float32, or integers of the output's grid."""
         weight = self.float_weight()
-        return self.emit(convolve(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
+        geometry = (self.stride, self.padding, self.dilation, self.groups, self.output_padding)
+        return self.emit(convolve(x, weight, self.bias, *geometry))

@@ -137,11 +137,17 @@ class Slice(_Configured):
 
 
 class Pad(_Configured):
-    """Constant padding; `pads` is (before, after) per dimension, `value` the zero point on integers."""
+    """Padding; `pads` is (before, after) for the last dimensions, `value` the zero point on integers.
+
+    With a `mode` other than `constant` (`reflect`, `replicate`, `circular`) values are repeated.
+    """
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         flat = [p for pair in reversed(self.settings["pads"]) for p in pair]
-        return F.pad(x, flat, value=self.settings["value"])
+        mode = self.settings.get("mode", "constant")
+        if mode == "constant":
+            return F.pad(x, flat, value=self.settings["value"])
+        return F.pad(x.float(), flat, mode=mode).to(x.dtype)  # torch repeats floats only; they hold 16 bits exactly
 
 
 class Concat(_Configured):

@@ -24,7 +24,7 @@ class StoredConv(RuntimeLayer):
         y = convolve(x, weight) * gain + bias
 
     Args:
-        weight_shape, stride, padding, dilation, groups, output: as in `IntegerConv`.
+        weight_shape, stride, padding, dilation, groups, output, output_padding: as in `IntegerConv`.
 
     Attributes:
         gain, bias: the BatchNorm behind the layer and its own bias, shape [out].
@@ -36,19 +36,20 @@ class StoredConv(RuntimeLayer):
     def __init__(
         self, weight_shape: list[int], stride: list[int] | None = None, padding: list[list[int]] | None = None,
         dilation: list[int] | None = None, groups: int = 1, output: Quantize | None = None,
+        output_padding: list[int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(output)
         dims = len(weight_shape) - 2
         self.weight_shape, self.groups = weight_shape, groups
         self.stride, self.dilation = stride or [1] * dims, dilation or [1] * dims
-        self.padding = padding or [[0, 0]] * dims
+        self.padding, self.output_padding = padding or [[0, 0]] * dims, output_padding
         self.register_buffer("gain", torch.ones(weight_shape[0]))
         self.register_buffer("bias", torch.zeros(weight_shape[0]))
 
     def spec(self) -> dict[str, Any]:  # noqa: D102
         return super().spec() | {
             "weight_shape": self.weight_shape, "stride": self.stride, "padding": self.padding,
-            "dilation": self.dilation, "groups": self.groups,
+            "dilation": self.dilation, "groups": self.groups, "output_padding": self.output_padding,
         }  # fmt: skip
 
     def float_weight(self) -> Tensor:
@@ -57,7 +58,8 @@ class StoredConv(RuntimeLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 -> float32, or integers of the output's grid."""
-        y = convolve(x, self.float_weight(), None, self.stride, self.padding, self.dilation, self.groups)
+        geometry = (self.stride, self.padding, self.dilation, self.groups, self.output_padding)
+        y = convolve(x, self.float_weight(), None, *geometry)
         column = (-1, *[1] * (len(self.weight_shape) - 2))
         return self.emit(y * self.gain.reshape(column) + self.bias.reshape(column))
 

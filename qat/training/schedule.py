@@ -84,7 +84,9 @@ class QATSchedule(L.Callback):
         if mode is before:
             return
         if before is Mode.observe and mode in (Mode.quantize, Mode.frozen):
-            weights = {m.weight_quantizer: m.weight for m in pl_module.modules() if isinstance(m, QuantizedLayer)}
+            weights = {
+                m.weight_quantizer: m.outputs_first() for m in pl_module.modules() if isinstance(m, QuantizedLayer)
+            }
             for _, quantizer in quantizers(pl_module):
                 if quantizer in weights and not quantizer.calibrated:  # tables and roundings need the weight itself
                     quantizer.set_range_from(weights[quantizer])

@@ -1,0 +1,92 @@
+"""Layers of a prepared network -> layers of the runtime, their numbers copied."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.encoding import encode
+from qat.fitted import Product
+from qat.fold import FoldedWeight, batch_norm_affine, fold, integer_bias
+from qat.layers import QuantizedLayer
+from qat.numerics.granularity import rows_of, swap_channels
+from qat.runtime.grid import Quantize
+from qat.runtime.layers import FloatConv, IntegerConv
+from qat.runtime.stored import ProductConv, StoredConv, TableConv
+
+
+def integer_layer(
+    layer: QuantizedLayer, norm: nn.Module | None, grid: Quantize, geometry: dict[str, Any]
+) -> IntegerConv:
+    """A layer that takes integers of `grid`."""
+    folded = fold(layer, norm)
+    scale, q, bias = integer_bias(folded, float(grid.scale), folded.q.dim())
+    between = bool(((q - folded.bounds[0]) % folded.step).any())  # a channel that was scaled down for its bias
+    step = IntegerConv(
+        list(folded.q.shape), list(folded.bounds), [grid.quant_min, grid.quant_max], **geometry,
+        weight_step=1 if between else folded.step,
+    )  # fmt: skip
+    limit = torch.iinfo(torch.int32).max if step.bias.dtype == torch.int32 else 2**62
+    step.weight.copy_(q)
+    step.weight_scale.copy_(scale)
+    step.weight_zero_point.copy_(folded.zero_point)
+    step.bias.copy_(bias.clamp(-limit, limit))
+    step.input_scale.copy_(grid.scale)
+    step.input_zero_point.copy_(grid.zero_point)
+    return step
+
+
+def real_layer(layer: QuantizedLayer, norm: nn.Module | None, geometry: dict[str, Any]) -> FloatConv | StoredConv:
+    """A layer that takes real numbers, its weight stored in few bits."""
+    if layer.weight_quantizer.foldable:
+        return _weight_only(layer, fold(layer, norm), geometry)
+    return _stored(layer, norm, geometry)
+
+
+def _weight_only(layer: QuantizedLayer, folded: FoldedWeight, geometry: dict[str, Any]) -> FloatConv:
+    group_size = layer.weight_quantizer.layout.group_size
+    step = FloatConv(
+        list(folded.q.shape), list(folded.bounds), group_size, **geometry, weight_step=folded.step
+    )  # fmt: skip
+    step.weight.copy_(folded.q)
+    step.weight_scale.copy_(folded.scale)
+    step.weight_zero_point.copy_(folded.zero_point)
+    step.bias.copy_(folded.bias)
+    assert rows_of(step.weight, group_size).shape[0] == folded.scale.numel()
+    return step
+
+
+def _stored(layer: QuantizedLayer, norm: nn.Module | None, geometry: dict[str, Any]) -> StoredConv:
+    """A weight on levels that are not integers, or in rows that cross output channels."""
+    quantizer, weight = layer.weight_quantizer, layer.outputs_first().detach()
+    shape = list(weight.shape)
+    step: StoredConv
+    if isinstance(quantizer.fitted, Product):
+        rows = quantizer.rows(weight)
+        step = ProductConv(
+            shape, list(quantizer.fitted.entries.shape), rows.numel() // shape[0], quantizer.fitted.bits, **geometry
+        )
+        step.codes.copy_(quantizer.fitted.indices)
+        step.prototypes.copy_(quantizer.fitted.entries.detach())
+    else:
+        step = TableConv.of(shape, quantizer.layout, encode(quantizer, weight), **geometry)
+    gain, shift = batch_norm_affine(norm, shape[0])
+    step.gain.copy_(gain)
+    step.bias.copy_(shift if layer.bias is None else layer.bias.detach().double() * gain + shift)
+    return step
+
+
+def float_layer(layer: nn.Module, geometry: dict[str, Any]) -> FloatConv:
+    """A layer that stays float."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        weight = swap_channels(weight, layer.groups)
+    elif isinstance(layer, nn.Bilinear):
+        weight = weight.flatten(1)
+    step = FloatConv(list(weight.shape), None, None, **geometry)
+    step.weight.copy_(weight.detach())
+    if bias is not None:
+        assert isinstance(bias, Tensor)
+        step.bias.copy_(bias.detach())
+    return step
