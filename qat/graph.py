@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.fx.node import Target
 
+from qat.calls import CALLS, SIZE_ATTRIBUTES, values_of
 from qat.fake_quant import FakeQuantize
 from qat.layers import SWAPS, QuantizedLayer
 
@@ -31,39 +31,50 @@ class Kind(Enum):
     relu = auto()
     add = auto()
     concat = auto()
-    average = auto()  # average pooling, mean
+    arithmetic = auto()  # of two tensors, other than their sum
+    select = auto()  # takes each value from one of two tensors
+    average = auto()  # average pooling, mean, linear interpolation
     passes = auto()  # moves or selects values: the scale passes through
+    constant = auto()  # a parameter or buffer that forward reads
+    size = auto()  # sizes of tensors and what is computed of them: no tensor
     quantizer = auto()
     output = auto()
     other = auto()  # computed in float
 
 
 KINDS: dict[Any, Kind] = {
+    **{key: Kind[operation.kind] for key, operation in CALLS.items()},
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), Kind.batch_norm),
     **dict.fromkeys(SWAPS, Kind.float_layer),
     **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), Kind.relu),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), Kind.add),
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), Kind.concat),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate, torch.stack), Kind.concat),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), Kind.average),
     **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d), Kind.average),
+    **dict.fromkeys((nn.AvgPool3d, nn.AdaptiveAvgPool3d, F.avg_pool3d, F.adaptive_avg_pool3d), Kind.average),
     **dict.fromkeys((torch.mean, "mean"), Kind.average),
-    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d), Kind.passes),
-    **dict.fromkeys((F.max_pool1d, F.max_pool2d), Kind.passes),
-    **dict.fromkeys((nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d), Kind.passes),
-    **dict.fromkeys((torch.flatten, torch.reshape, torch.permute, torch.transpose, operator.getitem), Kind.passes),
-    **dict.fromkeys(("flatten", "reshape", "view", "permute", "transpose", "contiguous"), Kind.passes),
-    **dict.fromkeys((torch.squeeze, torch.unsqueeze, "squeeze", "unsqueeze", F.pad), Kind.passes),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), Kind.passes),
+    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), Kind.passes),
+    **dict.fromkeys((torch.reshape, torch.permute, operator.getitem, F.pad), Kind.passes),
+    **dict.fromkeys(("reshape", "view", "permute"), Kind.passes),
 }
 
-NONNEGATIVE = {nn.ReLU6, F.relu6, nn.Sigmoid, torch.sigmoid, "sigmoid", nn.Softmax, torch.softmax, F.softmax}
-"""Float operations whose result cannot be negative."""
+IDENTITIES = {
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+    "contiguous", "clone", torch.clone,
+}  # fmt: skip
+"""Operations that hand their input on when the network is evaluated."""
 
+KINDS |= dict.fromkeys(IDENTITIES, Kind.passes)
 
-class _Tracer(fx.Tracer):
-    """Records, and takes quantized layers and quantizers as single operations."""
+NONNEGATIVE = {"relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "exp", "square", "sqrt", "rsqrt"}
+"""Operations (of CALLS) whose result cannot be negative."""
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantizedLayer | FakeQuantize) or super().is_leaf_module(m, module_qualified_name)
+KEEPS_SIGN = {"mul", "div", "matmul", "einsum"}
+"""Arithmetic whose result is not negative where no operand is."""
+
+NEAREST, AVERAGED = ("nearest", "nearest-exact"), ("linear", "bilinear", "trilinear", "area")
+"""Modes of interpolation that move values, and that average them; others make values outside their input's range."""
 
 
 class PreparedNetwork(fx.GraphModule):
@@ -86,52 +97,6 @@ def _unpickle(reduced: tuple[Any, ...], meta: dict[str, Any], modules: dict[str,
     return prepared
 
 
-def trace(net: nn.Module) -> fx.GraphModule:
-    """Record `net` as a graph. Parameters and submodules are shared with `net`, which is not changed.
-
-    Raises:
-        ValueError: the network cannot be traced; says why and at which line of its code.
-    """
-    try:
-        graph = _Tracer().trace(net)
-    except Exception as error:  # whatever the network's own code raises when it meets a symbolic tensor
-        where = _last_user_line(error)
-        raise ValueError(
-            f"qat cannot trace {type(net).__name__}{where}: {error}. Control flow that depends on the values of "
-            f"tensors cannot be recorded; move it out of forward, or prepare the traceable submodules one by one."
-        ) from error
-    traced = PreparedNetwork(net, graph, type(net).__name__)
-    for node in graph.nodes:
-        if node.target in (F.dropout, torch.dropout):
-            raise ValueError(
-                f"{type(net).__name__} calls dropout as a function ('{node.name}'), which a trace records with the "
-                f"mode of the moment; use nn.Dropout, which knows whether it is training"
-            )
-    for name, module in net.named_modules():  # what forward does not call belongs to a float checkpoint, too
-        if name and not _has(traced, name):
-            traced.add_submodule(name, module)
-    return traced
-
-
-def _has(net: nn.Module, name: str) -> bool:
-    try:
-        net.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
-
-
-def _last_user_line(error: BaseException) -> str:
-    frames = []
-    tb = error.__traceback__
-    while tb is not None:
-        filename = tb.tb_frame.f_code.co_filename
-        if "/torch/" not in filename and not filename.endswith("qat/graph.py"):
-            frames.append(f" at {filename}:{tb.tb_lineno}")
-        tb = tb.tb_next
-    return frames[-1] if frames else ""
-
-
 class Graph:
     """Questions about the graph of a GraphModule. Reads; never changes it."""
 
@@ -139,6 +104,7 @@ class Graph:
         self.module = module
         self.modules = dict(module.named_modules())
         self.passing_relus: set[fx.Node] = set()
+        self._sizes: dict[fx.Node, bool] = {}
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -149,10 +115,44 @@ class Graph:
         """The module that a node calls, if it calls one."""
         return self.modules[str(node.target)] if node.op == "call_module" else None
 
-    def key(self, node: fx.Node) -> Target | type[nn.Module]:
-        """What identifies the operation: module type, function, or name of a method."""
+    def key(self, node: fx.Node) -> Any:
+        """What identifies the operation: module type, function, name of a method, or (getattr, attribute)."""
         module = self.submodule(node)
+        if node.target is getattr:
+            return getattr, node.args[1]
         return type(module) if module is not None else node.target
+
+    def arguments(self, node: fx.Node) -> dict[str, Any]:
+        """Parameter -> value of a call of an operation of CALLS."""
+        return CALLS[self.key(node)].bind(node, self.submodule(node))
+
+    def is_size(self, node: fx.Node) -> bool:
+        """Whether a node stands for a size, or for something computed of nothing but sizes and modes."""
+        if node not in self._sizes:
+            key = self.key(node)
+            if node.target is getattr:
+                known = node.args[1] in SIZE_ATTRIBUTES
+            elif node.op == "call_module":
+                known = not node.all_input_nodes
+            else:
+                known = (node.op == "call_method" and key in ("size", "dim", "numel")) or (
+                    node.op in ("call_function", "call_method")
+                    and bool(node.all_input_nodes)
+                    and all(self.is_size(arg) for arg in node.all_input_nodes)
+                )
+            self._sizes[node] = known
+        return self._sizes[node]
+
+    def tensors(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that an operation of CALLS reads, one that it reads twice twice; masks and sizes are none."""
+        operation = CALLS[self.key(node)]
+        try:
+            bound = self.arguments(node)
+        except ValueError:  # a form that only torch knows: computed in float
+            return []
+        if operation.name == "where":
+            bound["condition"] = None
+        return [value for value in values_of(operation, bound) if not self.is_size(value)]
 
     def kind(self, node: fx.Node) -> Kind:
         """What the operation means for quantization."""
@@ -160,19 +160,44 @@ class Graph:
             return Kind.input
         if node.op == "output":
             return Kind.output
+        if node.op == "get_attr":
+            return Kind.constant
+        if self.is_size(node):
+            return Kind.size
         module = self.submodule(node)
         if isinstance(module, QuantizedLayer):
             return Kind.layer
         if isinstance(module, FakeQuantize):
             return Kind.quantizer
         kind = KINDS.get(self.key(node), Kind.other)
-        if kind is Kind.add and not (len(tensor_arguments(node)) == 2 and node.kwargs.get("alpha", 1) == 1):
+        if str(node.target) in self.module.meta.get("identity_in_eval", ()):
+            return Kind.passes
+        if self.key(node) in CALLS and not self._is_plain(node, kind):
+            return Kind.other
+        if CALLS.get(self.key(node)) is CALLS[F.interpolate]:
+            return self._interpolation(node)
+        if node.target is operator.getitem and not all(self.is_size(n) for n in _nodes_in(node.args[1])):
             return Kind.other
         if node.target is F.pad and not _pads_within(node):
             return Kind.other
         if kind is Kind.relu and node in self.passing_relus:
             return Kind.passes
         return kind
+
+    def _is_plain(self, node: fx.Node, kind: Kind) -> bool:
+        """Whether an operation has the form that its kind stands for: two tensors, no factor; the filling is zero."""
+        if kind in (Kind.add, Kind.arithmetic, Kind.select):
+            bound = self.arguments(node) if self.tensors(node) else {}
+            usual = bound.get("alpha", 1) == 1 and bound.get("rounding_mode") is None
+            return usual and len(self.tensors(node)) >= 2
+        if CALLS[self.key(node)].name == "masked_fill":
+            value = self.arguments(node)["value"]
+            return isinstance(value, int | float) and value == 0
+        return True
+
+    def _interpolation(self, node: fx.Node) -> Kind:
+        mode = self.arguments(node)["mode"]
+        return Kind.passes if mode in NEAREST else Kind.average if mode in AVERAGED else Kind.other
 
     def name(self, node: fx.Node) -> str:
         """A readable name for the tensor that `node` makes: that of the layer whose BatchNorm and ReLU it ends with."""
@@ -185,6 +210,7 @@ class Graph:
             return str(node.target)
         scope = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
         label = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
+        label = str(node.args[1]) if node.target is getattr else label
         return ".".join([*scope[-1:], str(label).strip("_")])
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
@@ -192,8 +218,9 @@ class Graph:
         kind = self.kind(node)
         if kind is Kind.passes:
             return self.sources(node.all_input_nodes[0])
-        if kind is Kind.concat:
-            return list(dict.fromkeys(s for arg in tensor_list(node) for s in self.sources(arg)))
+        if kind in (Kind.concat, Kind.select):
+            joined = tensor_list(node) if kind is Kind.concat else self.tensors(node)
+            return list(dict.fromkeys(s for arg in joined for s in self.sources(arg)))
         return [node]
 
     def quantizer_of(self, node: fx.Node) -> FakeQuantize | None:
@@ -207,13 +234,22 @@ class Graph:
     def nonnegative(self, node: fx.Node) -> bool:
         """Whether the operations show that no value can be negative."""
         kind = self.kind(node)
-        if kind is Kind.relu or self.key(node) in NONNEGATIVE:
+        operation = CALLS.get(self.key(node))
+        if kind is Kind.relu or (operation is not None and operation.name in NONNEGATIVE):
             return True
-        if node.target is operator.getitem and kind is Kind.passes:
-            return self.nonnegative(node.all_input_nodes[0])
-        if kind in (Kind.passes, Kind.average, Kind.add, Kind.concat):
-            return node in self.passing_relus or all(self.nonnegative(arg) for arg in node.all_input_nodes)
+        if kind in (Kind.passes, Kind.average):
+            return node in self.passing_relus or self.nonnegative(node.all_input_nodes[0])
+        if kind is Kind.select or (kind is Kind.arithmetic and operation is not None and operation.name in KEEPS_SIGN):
+            return all(self.nonnegative(arg) for arg in self.tensors(node))
+        if kind in (Kind.add, Kind.concat):
+            return all(self.nonnegative(arg) for arg in node.all_input_nodes)
         return False
+
+    def operands(self, node: fx.Node) -> list[fx.Node]:
+        """The tensors that a quantized operation reads."""
+        if self.kind(node) in (Kind.add, Kind.arithmetic):
+            return self.tensors(node)
+        return node.all_input_nodes if self.kind(node) is Kind.layer else node.all_input_nodes[:1]
 
     def batch_norm_after(self, node: fx.Node) -> fx.Node | None:
         """The BatchNorm that is the only reader of a layer's call and normalises its output channels, if there is one.
@@ -244,6 +280,13 @@ def tensor_list(node: fx.Node) -> list[fx.Node]:
     tensors = node.args[0] if node.args else node.kwargs["tensors"]
     assert isinstance(tensors, list | tuple)
     return [t for t in tensors if isinstance(t, fx.Node)]
+
+
+def _nodes_in(index: Any) -> list[fx.Node]:
+    """The tensors and sizes in an index."""
+    found: list[fx.Node] = []
+    fx.map_arg(index, found.append)
+    return found
 
 
 def _pads_within(node: fx.Node) -> bool:

@@ -4,24 +4,29 @@ No weight is quantized a second time: BatchNorm is folded into scales and biases
 only reader of an operation is made in the same step, so that a layer takes integers and returns integers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qat import translate
+from qat import lower_calls, translate
+from qat.calls import CALLS
 from qat.fake_quant import FakeQuantize, Mode, quantizers
 from qat.fold import BatchNorm, batch_norm_affine
-from qat.graph import Graph, Kind, tensor_arguments, tensor_list
+from qat.graph import IDENTITIES, Graph, Kind, tensor_list
 from qat.layers import QuantizedLayer
 from qat.lower_layers import float_layer, integer_layer, real_layer
 from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import RuntimeLayer
+from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork, Node
 from qat.runtime.stored import Simulate
 from qat.scheme import QuantConfig
+from qat.sizes import Sizes
 
 
 def lower(prepared: fx.GraphModule) -> IntegerNetwork:
@@ -53,6 +58,7 @@ def lower(prepared: fx.GraphModule) -> IntegerNetwork:
 class _Lowering:
     prepared: fx.GraphModule
     graph: Graph = field(init=False)
+    sizes: Sizes = field(init=False)
     nodes: list[Node] = field(default_factory=list)
     layers: dict[str, RuntimeLayer] = field(default_factory=dict)
     made: dict[fx.Node, str] = field(default_factory=dict)  # graph node -> name of its tensor
@@ -61,6 +67,7 @@ class _Lowering:
 
     def __post_init__(self) -> None:
         self.graph = Graph(self.prepared)
+        self.sizes = Sizes(self.prepared)
 
     def run(self) -> IntegerNetwork:
         inputs: list[str] = []
@@ -100,6 +107,8 @@ class _Lowering:
 
     def to_real(self, node: fx.Node) -> str:
         """Name of the tensor of real numbers of `node`, dequantized once if it is integer."""
+        if self.graph.kind(node) is Kind.size and node not in self.made:
+            self.constant(node, self.sizes.value(node))
         name = self.made[node]
         grid = self.grids[name]
         if grid is None:
@@ -118,10 +127,17 @@ class _Lowering:
         fused = self.fused_quantizer(node)
         return _grid(self.graph.submodule(fused[0])) if fused else None
 
-    def real_operation(self, node: fx.Node, layer: RuntimeLayer) -> None:
+    def constant(self, node: fx.Node, value: Any) -> None:
+        """Append a tensor that the network holds, with the quantizer that follows it."""
+        if not isinstance(value, torch.Tensor):
+            raise translate.unsupported(self.graph, node, "it depends on the batch size, or is no tensor")
+        step = ops.Constant.of(value, self.output_grid(node))
+        self.add(self.graph.name(node), step, [], node, *self.fused_quantizer(node))
+
+    def real_operation(self, node: fx.Node, layer: RuntimeLayer, args: list[fx.Node]) -> None:
         """Append an operation on real numbers, with the quantizer that follows it."""
         layer.output = self.output_grid(node)
-        inputs = [self.to_real(arg) for arg in tensor_arguments(node)]
+        inputs = [self.to_real(arg) for arg in args]
         self.add(self.graph.name(node), layer, inputs, node, *self.fused_quantizer(node))
 
     def padded(self, layer: nn.Module, node: fx.Node, x: str) -> str:
@@ -132,12 +148,15 @@ class _Lowering:
         step = ops.Pad(pads=pads, value=0, mode=str(layer.padding_mode))
         return self.add(f"{node.target}.padded", step, [x], grid=self.grids[x])
 
-    def integer_operation(self, node: fx.Node, layer: RuntimeLayer, args: list[fx.Node]) -> None:
-        """Append an operation that keeps its inputs' grid, whether integer or real."""
+    def integer_operation(
+        self, node: fx.Node, layer: RuntimeLayer, args: list[fx.Node], others: Sequence[fx.Node] = ()
+    ) -> None:
+        """Append an operation that keeps the grid of `args`, integer or real; `others` are masks and the like."""
         names = [self.made[arg] for arg in args]
         grids = [self.grids[name] for name in names]
         if any(g is None or not _same(g, grids[0]) for g in grids):
             names, grids = [self.to_real(arg) for arg in args], [None]
+        names += [self.to_real(other) for other in others]
         self.add(self.graph.name(node), layer, names, node, grid=grids[0])
 
 
@@ -183,52 +202,72 @@ def _batch_norm(lowering: _Lowering, node: fx.Node) -> None:
     step = ops.Affine(module.num_features)
     step.factor.copy_(gain)
     step.offset.copy_(shift)
-    lowering.real_operation(node, step)
+    lowering.real_operation(node, step, node.all_input_nodes)
 
 
 def _relu(lowering: _Lowering, node: fx.Node) -> None:
     source = node.all_input_nodes[0]
     grid = lowering.grids[lowering.made[source]]
     if grid is None:
-        lowering.real_operation(node, ops.Relu(zero=0))
+        lowering.real_operation(node, ops.Relu(zero=0), [source])
     else:
         lowering.integer_operation(node, ops.Relu(zero=int(grid.zero_point)), [source])
 
 
 def _average(lowering: _Lowering, node: fx.Node) -> None:
-    lowering.real_operation(node, translate.average_layer(lowering.graph, node))
+    if lowering.graph.key(node) in CALLS:  # interpolation
+        _other(lowering, node)
+        return
+    lowering.real_operation(node, translate.average_layer(lowering.graph, node), node.all_input_nodes[:1])
 
 
 def _passes(lowering: _Lowering, node: fx.Node) -> None:
     graph, key, source = lowering.graph, lowering.graph.key(node), node.all_input_nodes[0]
-    grid = lowering.grids.get(lowering.made.get(source, ""))
-    if graph.kind(source) is Kind.other and source not in lowering.made:
-        return  # arithmetic on sizes, read by `_shape`
-    if key in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, "contiguous"):
+    identity = str(node.target) in lowering.prepared.meta.get("identity_in_eval", ())
+    if key in IDENTITIES or identity or lower_calls.is_parts(graph, node):  # a part is moved where it is read
         lowering.made[node] = lowering.made[source]
         return
     if node in graph.passing_relus or key in _RELU_KEYS:
         _relu(lowering, node)
         return
-    step = translate.passing_layer(graph, node, 0 if grid is None else int(grid.zero_point))
-    lowering.integer_operation(node, step, [source])
+    grid = lowering.grids[lowering.made[source]]
+    step, args = lower_calls.move(graph, lowering.sizes, node, 0 if grid is None else int(grid.zero_point))
+    lowering.integer_operation(node, step, args[:1], args[1:])
+
+
+def _arithmetic(lowering: _Lowering, node: fx.Node) -> None:
+    layer, args = lower_calls.function(lowering.graph, lowering.sizes, node)
+    grids = [lowering.grids[lowering.made[arg]] for arg in args if arg in lowering.made]
+    if layer.name == "matmul" and len(grids) == 2 and grids[0] is not None and grids[1] is not None:
+        step = IntegerMatmul.of(grids[0], grids[1], lowering.output_grid(node))
+        names = [lowering.made[arg] for arg in args]
+        lowering.add(lowering.graph.name(node), step, names, node, *lowering.fused_quantizer(node))
+        return
+    lowering.real_operation(node, layer, args)
+
+
+def _select(lowering: _Lowering, node: fx.Node) -> None:
+    chosen = lowering.graph.tensors(node)
+    mask = lowering.graph.arguments(node)["condition"]
+    lowering.integer_operation(node, ops.Move(name="where"), chosen, [mask])
+
+
+def _constant(lowering: _Lowering, node: fx.Node) -> None:
+    value: Any = lowering.prepared
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    lowering.constant(node, value)
 
 
 def _concat(lowering: _Lowering, node: fx.Node) -> None:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    lowering.integer_operation(node, ops.Concat(dim=dim), tensor_list(node))
+    stacks = node.target is torch.stack
+    step = ops.Move(name="stack", dim=dim) if stacks else ops.Concat(dim=dim)
+    lowering.integer_operation(node, step, tensor_list(node))
 
 
 def _other(lowering: _Lowering, node: fx.Node) -> None:
-    if node.target in ("size", getattr):  # sizes, read by `_shape`
-        return
-    key = lowering.graph.key(node)
-    approximate = getattr(lowering.graph.submodule(node), "approximate", node.kwargs.get("approximate", "none"))
-    if key not in translate.FUNCTION_NAMES or approximate != "none":
-        raise translate.unsupported(
-            lowering.graph, node, f"functions that can: {', '.join(sorted(set(translate.FUNCTION_NAMES.values())))}"
-        )
-    lowering.real_operation(node, ops.Function(name=translate.FUNCTION_NAMES[key]))
+    lowering.real_operation(node, *lower_calls.function(lowering.graph, lowering.sizes, node))
 
 
 _RELU_KEYS = (nn.ReLU, F.relu, torch.relu, "relu")
@@ -238,7 +277,11 @@ _LOWER = {
     Kind.float_layer: _float_layer,
     Kind.batch_norm: _batch_norm,
     Kind.relu: _relu,
-    Kind.add: lambda lowering, node: lowering.real_operation(node, ops.Add()),
+    Kind.add: lambda lowering, node: lowering.real_operation(node, ops.Add(), lowering.graph.tensors(node)),
+    Kind.arithmetic: _arithmetic,
+    Kind.select: _select,
+    Kind.constant: _constant,
+    Kind.size: lambda lowering, node: None,  # read by what takes sizes
     Kind.concat: _concat,
     Kind.average: _average,
     Kind.passes: _passes,

@@ -3,6 +3,7 @@
 import copy
 import difflib
 import fnmatch
+import inspect
 import itertools
 import operator
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qat.calls import CALLS
+from qat.decompose import decompose_attention
 from qat.fake_quant import FakeQuantize, eval_mode, quantizers
-from qat.graph import Graph, Kind, trace
+from qat.graph import Graph, Kind
 from qat.layers import SWAPS
 from qat.scheme import Granularity, LayerRule, QuantConfig, TensorScheme, override
 from qat.targets import check_target
+from qat.tracing import trace
 
 QUANTIZERS = "quantizers"
 """Where activation quantizers live in a prepared network."""
@@ -52,6 +56,8 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
     check_target(config)
     prepared = trace(net)
     shapes = _check_same(net, prepared, example_inputs)
+    if decompose_attention(prepared, shapes):
+        shapes = _shapes(prepared, example_inputs)
     ranks = {str(node.target): len(shape) for node, shape in shapes.items() if node.op == "call_module"}
     _drop_in_place(prepared)
     choices = choose(Graph(prepared), config)
@@ -68,7 +74,9 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
         if module not in own:  # what is shared with the float network keeps its mode
             module.training = net.training
     reasons = {name: choice.reason for name, choice in choices.items()}
-    prepared.meta["qat"] = {"config": config, "reasons": reasons, "ranks": ranks}
+    examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = [(list(x.shape), x.dtype) for x in examples]
+    prepared.meta["qat"] = {"config": config, "reasons": reasons, "ranks": ranks, "inputs": inputs}
     return prepared
 
 
@@ -117,10 +125,10 @@ def _place(
 ) -> None:
     """Insert activation quantizers."""
     graph = Graph(prepared)
-    requests = _requests(graph, config, choices)
+    requests = _requests(graph, config, choices, shapes)
     while passing := _relus_behind_quantizers(graph, requests):
         graph.passing_relus |= passing
-        requests = _requests(graph, config, choices)
+        requests = _requests(graph, config, choices, shapes)
     taken: set[str] = set()
     placed: list[tuple[fx.Node, bool, int, str, FakeQuantize]] = []
     for edges, scheme in requests:
@@ -152,7 +160,7 @@ def _place(
 
 
 def _requests(
-    graph: Graph, config: QuantConfig, choices: dict[str, Choice]
+    graph: Graph, config: QuantConfig, choices: dict[str, Choice], shapes: dict[fx.Node, torch.Size]
 ) -> list[tuple[list[fx.Node], TensorScheme]]:
     """Which edges need a quantizer, edges that share one together, each with its scheme (the widest one asked for)."""
     wanted: dict[fx.Node, TensorScheme] = {}
@@ -160,10 +168,10 @@ def _requests(
     for node in graph.nodes:
         kind = graph.kind(node)
         scheme = choices[str(node.target)].activation if kind is Kind.layer else config.activation
-        if kind not in (Kind.layer, Kind.add, Kind.average) or not scheme.quantized:
+        if kind not in (Kind.layer, Kind.add, Kind.arithmetic, Kind.average) or not scheme.quantized:
             continue
-        for arg in node.all_input_nodes:
-            sources = graph.sources(arg)
+        for arg in graph.operands(node):
+            sources = [source for source in graph.sources(arg) if source in shapes]  # numbers and masks have no grid
             group = list(dict.fromkeys(member for s in sources for member in shared.get(s, [s])))
             shared |= dict.fromkeys(group, group)
             for source in sources:
@@ -192,8 +200,22 @@ _OUT_OF_PLACE: dict[Any, Any] = {
     torch.relu_: torch.relu,
     nn.functional.relu_: nn.functional.relu,
     "relu_": "relu",
-    "add_": "add",
-}
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    **{f"{key}_": key for key in CALLS if isinstance(key, str)},
+    **{getattr(torch, f"{key}_"): getattr(torch, key) for key in CALLS
+       if isinstance(key, str) and hasattr(torch, f"{key}_") and hasattr(torch, key)},
+    **{getattr(nn.functional, f"{key}_"): getattr(nn.functional, key)
+       for key in ("leaky_relu", "elu", "hardtanh") if hasattr(nn.functional, f"{key}_")},
+}  # fmt: skip
+
+
+_POSITIONAL: dict[Any, tuple[str, ...]] = {
+    function: tuple(inspect.signature(function).parameters)
+    for function in (nn.functional.leaky_relu, nn.functional.elu, nn.functional.silu, nn.functional.mish,
+                     nn.functional.hardswish, nn.functional.hardsigmoid, nn.functional.hardtanh, nn.functional.relu6)
+}  # fmt: skip
 
 
 def _drop_in_place(prepared: fx.GraphModule) -> None:
@@ -205,6 +227,10 @@ def _drop_in_place(prepared: fx.GraphModule) -> None:
         in_place = node.target in _OUT_OF_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False)
         if node.target is operator.iadd:
             node.target = operator.add  # the traced result is what later code reads
+        names = _POSITIONAL.get(node.target, ())
+        if "inplace" in names and len(node.args) > names.index("inplace"):
+            in_place = in_place or bool(node.args[names.index("inplace")])
+            node.args = node.args[: names.index("inplace")]
         if not in_place:
             continue
         node.target = _OUT_OF_PLACE.get(node.target, node.target)
@@ -247,7 +273,7 @@ def _check_axis(graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of every tensor."""
+    """Runs a graph and notes the shape of every tensor of real numbers."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -256,9 +282,18 @@ class _Shapes(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one operation."""
         result = super().run_node(n)
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and result.is_floating_point():
             self.shapes[n] = result.shape
         return result
+
+
+@torch.no_grad()
+def _shapes(prepared: fx.GraphModule, example_inputs: Tensor | tuple[Tensor, ...]) -> dict[fx.Node, torch.Size]:
+    """The shape of every tensor."""
+    interpreter = _Shapes(prepared)
+    with eval_mode(prepared):
+        interpreter.run(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+    return interpreter.shapes
 
 
 @torch.no_grad()

@@ -12,17 +12,6 @@ from qat.graph import Graph
 from qat.runtime import operations as ops
 from qat.runtime.layers import RuntimeLayer
 
-FUNCTION_NAMES: dict[Any, str] = {
-    **dict.fromkeys((nn.ReLU6, F.relu6), "relu6"),
-    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), "sigmoid"),
-    **dict.fromkeys((nn.Tanh, torch.tanh, F.tanh, "tanh"), "tanh"),
-    **dict.fromkeys((nn.GELU, F.gelu), "gelu"),
-    **dict.fromkeys((nn.SiLU, F.silu), "silu"),
-    **dict.fromkeys((nn.Hardswish, F.hardswish), "hardswish"),
-    **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), "hardsigmoid"),
-}
-
-
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -66,7 +55,7 @@ def average_layer(graph: Graph, node: fx.Node) -> RuntimeLayer:
     """The runtime layer of an average pooling, a global average pooling or a mean.
 
     Raises:
-        ValueError: adaptive pooling to another size than 1, whose windows depend on the input's size.
+        ValueError: a form of it that the runtime does not have.
     """
     module, args = graph.submodule(node), _Arguments(node)
     key = graph.key(node)
@@ -77,16 +66,16 @@ def average_layer(graph: Graph, node: fx.Node) -> RuntimeLayer:
         return ops.Mean(
             dims=[dims] if isinstance(dims, int) else list(dims), keepdim=bool(args.get(2, "keepdim", False))
         )
-    adaptive = {nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2}
-    if key in adaptive:
+    dims = int(key.__name__[-2])  # AvgPool2d, adaptive_avg_pool1d
+    if "daptive" in key.__name__:
         size = getattr(module, "output_size", None) if module is not None else args.get(1, "output_size")
-        if size not in (1, (1,), [1], (1, 1), [1, 1]):
-            raise unsupported(graph, node, f"adaptive average pooling to size {size}; size 1 can be lowered")
-        return ops.Mean(dims=list(range(-adaptive[key], 0)), keepdim=True)
-    dims = 1 if key in (nn.AvgPool1d, F.avg_pool1d) else 2
+        sizes = list(size) if isinstance(size, list | tuple) else [size] * dims
+        if sizes != [1] * dims:
+            return ops.Function("adaptive_avg_pool", output_size=sizes)
+        return ops.Mean(dims=list(range(-dims, 0)), keepdim=True)
     kernel, stride, padding, ceil_mode, include = (
         (module.kernel_size, module.stride, module.padding, module.ceil_mode, module.count_include_pad)
-        if isinstance(module, nn.AvgPool1d | nn.AvgPool2d)
+        if isinstance(module, nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d)
         else (args.get(1, "kernel_size"), args.get(2, "stride", None), args.get(3, "padding", 0),
               args.get(4, "ceil_mode", False), args.get(5, "count_include_pad", True))
     )  # fmt: skip
@@ -106,11 +95,11 @@ def passing_layer(graph: Graph, node: fx.Node, zero_point: int) -> RuntimeLayer:
         ValueError: a form of it that the runtime does not have.
     """
     module, args, key = graph.submodule(node), _Arguments(node), graph.key(node)
-    if key in (nn.MaxPool1d, nn.MaxPool2d, F.max_pool1d, F.max_pool2d):
-        dims = 1 if key in (nn.MaxPool1d, F.max_pool1d) else 2
+    if key in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d):
+        dims = int(key.__name__[-2])
         kernel, stride, padding, dilation, ceil_mode = (
             (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
-            if isinstance(module, nn.MaxPool1d | nn.MaxPool2d)
+            if isinstance(module, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d)
             else (args.get(1, "kernel_size"), args.get(2, "stride", None), args.get(3, "padding", 0),
                   args.get(4, "dilation", 1), args.get(5, "ceil_mode", False))
         )  # fmt: skip
@@ -119,18 +108,10 @@ def passing_layer(graph: Graph, node: fx.Node, zero_point: int) -> RuntimeLayer:
             kernel=kernel, stride=_tuple(stride or kernel, dims), padding=_tuple(padding, dims),
             dilation=_tuple(dilation, dims), ceil_mode=bool(ceil_mode),
         )  # fmt: skip
-    if isinstance(module, nn.Flatten) or key in (torch.flatten, "flatten"):
-        start = module.start_dim if isinstance(module, nn.Flatten) else args.get(1, "start_dim", 0)
-        end = module.end_dim if isinstance(module, nn.Flatten) else args.get(2, "end_dim", -1)
-        if end != -1 or start < 1:
-            raise unsupported(graph, node, f"flatten from {start} to {end}; flatten(k, -1) with k >= 1 can be lowered")
-        return ops.Reshape(shape=[0] * start + [-1])
     if key in (torch.reshape, "reshape", "view"):
         return ops.Reshape(shape=_shape(graph, node, args.sizes("shape")))
     if key in (torch.permute, "permute"):
         return ops.Permute(dims=list(args.sizes("dims")))
-    if key is operator.getitem:
-        return ops.Slice(slices=_slices(graph, node, node.args[1]))
     if key is F.pad:
         flat = args.get(1, "pad")
         pairs = [[flat[i], flat[i + 1]] for i in range(0, len(flat), 2)]
@@ -181,21 +162,3 @@ def _is_batch_size(node: fx.Node) -> bool:
     if node.target == "size":
         return tuple(node.args[1:]) == (0,)
     return node.target is operator.getitem and bool(node.args[1] == 0)
-
-
-def _slices(graph: Graph, node: fx.Node, index: Any) -> list[list[int | None]]:
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in parts:
-        if parts.index(Ellipsis) != 0:
-            raise unsupported(graph, node, "an ellipsis in the middle of an index")
-        parts, offset = parts[1:], -len(parts[1:])
-    else:
-        offset = 0
-    slices: list[list[int | None]] = []
-    for i, part in enumerate(parts):
-        numbers = [part.start, part.stop, part.step] if isinstance(part, slice) else None
-        if numbers is None or not all(isinstance(v, int | None) for v in numbers):
-            raise unsupported(graph, node, f"index {part!r}; slices with constant bounds can be lowered")
-        if numbers != [None, None, None]:
-            slices.append([offset + i, numbers[0] or 0, numbers[1], numbers[2] or 1])
-    return slices

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from qat.export.files import write_atomically
 from qat.export.onnx_conv import float_conv, integer_conv
+from qat.export.onnx_functions import function
 from qat.export.onnx_model import Model, storage
+from qat.export.onnx_moves import constant, integer_matmul, move
 from qat.export.onnx_stored import product_conv, simulate, table_conv
 from qat.runtime import operations as ops
 from qat.runtime import stored
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
+from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork, Node
 
 OPSET = 21
@@ -163,22 +166,6 @@ def _concat(model: Model, node: Node, layer: RuntimeLayer) -> None:
     model.op("Concat", list(node.inputs), node.name, axis=layer.settings["dim"])
 
 
-def _function(model: Model, node: Node, layer: RuntimeLayer) -> None:
-    assert isinstance(layer, ops.Function)
-    x, name = node.inputs[0], layer.settings["name"]
-    if name == "relu6":
-        bounds = [model.constant(f"{node.name}.{k}", v, np.float32) for k, v in (("min", 0), ("max", 6))]
-        model.finish(layer, node.name, lambda out: model.op("Clip", [x, *bounds], out))
-    elif name == "silu":
-        gate = model.op("Sigmoid", [x], f"{node.name}.gate")
-        model.finish(layer, node.name, lambda out: model.op("Mul", [x, gate], out))
-    elif name == "hardsigmoid":
-        model.finish(layer, node.name, lambda out: model.op("HardSigmoid", [x], out, alpha=1 / 6, beta=0.5))
-    else:
-        kinds = {"sigmoid": "Sigmoid", "tanh": "Tanh", "gelu": "Gelu", "hardswish": "HardSwish"}
-        model.finish(layer, node.name, lambda out: model.op(kinds[name], [x], out))
-
-
 EMIT: dict[type[RuntimeLayer], Callable[[Model, Node, Any], None]] = {
     IntegerConv: integer_conv,
     FloatConv: float_conv,
@@ -198,7 +185,10 @@ EMIT: dict[type[RuntimeLayer], Callable[[Model, Node, Any], None]] = {
     ops.Slice: _slice,
     ops.Pad: _pad,
     ops.Concat: _concat,
-    ops.Function: _function,
+    ops.Function: function,
+    ops.Move: move,
+    ops.Constant: constant,
+    IntegerMatmul: integer_matmul,
 }
 
 
@@ -216,16 +206,21 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
         OSError: the file cannot be written.
     """
     tensors = network.run(*example_inputs)
-    model = Model(network, {name: tensor.shape for name, tensor in tensors.items()})
+    symbolic = _symbolic(network, tensors, example_inputs)
+    model = Model(network, tensors, symbolic)
     onnx = model.onnx
     for node in network.nodes:
         EMIT[type(network.layer(node.name))](model, node, network.layer(node.name))
 
-    def value(name: str, batch: str = "batch") -> Any:
+    def value(name: str) -> Any:
         grid = network.grid(name)
-        dtype = np.dtype(np.float32) if grid is None else storage(grid)[0]
+        dtype = storage(grid)[0] if grid is not None else np.dtype(str(tensors[name].dtype).removeprefix("torch."))
         kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-        return onnx.helper.make_tensor_value_info(name, kind, [batch, *tensors[name].shape[1:]])
+        batch = next((t.shape[0] for t in example_inputs), None)
+        sizes = zip(tensors[name].shape, symbolic[name], strict=True)
+        return onnx.helper.make_tensor_value_info(
+            name, kind, ["batch" if fixed is None and n == batch else fixed for n, fixed in sizes]
+        )
 
     graph = onnx.helper.make_graph(
         model.nodes,
@@ -240,3 +235,17 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     onnx.helper.set_model_props(proto, {"qat": json.dumps(network.info, sort_keys=True)})
     onnx.checker.check_model(proto, full_check=True)
     write_atomically(path, proto.SerializeToString(deterministic=True))
+
+
+def _symbolic(
+    network: IntegerNetwork, tensors: dict[str, Tensor], inputs: tuple[Tensor, ...]
+) -> dict[str, list[int | None]]:
+    """Every tensor's shape, None for sizes that depend on the batch, as twice the batch shows."""
+    try:
+        twice = network.run(*(torch.cat([x, x]) for x in inputs))
+    except RuntimeError:  # some size is written into the network: take the first dimension for the batch
+        return {name: [None, *tensor.shape[1:]][: tensor.dim()] for name, tensor in tensors.items()}
+    return {
+        name: [a if a == b else None for a, b in zip(tensor.shape, twice[name].shape, strict=True)]
+        for name, tensor in tensors.items()
+    }

@@ -27,11 +27,21 @@ def _require_onnx() -> Any:
 
 
 class Model:
-    """A model under construction."""
+    """A model under construction.
 
-    def __init__(self, network: IntegerNetwork, shapes: dict[str, torch.Size]) -> None:
+    Args:
+        network: what is written.
+        tensors: every tensor of it, for the example.
+        symbolic: every tensor's shape, None for sizes that depend on the batch.
+    """
+
+    def __init__(
+        self, network: IntegerNetwork, tensors: dict[str, Tensor], symbolic: dict[str, list[int | None]]
+    ) -> None:
         self.onnx = _require_onnx()
-        self.network, self.shapes = network, shapes
+        self.network, self.symbolic = network, symbolic
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self.nodes: list[Any] = []
         self.initializers: dict[str, Any] = {}
 

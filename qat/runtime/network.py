@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.runtime import layers, operations, stored
+from qat.runtime import layers, matmul, operations, stored
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import IntegerConv, RuntimeLayer
 
@@ -31,6 +31,9 @@ LAYERS: dict[str, type[RuntimeLayer]] = {
     "pad": operations.Pad,
     "concat": operations.Concat,
     "function": operations.Function,
+    "move": operations.Move,
+    "constant": operations.Constant,
+    "integer_matmul": matmul.IntegerMatmul,
 }
 """Every layer that an exported checkpoint can name."""
 
@@ -89,12 +92,12 @@ class IntegerNetwork(nn.Module):
         keeps = isinstance(
             layer,
             operations.Relu | operations.MaxPool | operations.Reshape | operations.Permute | operations.Slice
-            | operations.Pad | operations.Concat,
+            | operations.Pad | operations.Concat | operations.Move,
         )  # fmt: skip
         return self.grid(node.inputs[0]) if keeps else None
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """float32 inputs -> float32 output, or a tuple of them."""
+        """Inputs (float32; indices are integers) -> float32 output, or a tuple of them."""
         tensors = self.run(*inputs)
         outputs = tuple(tensors[name] for name in self.outputs)
         return outputs[0] if len(outputs) == 1 else outputs

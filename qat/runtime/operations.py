@@ -3,12 +3,14 @@
 Each is built from plain data (`spec`). On integers, `Pad` and `Relu` are given the zero point, which stands for 0.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat.runtime.functions import FUNCTIONS, MOVES
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import RuntimeLayer
 
@@ -86,7 +88,7 @@ class Average(_Configured):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         s = self.settings
-        pool: Any = {1: F.avg_pool1d, 2: F.avg_pool2d}[len(s["kernel"])]
+        pool: Any = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[len(s["kernel"])]
         return self.emit(pool(x, s["kernel"], s["stride"], s["padding"], s["ceil_mode"], s["count_include_pad"]))
 
 
@@ -102,7 +104,7 @@ class MaxPool(_Configured):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         s = self.settings
-        pool: Any = {1: F.max_pool1d, 2: F.max_pool2d}[len(s["kernel"])]
+        pool: Any = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(s["kernel"])]
         # torch pools few integer types; 16-bit integers are exact in float32
         y = pool(x.float(), s["kernel"], s["stride"], s["padding"], s["dilation"], s["ceil_mode"])
         return y.to(x.dtype)
@@ -157,19 +159,79 @@ class Concat(_Configured):
         return torch.cat(tensors, dim=self.settings["dim"])
 
 
-FUNCTIONS: dict[str, Any] = {
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-}
+class Constant(RuntimeLayer):
+    """A parameter or buffer that the network reads: real numbers, a mask, or integers of the output's grid.
+
+    Args:
+        shape: of the tensor.
+        dtype: name of torch's type.
+        output: its grid.
+    """
+
+    value: Tensor
+
+    def __init__(self, shape: list[int], dtype: str = "float32", output: Quantize | None = None) -> None:
+        super().__init__(output)
+        self.register_buffer("value", torch.zeros(shape, dtype=getattr(torch, dtype)))
+
+    @classmethod
+    def of(cls, value: Tensor, output: Quantize | None = None) -> "Constant":
+        """A layer that holds `value`, on the grid `output` if there is one."""
+        value = value.detach() if output is None else output(value.detach())
+        layer = cls(list(value.shape), str(value.dtype).removeprefix("torch."), output)
+        layer.value.copy_(value)
+        return layer
+
+    def spec(self) -> dict[str, Any]:  # noqa: D102
+        dtype = str(self.value.dtype).removeprefix("torch.")
+        return super().spec() | {"shape": list(self.value.shape), "dtype": dtype}
+
+    def forward(self) -> Tensor:  # noqa: D102
+        return self.value
 
 
-class Function(_Configured):
-    """An element-wise function of real numbers by `name`, key of FUNCTIONS: a float island in the integer network."""
+class Function(RuntimeLayer):
+    """A function of real numbers by `name`, key of FUNCTIONS: a float island in the integer network.
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return self.emit(FUNCTIONS[self.settings["name"]](x))
+    Args:
+        name: key of FUNCTIONS.
+        inputs: the function's parameters that are the layer's inputs, in order.
+        constants: those that are tensors of the layer (a norm's weight), with their shapes.
+        output: grid of the result.
+        settings: its other arguments.
+    """
+
+    def __init__(
+        self, name: str, inputs: Sequence[str] = ("input",), constants: dict[str, list[int]] | None = None,
+        output: Quantize | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(output)
+        self.name, self.inputs, self.constants, self.settings = name, list(inputs), constants or {}, settings
+        for key, shape in self.constants.items():
+            self.register_buffer(f"constant_{key}", torch.zeros(shape))
+
+    def constant(self, name: str) -> Tensor:
+        """A tensor of the layer."""
+        return self.get_buffer(f"constant_{name}")
+
+    def spec(self) -> dict[str, Any]:  # noqa: D102
+        parts = {"name": self.name, "inputs": self.inputs, "constants": self.constants}
+        return super().spec() | parts | self.settings
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return ", ".join([self.name, *(f"{k}={v}" for k, v in self.settings.items())])
+
+    def forward(self, *tensors: Tensor) -> Tensor:  # noqa: D102
+        given = dict(zip(self.inputs, tensors, strict=True)) | {k: self.constant(k) for k in self.constants}
+        return self.emit(FUNCTIONS[self.name](**given, **self.settings))
+
+
+class Move(_Configured):
+    """Moves or selects values, on integers or real numbers: `name`, key of MOVES, and its settings.
+
+    The first input is the tensor; a mask, or a tensor that has the batch size, may follow.
+    """
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:  # noqa: D102
+        settings = {k: v for k, v in self.settings.items() if k != "name"}
+        return self.emit(MOVES[self.settings["name"]](x, *others, **settings))

@@ -1,0 +1,15 @@
+"""Attention in steps, for a call that does it all in one: the inputs of its two products can then be quantized."""
+
+import torch
+from torch import Tensor
+
+
+def causal(scores: Tensor) -> Tensor:
+    """Scores [..., queries, keys] with minus infinity where a key comes after the query."""
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(later, -torch.inf)
+
+
+def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores [..., queries, keys] plus a float mask, or minus infinity where a boolean one is false."""
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask

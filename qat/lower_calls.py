@@ -1,0 +1,180 @@
+"""Calls of operations of CALLS -> layers of the runtime, with the tensors that they read."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qat.calls import CALLS
+from qat.graph import Graph
+from qat.runtime import operations as ops
+from qat.runtime.functions import encode
+from qat.sizes import Sizes
+from qat.translate import passing_layer, unsupported
+
+PARTS = ("chunk", "split", "unbind")
+"""Operations that return several tensors, each of which is read by an index."""
+
+UNUSED = ("_stacklevel", "momentum", "return_indices")
+"""Arguments that change nothing about the result of an evaluated network."""
+
+
+def function(graph: Graph, sizes: Sizes, node: fx.Node) -> tuple[ops.Function, list[fx.Node]]:
+    """The layer of a function of real numbers, and the tensors that it reads.
+
+    Raises:
+        ValueError: a form of the function that the runtime does not have.
+    """
+    key = graph.key(node)
+    if key not in CALLS:
+        names = ", ".join(sorted({operation.name for operation in CALLS.values()}))
+        raise unsupported(graph, node, f"no such operation in the runtime; it has {names}")
+    operation = CALLS[key]
+    try:
+        bound = operation.bind(node, graph.submodule(node))
+    except ValueError as error:
+        raise unsupported(graph, node, str(error)) from None
+    name = operation.name
+    if name == "matmul":
+        bound = {"input": bound["input"], "other": bound.get("other", bound.get("mat2"))}
+    if name == "div" and bound.pop("rounding_mode") is not None:
+        raise unsupported(graph, node, "a division that rounds; it is computed in numbers, not in steps")
+    if name == "instance_norm" and graph.submodule(node) is not None:
+        bound["use_input_stats"] = bound["running_mean"] is None
+    if name == "einsum":
+        operands = bound.pop("operands")
+        operands = operands[0] if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
+        bound |= {f"operand{i}": tensor for i, tensor in enumerate(operands)}
+    inputs: dict[str, fx.Node] = {}
+    constants: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+    for parameter, value in bound.items():
+        if parameter in UNUSED or value is None:
+            continue
+        value = plain(graph, sizes, node, value)
+        if isinstance(value, fx.Node):
+            inputs[parameter] = value
+        elif isinstance(value, Tensor):
+            constants[parameter] = value.detach()
+        elif value is not torch.float32:
+            settings[parameter] = value
+    if name == "batch_norm" and settings.pop("training", False):
+        raise unsupported(graph, node, "it takes the statistics of its batch in evaluation, too")
+    if "softmax" in name and "dim" not in settings:
+        raise unsupported(graph, node, "a softmax without dim=")
+    layer = ops.Function(name, list(inputs), {k: list(v.shape) for k, v in constants.items()}, **settings)
+    for parameter, tensor in constants.items():
+        layer.constant(parameter).copy_(tensor)
+    return layer, list(inputs.values())
+
+
+def move(graph: Graph, sizes: Sizes, node: fx.Node, zero_point: int) -> tuple[Any, list[fx.Node]]:
+    """The layer of an operation that moves or selects values, and the tensors that it reads.
+
+    Raises:
+        ValueError: a form of it that the runtime does not have.
+    """
+    key, source = graph.key(node), node.all_input_nodes[0]
+    if key is operator.getitem:
+        return _index(graph, sizes, node, source)
+    if key in (torch.reshape, "reshape", "view"):
+        return _reshape(graph, sizes, node, zero_point), [source]
+    if key not in CALLS:
+        return passing_layer(graph, node, zero_point), [source]
+    bound = dict(graph.arguments(node))
+    bound.pop(CALLS[key].parameters[0])
+    name = CALLS[key].name
+    if name == "flatten" and bound["end_dim"] == -1 and bound["start_dim"] >= 1:
+        return ops.Reshape(shape=[0] * bound["start_dim"] + [-1]), [source]
+    if name in ("expand", "repeat"):
+        entries = _entries(sizes, bound.popitem()[1])
+        like = [next(n for n in graph.nodes if n.op == "placeholder")] if None in entries else []
+        return ops.Move(name=name, sizes=entries), [source, *like]
+    if name == "masked_fill":
+        return ops.Move(name=name, value=zero_point), [source, bound["mask"]]
+    if name == "adaptive_max_pool" and (bound["return_indices"] or getattr(graph.submodule(node), "return_indices", 0)):
+        raise unsupported(graph, node, "the indices of a maximum")
+    settings = {k: plain(graph, sizes, node, v) for k, v in bound.items() if k not in UNUSED}
+    if name == "adaptive_max_pool":
+        settings["output_size"] = spatial_sizes(key, settings["output_size"])
+    if name == "interpolate":
+        settings = {k: v for k, v in settings.items() if v is not None and v is not False}
+    if name == "unflatten":
+        settings["sizes"] = settings.pop("unflattened_size", settings.get("sizes"))
+    return ops.Move(name=name, **settings), [source]
+
+
+def spatial_sizes(key: Any, value: Any) -> list[int | None]:
+    """The output sizes of an adaptive pooling, one a dimension; None keeps the input's."""
+    dims = int(key.__name__[-2])
+    return list(value) if isinstance(value, list | tuple) else [value] * dims
+
+
+def plain(graph: Graph, sizes: Sizes, node: fx.Node, value: Any) -> Any:
+    """An argument with sizes as numbers and tuples as lists; tensors stay nodes.
+
+    Raises:
+        ValueError: it depends on the batch size.
+    """
+    if isinstance(value, list | tuple):
+        return [plain(graph, sizes, node, part) for part in value]
+    if isinstance(value, slice):
+        return slice(*(plain(graph, sizes, node, part) for part in (value.start, value.stop, value.step)))
+    if not isinstance(value, fx.Node) or not graph.is_size(value):
+        return value
+    known = sizes.value(value)
+    if known is None:
+        raise unsupported(graph, node, f"an argument that depends on the batch size ({value})")
+    return known
+
+
+def _entries(sizes: Sizes, given: Any) -> list[int | None]:
+    """Sizes of an expansion, None for the batch size."""
+    if isinstance(given, fx.Node):
+        first, second = (run[given] for run in sizes.runs)
+        return [a if a == b else None for a, b in zip(first, second, strict=True)]
+    return [sizes.value(size) if isinstance(size, fx.Node) else size for size in given]
+
+
+def _index(graph: Graph, sizes: Sizes, node: fx.Node, source: fx.Node) -> tuple[Any, list[fx.Node]]:
+    operation = CALLS.get(graph.key(source))
+    if operation is not None and operation.name in PARTS:
+        bound = list(graph.arguments(source).items())
+        size = None if operation.name == "unbind" else plain(graph, sizes, node, bound[1][1])
+        index = node.args[1]
+        if not isinstance(index, int):
+            raise unsupported(graph, node, f"several parts at once, {index}; read them one by one")
+        return ops.Move(name="part", of=operation.name, size=size, dim=bound[-1][1], index=index), [source]
+    index = node.args[1]
+    index = tuple(plain(graph, sizes, node, p) for p in index) if isinstance(index, tuple) else (
+        plain(graph, sizes, node, index),
+    )  # fmt: skip
+    stored = encode(index)
+    if stored is None:
+        raise unsupported(graph, node, f"index {index!r}; numbers, slices, None and an ellipsis can be lowered")
+    if all(isinstance(part, list) for part in stored) or (stored[0] == "..." and isinstance(stored[-1], list)):
+        offset = 0 if isinstance(stored[0], list) else -len(stored)
+        slices = [[i + offset, part[0] or 0, part[1], part[2] or 1] for i, part in enumerate(stored)
+                  if part != [None, None, None] and isinstance(part, list)]  # fmt: skip
+        if all(isinstance(part, list) for part in stored[1:]):
+            return ops.Slice(slices=slices), [source]
+    return ops.Move(name="index", index=stored), [source]
+
+
+def _reshape(graph: Graph, sizes: Sizes, node: fx.Node, zero_point: int) -> Any:
+    """Sizes that are computed are read off the result's shape."""
+    try:
+        return passing_layer(graph, node, zero_point)
+    except (ValueError, TypeError):
+        shape = sizes.shape(node)
+    if shape.count(None) > 1:
+        raise unsupported(graph, node, f"more than one size depends on the batch ({shape})")
+    keeps = shape[:1] == [None] and all(run[node][0] == run[node.all_input_nodes[0]][0] for run in sizes.runs)
+    return ops.Reshape(shape=[(0 if keeps and i == 0 else -1) if n is None else n for i, n in enumerate(shape)])
+
+
+def is_parts(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node is a tuple of tensors."""
+    operation = CALLS.get(graph.key(node))
+    return operation is not None and operation.name in PARTS

@@ -1,0 +1,118 @@
+"""What the operations of the runtime compute, by name. FUNCTIONS make real numbers, MOVES keep integers as they are.
+
+Parameters have torch's names: settings are plain data, tensors are inputs or constants of the layer.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qat.attention import add_mask, causal
+
+
+def _adaptive(kind: str) -> Callable[..., Tensor]:
+    pools: list[Any] = [getattr(F, f"adaptive_{kind}_pool{dims}d") for dims in (1, 2, 3)]
+
+    def pool(input: Tensor, output_size: list[int | None]) -> Tensor:
+        size = output_size[0] if len(output_size) == 1 else output_size
+        return pools[len(output_size) - 1](input, size)
+
+    return pool
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "add": lambda input, other, alpha=1: input + alpha * other,
+    "sub": lambda input, other, alpha=1: input - alpha * other,
+    "rsub": lambda input, other, alpha=1: other - alpha * input,
+    "mul": lambda input, other: input * other,
+    "div": lambda input, other: input / other,
+    "matmul": lambda input, other: input @ other,
+    "einsum": lambda equation, **operands: torch.einsum(equation, *operands.values()),
+    "pow": lambda input, exponent: input**exponent,
+    "where": lambda condition, input, other: torch.where(condition.bool(), input, other),
+    "masked_fill": lambda input, mask, value: input.masked_fill(mask.bool(), value),
+    "add_mask": add_mask,
+    "causal": causal,
+    "relu6": F.relu6, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu, "silu": F.silu, "mish": F.mish,
+    "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "hardtanh": F.hardtanh, "leaky_relu": F.leaky_relu,
+    "elu": F.elu, "prelu": torch.prelu, "softplus": F.softplus, "softmax": F.softmax, "log_softmax": F.log_softmax,
+    "clamp": torch.clamp, "neg": torch.neg, "abs": torch.abs, "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt, "square": torch.square, "sum": torch.sum,
+    "layer_norm": F.layer_norm, "rms_norm": F.rms_norm, "group_norm": F.group_norm, "instance_norm": F.instance_norm,
+    "batch_norm": F.batch_norm, "normalize": F.normalize,
+    "lp_pool1d": F.lp_pool1d, "lp_pool2d": F.lp_pool2d, "adaptive_avg_pool": _adaptive("avg"),
+    "interpolate": F.interpolate,
+    "gt": torch.gt, "ge": torch.ge, "lt": torch.lt, "le": torch.le, "eq": torch.eq, "ne": torch.ne,
+    "logical_not": torch.logical_not,
+}  # fmt: skip
+
+
+def decode(index: Sequence[Any]) -> tuple[Any, ...]:
+    """An index as it is stored -> as torch takes it: `[start, stop, step]` is a slice, `"new"` None, `"..."` the rest.
+
+    >>> decode([[None, 3, None], "new", "...", 0])
+    (slice(None, 3, None), None, Ellipsis, 0)
+    """
+    words = {"new": None, "...": Ellipsis}
+    return tuple(slice(*i) if isinstance(i, list | tuple) else words[i] if isinstance(i, str) else i for i in index)
+
+
+def encode(index: Any) -> list[Any] | None:
+    """The inverse of `decode`; None for an index that is not made of numbers, slices, None and an ellipsis."""
+    parts = index if isinstance(index, tuple) else (index,)
+    stored: list[Any] = []
+    for part in parts:
+        if isinstance(part, slice) and all(isinstance(v, int | None) for v in (part.start, part.stop, part.step)):
+            stored.append([part.start, part.stop, part.step])
+        elif part is None or part is Ellipsis:
+            stored.append("new" if part is None else "...")
+        elif isinstance(part, int) and not isinstance(part, bool):
+            stored.append(part)
+        else:
+            return None
+    return stored
+
+
+def _sizes(sizes: Sequence[int | None], like: Sequence[Tensor]) -> list[int]:
+    """Sizes, where None is the batch size: that of the tensor beside."""
+    return [like[0].shape[0] if size is None else size for size in sizes]
+
+
+def _part(x: Tensor, of: str, size: Any, dim: int, index: int) -> Tensor:
+    parts = {"chunk": torch.chunk, "split": torch.split}
+    return torch.unbind(x, dim)[index] if of == "unbind" else parts[of](x, size, dim)[index]
+
+
+def _in_float(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """For what torch has on floats alone; integers of up to 16 bits are exact in float32."""
+    return lambda x, **settings: function(x.float(), **settings).to(x.dtype)
+
+
+MOVES: dict[str, Callable[..., Tensor]] = {
+    "transpose": lambda x, dim0, dim1: x.transpose(dim0, dim1),
+    "movedim": lambda x, source, destination: x.movedim(source, destination),
+    "squeeze": lambda x, dim: x.squeeze() if dim is None else x.squeeze(dim),
+    "unsqueeze": lambda x, dim: x.unsqueeze(dim),
+    "flatten": lambda x, start_dim, end_dim: x.flatten(start_dim, end_dim),
+    "unflatten": lambda x, dim, sizes: x.unflatten(dim, sizes),
+    "expand": lambda x, *like, sizes: x.expand(_sizes(sizes, like)),
+    "repeat": lambda x, *like, sizes: x.repeat(_sizes(sizes, like)),
+    "select": lambda x, dim, index: x.select(dim, index),
+    "narrow": lambda x, dim, start, length: x.narrow(dim, start, length),
+    "flip": lambda x, dims: x.flip(dims),
+    "roll": lambda x, shifts, dims: x.roll(shifts, dims),
+    "index": lambda x, index: x[decode(index)],
+    "part": _part,
+    "amax": lambda x, dim, keepdim: x.amax(dim, keepdim),
+    "amin": lambda x, dim, keepdim: x.amin(dim, keepdim),
+    "pixel_shuffle": lambda x, upscale_factor: F.pixel_shuffle(x, upscale_factor),
+    "pixel_unshuffle": lambda x, downscale_factor: F.pixel_unshuffle(x, downscale_factor),
+    "adaptive_max_pool": _in_float(lambda x, output_size: _adaptive("max")(x, output_size)),
+    "interpolate": _in_float(F.interpolate),
+    "masked_fill": lambda x, mask, value: x.masked_fill(mask.bool(), value),
+    "stack": lambda *tensors, dim: torch.stack(tensors, dim),
+    "where": lambda x, other, mask: torch.where(mask.bool(), x, other),
+}

@@ -1,0 +1,272 @@
+"""Recording a network: once as it trains and once as it is evaluated, so that neither mode is frozen into the graph.
+
+`self.training` is a plain attribute: a trace cannot see it read, only what came of it. So both modes are recorded and
+compared. A number that differs (`F.dropout(x, p, training=self.training)`) becomes a module that knows its mode; a
+module that branches in training and hands its input on in evaluation (stochastic depth) is kept whole; any other
+branch is refused.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from qat.fake_quant import FakeQuantize
+from qat.graph import PreparedNetwork
+from qat.layers import QuantizedLayer
+
+MODES = "modes"
+"""Where modules that stand for what depends on the mode live in a traced network."""
+
+DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout, torch.dropout: nn.Dropout, torch.dropout_: nn.Dropout, F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d, F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}  # fmt: skip
+
+
+class ByMode(nn.Module):
+    """A constant that differs between training and evaluation.
+
+    Args:
+        train, evaluation: its two values.
+    """
+
+    def __init__(self, train: Any, evaluation: Any) -> None:
+        super().__init__()
+        self.train_value, self.eval_value = train, evaluation
+
+    def forward(self) -> Any:
+        """The value of the mode that the module is in."""
+        return self.train_value if self.training else self.eval_value
+
+
+class _Tracer(fx.Tracer):
+    """Records, and takes quantized layers, quantizers and the modules in `whole` as single operations."""
+
+    record_stack_traces = True
+
+    def __init__(self, whole: set[str] | None = None) -> None:
+        super().__init__()
+        self.whole = whole or set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        single = isinstance(m, QuantizedLayer | FakeQuantize) or module_qualified_name in self.whole
+        return single or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(net: nn.Module) -> fx.GraphModule:
+    """Record `net` as a graph. Parameters and submodules are shared with `net`, which is not changed.
+
+    Raises:
+        ValueError: the network cannot be traced, or takes another path in training than in evaluation; says why and at
+            which line of its code.
+    """
+    whole = {  # often they cannot be traced while they train
+        name
+        for name, module in net.named_modules()
+        if name and not any(module.children()) and not any(module.state_dict()) and _is_identity_in_eval(module)
+    }
+    before = set(vars(net))
+    while True:
+        train, evaluation = _record(net, True, whole), _record(net, False, whole)
+        branch = _branch(train, evaluation)
+        if branch is None:
+            break
+        whole.add(_passing_scope(net, *branch))
+    traced = PreparedNetwork(net, evaluation, type(net).__name__)
+    traced.meta["identity_in_eval"] = sorted(whole)
+    for name in set(vars(net)) - before:  # tensors made in forward, which the trace left behind
+        delattr(net, name)
+        traced._non_persistent_buffers_set.add(name)
+    _insert_modes(traced, train)
+    for name, module in net.named_modules():  # what forward does not call belongs to a float checkpoint, too
+        if name and not _has(traced, name):
+            traced.add_submodule(name, module)
+    _add_unread_tensors(net, traced)
+    return traced
+
+
+def _add_unread_tensors(net: nn.Module, traced: fx.GraphModule) -> None:
+    """Parameters and buffers that forward does not read, of modules that it goes through."""
+    for path, module in net.named_modules():
+        target = traced.get_submodule(path)
+        for name, parameter in module._parameters.items():
+            if target is not module and name not in target._parameters:
+                target.register_parameter(name, parameter)
+        for name, buffer in module._buffers.items():
+            if target is not module and name not in target._buffers:
+                target.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+
+
+def _record(net: nn.Module, training: bool, whole: set[str]) -> fx.Graph:
+    try:
+        with _mode(net, training):
+            return _Tracer(whole).trace(net)
+    except Exception as error:  # whatever the network's own code raises when it meets a symbolic tensor
+        where = _last_user_line(error)
+        raise ValueError(
+            f"qat cannot trace {type(net).__name__}{where}: {error}. Control flow that depends on the values of "
+            f"tensors cannot be recorded; move it out of forward, or prepare the traceable submodules one by one."
+        ) from error
+
+
+@contextmanager
+def _mode(net: nn.Module, training: bool) -> Iterator[None]:
+    before = {module: module.training for module in net.modules()}
+    try:
+        for module in before:
+            module.training = training
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def _branch(train: fx.Graph, evaluation: fx.Graph) -> tuple[fx.Node | None, fx.Node | None] | None:
+    """The first operations in which two recordings differ, numbers apart; None when the operations are the same."""
+    same: dict[Any, Any] = {}
+    for a, b in zip_longest(train.nodes, evaluation.nodes):
+        if a is None or b is None or a.op != b.op or (a.target != b.target and not _is_constant(a, b)):
+            return a, b
+        if not _same_form((a.args, a.kwargs), (b.args, b.kwargs), same):
+            return a, b
+        same[a] = b
+    return None
+
+
+def _is_constant(*nodes: fx.Node) -> bool:
+    """Whether both read a tensor that forward makes anew each time."""
+    return all(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in nodes)
+
+
+def _same_form(a: Any, b: Any, same: dict[Any, Any]) -> bool:
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        return isinstance(a, fx.Node) and same.get(a) is b
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_same_form(x, y, same) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same_form(a[k], b[k], same) for k in a)
+    if isinstance(a, slice) and isinstance(b, slice):
+        return _same_form((a.start, a.stop, a.step), (b.start, b.stop, b.step), same)
+    return not isinstance(a, list | tuple | dict | slice) and not isinstance(b, list | tuple | dict | slice)
+
+
+def _passing_scope(net: nn.Module, a: fx.Node | None, b: fx.Node | None) -> str:
+    """The innermost module around a branch that hands its input on when it is evaluated.
+
+    Raises:
+        ValueError: there is none; names the line.
+    """
+    for node in (a, b):
+        stack = node.meta.get("nn_module_stack", {}).values() if node is not None else ()
+        for path, _ in reversed(list(stack)):
+            if path and _is_identity_in_eval(net.get_submodule(path)):
+                return str(path)
+    where = next((line for line in map(_line_of, (a, b)) if line), "")
+    raise ValueError(
+        f"{type(net).__name__} takes another path in training than in evaluation{where}. A trace holds one path: put "
+        f"the branch into an nn.Module of its own that returns its input when it is not training (as nn.Dropout does), "
+        f"or pass self.training as an argument (F.dropout(x, p, training=self.training))"
+    )
+
+
+def _is_identity_in_eval(module: nn.Module) -> bool:
+    if type(module).__module__.startswith("torch.nn."):
+        return False  # known, or traced as one operation anyway
+    try:
+        with _mode(module, False):
+            nodes = list(_Tracer(set()).trace(module).nodes)
+    except Exception:  # not traceable on its own: no identity that could be seen
+        return False
+    first = next((node for node in nodes if node.op == "placeholder"), None)
+    return first is not None and nodes[-1].op == "output" and nodes[-1].args[0] is first
+
+
+def _insert_modes(traced: fx.GraphModule, train: fx.Graph) -> None:
+    """Let modules that know their mode stand where the two recordings differ, and for dropout called as a function."""
+    graph = traced.graph
+    pairs = list(zip(graph.nodes, train.nodes, strict=True))
+    for node, other in pairs:
+        if node.target in DROPOUTS:
+            train_p, eval_p = (_dropout_share(n) for n in (other, node))
+            if eval_p:
+                raise ValueError(
+                    f"{traced._get_name()} drops values in evaluation, too ('{node.name}'{_line_of(node)}); pass "
+                    f"training=self.training"
+                )
+            _dropout_module(traced, node, DROPOUTS[node.target](train_p))
+            continue
+        node.args = _merged(traced, node, other.args, node.args)
+        node.kwargs = {k: _merged(traced, node, other.kwargs[k], v) for k, v in node.kwargs.items()}
+    graph.lint()
+    traced.recompile()
+
+
+def _dropout_module(traced: fx.GraphModule, node: fx.Node, module: nn.Module) -> None:
+    name = f"{MODES}.{node.name}"
+    traced.add_submodule(name, module)
+    with traced.graph.inserting_before(node):
+        source = node.args[0] if node.args else node.kwargs["input"]
+        call = traced.graph.call_module(name, (source,))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    traced.graph.erase_node(node)
+
+
+def _dropout_share(node: fx.Node) -> float:
+    """The share of values that a call of dropout drops."""
+    names = ("input", "p", "train" if node.target in (torch.dropout, torch.dropout_) else "training")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    training = given.get(names[2], node.target not in (F.alpha_dropout, F.feature_alpha_dropout))
+    return float(given.get("p", 0.5)) if training else 0.0
+
+
+def _merged(traced: fx.GraphModule, node: fx.Node, train: Any, evaluation: Any) -> Any:
+    """An argument of both modes: as it is where they agree, else the node of a ByMode."""
+    if isinstance(evaluation, fx.Node):
+        return evaluation
+    if isinstance(evaluation, list | tuple):
+        parts = [_merged(traced, node, t, e) for t, e in zip(train, evaluation, strict=True)]
+        return type(evaluation)(parts)
+    if isinstance(evaluation, slice) or (type(train) is type(evaluation) and train == evaluation):
+        return evaluation
+    name = next(n for i in range(len(traced.graph.nodes)) if not _has(traced, n := f"{MODES}.{node.name}_{i}"))
+    traced.add_submodule(name, ByMode(train, evaluation))
+    with traced.graph.inserting_before(node):
+        return traced.graph.call_module(name, ())
+
+
+def _has(net: nn.Module, name: str) -> bool:
+    try:
+        net.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_own(filename: str) -> bool:
+    return "/torch/" not in filename and not filename.endswith(("qat/tracing.py", "contextlib.py"))
+
+
+def _last_user_line(error: BaseException) -> str:
+    frames = []
+    tb = error.__traceback__
+    while tb is not None:
+        filename = tb.tb_frame.f_code.co_filename
+        if _is_own(filename):
+            frames.append(f" at {filename}:{tb.tb_lineno}")
+        tb = tb.tb_next
+    return frames[-1] if frames else ""
+
+
+def _line_of(node: fx.Node | None) -> str:
+    """The line of the network's code that made a call, as " at FILE:LINE"."""
+    found = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "") if node is not None else []
+    lines = [f" at {file}:{line}" for file, line in found if _is_own(file)]
+    return lines[-1] if lines else ""
