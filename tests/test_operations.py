@@ -540,3 +540,26 @@ def test_a_branch_on_the_mode_is_refused_with_its_line() -> None:
 def test_dropout_in_evaluation_is_refused(p: float) -> None:
     with pytest.raises(ValueError, match=r"in evaluation, too.*training=self\.training"):
         qat.prepare(Modal(lambda s, y: F.dropout(y, p)), config(8), torch.randn(2, 3, 8, 8))
+
+
+# ---- what stays float ------------------------------------------------------------------------------------------------
+
+
+def test_report_says_what_is_computed_in_float() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.MaxPool2d(2), nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 1), Net(lambda s, y: torch.cumsum(y * torch.sigmoid(y), 1)), nn.AvgPool2d(2),
+    )  # fmt: skip
+    text = qat.report(qat.prepare(net.eval(), config(8), torch.randn(2, 3, 8, 8)))
+    assert [line for line in text.splitlines() if line.startswith("float:")] == [
+        "float: 3: no integer form: group_norm is computed in float",
+        "float: 4: no layer in front of it takes it in: computed in float",
+        "float: 7.sigmoid: no integer form: sigmoid is computed in float",
+        "float: 7.cumsum: the runtime has no cumsum: it cannot be lowered",
+    ]
+
+
+def test_report_of_layers_alone_has_no_float() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                        nn.Linear(4, 2))  # fmt: skip
+    assert "float:" not in qat.report(qat.prepare(net, config(8), torch.randn(2, 3, 8, 8)))

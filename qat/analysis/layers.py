@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qat.fake_quant import FakeQuantize, quantizers
+from qat.calls import CALLS
+from qat.fake_quant import FakeQuantize
 from qat.fitted import Product
 from qat.graph import Graph, Kind
 from qat.layers import SWAPS, QuantizedLayer
+from qat.modes import quantizers
 
 
 @torch.no_grad()
@@ -81,8 +83,41 @@ def _edge_row(name: str, quantizer: FakeQuantize) -> dict[str, Any]:
     return row
 
 
+INTEGER_ARITHMETIC = ("matmul", "mul")
+"""Arithmetic of two tensors that has an integer form: the runtime's, or an engine's from the exported pattern."""
+
+
+def float_islands(prepared: fx.GraphModule) -> list[dict[str, str]]:
+    """Operations that the integer network computes in float: from dequantized values, requantized where they are read.
+
+    Returns:
+        Rows with `name` (of the tensor), `operation` and `reason`.
+    """
+    graph = Graph(prepared)
+    rows = []
+    for node in graph.nodes:
+        kind, key = graph.kind(node), graph.key(node)
+        known = CALLS.get(key)
+        operation = getattr(key, "__name__", str(key)) if known is None else known.name
+        reason = f"no integer form: {operation} is computed in float"
+        if kind is Kind.other:
+            reason = reason if known is not None else f"the runtime has no {operation}: it cannot be lowered"
+        elif kind is Kind.batch_norm:
+            layer = node.all_input_nodes[0]
+            if graph.kind(layer) is Kind.layer and graph.batch_norm_after(layer) is node:
+                continue
+            reason = "no layer in front of it takes it in: computed in float"
+        elif kind is Kind.arithmetic:
+            if operation in INTEGER_ARITHMETIC:
+                continue
+        elif not (kind is Kind.average and known is not None):
+            continue
+        rows.append({"name": graph.name(node), "operation": operation, "reason": reason})
+    return rows
+
+
 def report(prepared: fx.GraphModule) -> str:
-    """A table of every layer and edge as text: scheme, why, shape, parameters, size.
+    """A table of every layer and edge as text: scheme, why, shape, parameters, size; then what is computed in float.
 
     >>> import qat
     >>> net = qat.prepare(torch.nn.Sequential(torch.nn.Linear(4, 2)), qat.preset("int8"), torch.zeros(1, 4))
@@ -102,4 +137,5 @@ def report(prepared: fx.GraphModule) -> str:
     parameters = sum(row.get("parameters", 0) for row in rows)
     size = sum(row.get("bytes", 0) for row in rows)
     text.append(f"{parameters:,} weights in {size:,} bytes ({size / max(4 * parameters, 1):.1%} of float32)")
+    text += [f"float: {row['name']}: {row['reason']}" for row in float_islands(prepared)]
     return "\n".join(text) + "\n"
