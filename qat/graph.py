@@ -258,7 +258,10 @@ class Graph:
         """
         users = list(node.users)
         ranks = self.module.meta.get("qat", {}).get("ranks", {})
-        if isinstance(self.submodule(node), nn.Linear) and ranks.get(str(node.target), 2) != 2:
+        layer = self.submodule(node)
+        if isinstance(layer, QuantizedLayer) and not layer.biased:
+            return None
+        if isinstance(layer, nn.Linear | nn.Bilinear) and ranks.get(str(node.target), 2) != 2:
             return None
         return users[0] if len(users) == 1 and self.kind(users[0]) is Kind.batch_norm else None
 

@@ -18,12 +18,13 @@ from qat.fake_quant import FakeQuantize, Mode, quantizers
 from qat.fold import BatchNorm, batch_norm_affine
 from qat.graph import IDENTITIES, Graph, Kind, tensor_list
 from qat.layers import QuantizedLayer
-from qat.lower_layers import float_layer, integer_layer, real_layer
+from qat.lower_layers import float_layer, integer_layer, look_up, real_layer
 from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import RuntimeLayer
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork, Node
+from qat.runtime.outer import Outer
 from qat.runtime.stored import Simulate
 from qat.scheme import QuantConfig
 from qat.sizes import Sizes
@@ -140,6 +141,12 @@ class _Lowering:
         inputs = [self.to_real(arg) for arg in args]
         self.add(self.graph.name(node), layer, inputs, node, *self.fused_quantizer(node))
 
+    def real_input(self, layer: nn.Module, node: fx.Node) -> str:
+        """Name of the real numbers that a layer multiplies its weight by: of a bilinear one, products of its inputs."""
+        if not isinstance(layer, nn.Bilinear):
+            return self.to_real(node.all_input_nodes[0])
+        return self.add(f"{node.target}.outer", Outer(), [self.to_real(arg) for arg in translate.bilinear_inputs(node)])
+
     def padded(self, layer: nn.Module, node: fx.Node, x: str) -> str:
         """`x` as a convolution with a padding mode pads it: it only moves values, so integers stay integers."""
         pads = translate.moved_padding(layer)
@@ -172,6 +179,9 @@ def _quantizer(lowering: _Lowering, node: fx.Node) -> None:
 def _layer(lowering: _Lowering, node: fx.Node) -> None:
     layer = lowering.graph.submodule(node)
     assert isinstance(layer, QuantizedLayer)
+    if isinstance(layer, translate.LOOK_UPS):
+        _look_up(lowering, node, layer)
+        return
     norm_node = lowering.graph.batch_norm_after(node)
     norm = lowering.graph.submodule(norm_node) if norm_node else None
     tail = norm_node or node
@@ -180,19 +190,29 @@ def _layer(lowering: _Lowering, node: fx.Node) -> None:
     made = [node, tail, *lowering.fused_quantizer(tail)]
     geometry = translate.geometry(layer, node) | {"output": lowering.output_grid(tail)}
     step: RuntimeLayer
-    if grid is not None and layer.weight_quantizer.integer:
+    if grid is not None and layer.weight_quantizer.integer and layer.multiplies:
         step, x = integer_layer(layer, norm, grid, geometry), lowering.made[source]
     else:
-        step, x = real_layer(layer, norm, geometry), lowering.to_real(source)
+        step, x = real_layer(layer, norm, geometry), lowering.real_input(layer, node)
     lowering.add(str(node.target), step, [lowering.padded(layer, node, x)], *made)
 
 
 def _float_layer(lowering: _Lowering, node: fx.Node) -> None:
     layer = lowering.graph.submodule(node)
     assert layer is not None
+    if isinstance(layer, translate.LOOK_UPS):
+        _look_up(lowering, node, layer)
+        return
     step = float_layer(layer, translate.geometry(layer, node) | {"output": lowering.output_grid(node)})
-    x = lowering.padded(layer, node, lowering.to_real(node.all_input_nodes[0]))
+    x = lowering.padded(layer, node, lowering.real_input(layer, node))
     lowering.add(lowering.graph.name(node), step, [x], node, *lowering.fused_quantizer(node))
+
+
+def _look_up(lowering: _Lowering, node: fx.Node, layer: translate.LOOK_UPS) -> None:
+    arguments, pooling = translate.look_up(layer, node)
+    step = look_up(layer, pooling, lowering.output_grid(node))
+    inputs = [lowering.to_real(arg) for arg in arguments]
+    lowering.add(str(node.target), step, inputs, node, *lowering.fused_quantizer(node))
 
 
 def _batch_norm(lowering: _Lowering, node: fx.Node) -> None:

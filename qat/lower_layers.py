@@ -12,6 +12,7 @@ from qat.layers import QuantizedLayer
 from qat.numerics.granularity import rows_of, swap_channels
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import FloatConv, IntegerConv
+from qat.runtime.lookup import LookUp, ProductLookUp, TableLookUp
 from qat.runtime.stored import ProductConv, StoredConv, TableConv
 
 
@@ -57,22 +58,50 @@ def _weight_only(layer: QuantizedLayer, folded: FoldedWeight, geometry: dict[str
 
 
 def _stored(layer: QuantizedLayer, norm: nn.Module | None, geometry: dict[str, Any]) -> StoredConv:
+    step = _codes(layer, TableConv, ProductConv, geometry)
+    gain, shift = batch_norm_affine(norm, step.weight_shape[0])
+    step.gain.copy_(gain)
+    step.bias.copy_(shift if layer.bias is None else layer.bias.detach().double() * gain + shift)
+    return step
+
+
+def _codes(
+    layer: QuantizedLayer, table: type[TableConv], product: type[ProductConv], settings: dict[str, Any]
+) -> TableConv | ProductConv:
     """A weight on levels that are not integers, or in rows that cross output channels."""
     quantizer, weight = layer.weight_quantizer, layer.outputs_first().detach()
     shape = list(weight.shape)
-    step: StoredConv
-    if isinstance(quantizer.fitted, Product):
-        rows = quantizer.rows(weight)
-        step = ProductConv(
-            shape, list(quantizer.fitted.entries.shape), rows.numel() // shape[0], quantizer.fitted.bits, **geometry
-        )
-        step.codes.copy_(quantizer.fitted.indices)
-        step.prototypes.copy_(quantizer.fitted.entries.detach())
-    else:
-        step = TableConv.of(shape, quantizer.layout, encode(quantizer, weight), **geometry)
-    gain, shift = batch_norm_affine(norm, shape[0])
-    step.gain.copy_(gain)
-    step.bias.copy_(shift if layer.bias is None else layer.bias.detach().double() * gain + shift)
+    if not isinstance(quantizer.fitted, Product):
+        return table.of(shape, quantizer.layout, encode(quantizer, weight), **settings)
+    padded = quantizer.rows(weight).numel() // shape[0]
+    step = product(shape, list(quantizer.fitted.entries.shape), padded, quantizer.fitted.bits, **settings)
+    step.codes.copy_(quantizer.fitted.indices)
+    step.prototypes.copy_(quantizer.fitted.entries.detach())
+    return step
+
+
+def look_up(
+    layer: nn.Module, pooling: dict[str, Any] | None, output: Quantize | None
+) -> LookUp | TableLookUp | ProductLookUp:
+    """An embedding, or a bag of them; quantized or float."""
+    settings: dict[str, Any] = {"pooling": pooling, "output": output}
+    if not isinstance(layer, QuantizedLayer):
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        step = LookUp(list(weight.shape), **settings)
+        step.weight.copy_(weight.detach())
+        return step
+    quantizer = layer.weight_quantizer
+    if not quantizer.foldable:
+        stored = _codes(layer, TableLookUp, ProductLookUp, settings)
+        assert isinstance(stored, TableLookUp | ProductLookUp)
+        return stored
+    folded = fold(layer, None)
+    bounds, size = list(folded.bounds), quantizer.layout.group_size
+    step = LookUp(list(folded.q.shape), bounds, size, weight_step=folded.step, **settings)
+    step.weight.copy_(folded.q)
+    step.weight_scale.copy_(folded.scale)
+    step.weight_zero_point.copy_(folded.zero_point)
     return step
 
 

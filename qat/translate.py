@@ -13,6 +13,7 @@ from qat.runtime import operations as ops
 from qat.runtime.layers import RuntimeLayer
 
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
+LOOK_UPS = nn.Embedding | nn.EmbeddingBag
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
@@ -35,6 +36,32 @@ def geometry(layer: nn.Module, node: fx.Node) -> dict[str, Any]:
             f"its input; give the layer output_padding= instead"
         )
     return common | {"output_padding": list(layer.output_padding)}
+
+
+def look_up(layer: LOOK_UPS, node: fx.Node) -> tuple[list[fx.Node], dict[str, Any] | None]:
+    """What a look-up reads, and how it makes one row of a bag's (`qat.runtime.lookup`); None for an embedding.
+
+    Raises:
+        ValueError: `max_norm`, which changes the table as it is read.
+    """
+    if layer.max_norm is not None:
+        raise ValueError(f"layer '{node.target}' cannot be lowered: max_norm={layer.max_norm} changes its table")
+    args = _Arguments(node)
+    indices = args.get(0, "input")
+    if isinstance(layer, nn.Embedding):
+        return [indices], None
+    others = [args.get(1, "offsets", None), args.get(2, "per_sample_weights", None)]
+    pooling = {
+        "mode": layer.mode, "include_last_offset": bool(layer.include_last_offset), "padding_idx": layer.padding_idx,
+        "offsets": others[0] is not None, "weighted": others[1] is not None,
+    }  # fmt: skip
+    return [indices, *(other for other in others if other is not None)], pooling
+
+
+def bilinear_inputs(node: fx.Node) -> list[fx.Node]:
+    """The two inputs of a bilinear layer."""
+    args = _Arguments(node)
+    return [args.get(0, "input1"), args.get(1, "input2")]
 
 
 def moved_padding(layer: nn.Module) -> list[list[int]] | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qat.export.files import write_atomically
 from qat.numerics.packing import pack_bits, unpack_bits
 from qat.runtime.layers import FloatConv, IntegerConv
+from qat.runtime.lookup import LookUp
 from qat.runtime.network import IntegerNetwork
 from qat.runtime.stored import ProductConv, TableConv
 
@@ -95,7 +96,7 @@ def load_checkpoint(path: str | Path) -> IntegerNetwork:
 
 def _codes(layer: nn.Module) -> tuple[str, Tensor, list[int], int] | None:
     """What a layer stores in few bits: attribute, integers, smallest and largest, and their distance."""
-    if isinstance(layer, IntegerConv | FloatConv) and layer.weight_bounds is not None:
+    if isinstance(layer, IntegerConv | FloatConv | LookUp) and layer.weight_bounds is not None:
         return "weight", layer.weight, layer.weight_bounds, layer.weight_step
     if isinstance(layer, TableConv | ProductConv) and layer.bounds is not None:
         return "codes", layer.codes, layer.bounds, 1

@@ -16,14 +16,17 @@ from torch import Tensor
 from qat.export.files import write_atomically
 from qat.export.onnx_conv import float_conv, integer_conv
 from qat.export.onnx_functions import function
+from qat.export.onnx_lookup import look_up, outer
 from qat.export.onnx_model import Model, storage
 from qat.export.onnx_moves import constant, integer_matmul, move
 from qat.export.onnx_stored import product_conv, simulate, table_conv
 from qat.runtime import operations as ops
 from qat.runtime import stored
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
+from qat.runtime.lookup import LooksUp, LookUp, ProductLookUp, TableLookUp
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork, Node
+from qat.runtime.outer import Outer
 
 OPSET = 21
 
@@ -172,6 +175,10 @@ EMIT: dict[type[RuntimeLayer], Callable[[Model, Node, Any], None]] = {
     stored.TableConv: table_conv,
     stored.ProductConv: product_conv,
     stored.Simulate: simulate,
+    LookUp: look_up,
+    TableLookUp: look_up,
+    ProductLookUp: look_up,
+    Outer: outer,
     ops.QuantizeInput: _quantize_input,
     ops.Dequantize: _dequantize,
     ops.Add: _simple("Add"),
@@ -212,11 +219,14 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     for node in network.nodes:
         EMIT[type(network.layer(node.name))](model, node, network.layer(node.name))
 
+    # bags and their samples differ in number, also where the example has as many of both
+    ragged = any(isinstance(layer, LooksUp) and layer.ragged for layer in network.layers.values())
+
     def value(name: str) -> Any:
         grid = network.grid(name)
         dtype = storage(grid)[0] if grid is not None else np.dtype(str(tensors[name].dtype).removeprefix("torch."))
         kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
-        batch = next((t.shape[0] for t in example_inputs), None)
+        batch = None if ragged else next((t.shape[0] for t in example_inputs), None)
         sizes = zip(tensors[name].shape, symbolic[name], strict=True)
         return onnx.helper.make_tensor_value_info(
             name, kind, ["batch" if fixed is None and n == batch else fixed for n, fixed in sizes]

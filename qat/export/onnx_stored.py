@@ -95,9 +95,14 @@ def _shown(value: Any) -> str:
 
 
 def table_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
-    """Codes, looked up in their table of levels, times scales; then the layer."""
+    """The weight, multiplied out, then the layer."""
     assert isinstance(layer, TableConv)
-    name, kind = node.name, _code_type(layer)
+    _stored(model, node, layer, table_weight(model, node.name, layer))
+
+
+def table_weight(model: Model, name: str, layer: TableConv) -> str:
+    """Codes, looked up in their table of levels, times scales."""
+    kind = _code_type(layer)
     values = model.typed(f"{name}.weight", layer.codes, kind)
     if layer.levels is not None:
         index = model.cast(values, "INT32", f"{name}.weight_index")
@@ -115,13 +120,18 @@ def table_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     if bool((layer.scale != 1).any()):
         scale = model.constant(f"{name}.weight_scale", layer.scale.unsqueeze(1))
         values = model.op("Mul", [values, scale], f"{name}.weight_rows")
-    _stored(model, node, layer, _restore(model, layer.layout, layer.weight_shape, values, f"{name}.weight_real"))
+    return _restore(model, layer.layout, layer.weight_shape, values, f"{name}.weight_real")
 
 
 def product_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
-    """Codes, looked up in the prototypes of their part of the inputs; then the layer."""
+    """The weight, multiplied out, then the layer."""
     assert isinstance(layer, ProductConv)
-    name, (out, *rest) = node.name, layer.weight_shape
+    _stored(model, node, layer, product_weight(model, node.name, layer))
+
+
+def product_weight(model: Model, name: str, layer: ProductConv) -> str:
+    """Codes, looked up in the prototypes of their part of the inputs."""
+    out, *rest = layer.weight_shape
     parts, entries, width = layer.prototypes.shape
     index = model.cast(model.typed(f"{name}.weight", layer.codes, _code_type(layer)), "INT32", f"{name}.weight_code")
     if parts > 1:  # the tables lie one behind the other
@@ -136,7 +146,7 @@ def product_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     inputs = int(np.prod(rest))
     if inputs != layer.padded:
         w = model.head(w, [inputs], [1], f"{name}.weight_cut")
-    _stored(model, node, layer, model.reshape(w, layer.weight_shape, f"{name}.weight_real"))
+    return model.reshape(w, layer.weight_shape, f"{name}.weight_real")
 
 
 def _code_type(layer: TableConv | ProductConv) -> str:

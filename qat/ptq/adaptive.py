@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, fx, nn
@@ -14,6 +15,7 @@ from qat.graph import Graph, Kind
 from qat.layers import QuantizedLayer
 
 log = logging.getLogger(__name__)
+Inputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ def learn_rounding(
     calls: dict[QuantizedLayer, list[fx.Node]] = {}
     graph = Graph(prepared)
     for node, layer in graph.layers():
-        if layer.weight_quantizer.adapts:
+        if layer.weight_quantizer.adapts and layer.biased:  # of a table that is looked up, nearest is the best
             calls.setdefault(layer, []).append(node)
     if not calls:
         return []
@@ -101,21 +103,24 @@ class _Reconstruction:
     ) -> None:
         self.name, self.layer, self.quantizer = str(nodes[0].target), layer, layer.weight_quantizer
         self.norm, self.relu = _tail(graph, nodes[0]) if len(nodes) == 1 else (None, False)
-        found: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # calls may differ in the size of their images
+        found: dict[Any, list[tuple[Inputs, Tensor]]] = {}  # calls may differ in the size of their images
         for batch in batches:
             set_mode(graph.module, Mode.float)
             with torch.no_grad():
-                targets = [self._output(x) for x in _inputs(graph.module, layer, len(nodes), batch)]
+                targets = [self._output(*x) for x in _inputs(graph.module, layer, len(nodes), batch)]
             set_mode(graph.module, Mode.frozen)
             for x, target in zip(_inputs(graph.module, layer, len(nodes), batch), targets, strict=True):
-                found.setdefault(x.shape[1:], []).append((x, target))
-        self.data = [(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])) for pairs in found.values()]
+                found.setdefault(tuple(t.shape[1:] for t in x), []).append((x, target))
+        self.data: list[tuple[Inputs, Tensor]] = [
+            (tuple(torch.cat(ts) for ts in zip(*(x for x, _ in pairs), strict=True)), torch.cat([y for _, y in pairs]))
+            for pairs in found.values()
+        ]
 
     def learn(
         self, steps: int, lr: float, batch_size: int, penalty: float | None, advance: Callable[[], None]
     ) -> RoundingResult:
         """Minimise, decide, compare with nearest."""
-        quantizer, weight = self.quantizer, self.layer.weight.detach()
+        quantizer, weight = self.quantizer, self.layer.outputs_first().detach()
         quantizer.start_rounding(weight)
         quantizer.decide_rounding()
         decided, integers, nearest = quantizer.logits.detach().clone(), encode(quantizer, weight).codes, self.error()
@@ -136,19 +141,19 @@ class _Reconstruction:
         quantizer, logits = self.quantizer, self.quantizer.logits
         optimizer = torch.optim.Adam([logits], lr)
         generator = torch.Generator().manual_seed(0)  # of its own: the run's random numbers stay what they were
-        sizes = torch.tensor([float(len(x)) for x, _ in self.data])
+        sizes = torch.tensor([float(len(y)) for _, y in self.data])
         # The paper's error is summed over channels, of outputs whose variance BatchNorm made about 1. In units of the
         # variance, one weight of the penalty does for other layers too. Adam does not see a common factor of both.
-        factor = self.layer.weight.shape[0] / self._variance()
+        factor = self.layer.outputs_first().shape[0] / self._variance()
         factor *= 1.0 if penalty is None else quantizer.scheme.rounding_penalty / penalty
         quantizer.train()
         quantizer.mode = Mode.quantize
         for step in range(steps):
             quantizer.progress = step / steps
             x, target = self.data[int(torch.multinomial(sizes, 1, generator=generator))]
-            chosen = torch.randint(len(x), (min(batch_size, len(x)),), generator=generator).to(x.device)
+            chosen = torch.randint(len(target), (min(batch_size, len(target)),), generator=generator).to(target.device)
             with torch.enable_grad():
-                loss = (self._output(x[chosen]) - target[chosen]).square().mean() * factor
+                loss = (self._output(*(t[chosen] for t in x)) - target[chosen]).square().mean() * factor
                 (logits.grad,) = torch.autograd.grad(loss, logits)
             optimizer.step()
             advance()
@@ -161,8 +166,8 @@ class _Reconstruction:
         """Mean squared error of the output as weights are rounded now."""
         total, count = 0.0, 0
         for inputs, targets in self.data:
-            for x, target in zip(inputs.split(256), targets.split(256), strict=True):
-                total += float((self._output(x) - target).double().square().sum())
+            for *x, target in zip(*(t.split(256) for t in inputs), targets.split(256), strict=True):
+                total += float((self._output(*x) - target).double().square().sum())
                 count += target.numel()
         return total / max(count, 1)
 
@@ -170,8 +175,8 @@ class _Reconstruction:
         variance = sum(float(y.var()) * len(y) for _, y in self.data) / sum(len(y) for _, y in self.data)
         return variance if variance > 0 else 1.0
 
-    def _output(self, x: Tensor) -> Tensor:
-        y = type(self.layer).forward(self.layer, x)  # without hooks
+    def _output(self, *x: Tensor) -> Tensor:
+        y = type(self.layer).forward(self.layer, *x)  # without hooks
         y = y if self.norm is None else self.norm(y)
         return torch.relu(y) if self.relu else y
 
@@ -193,16 +198,16 @@ class _Reached(Exception):  # noqa: N818
 
 
 @torch.no_grad()
-def _inputs(net: nn.Module, layer: nn.Module, calls: int, batch: tuple[Tensor, ...]) -> list[Tensor]:
-    """A layer's inputs in one pass of the network, one a call."""
-    seen: list[Tensor] = []
+def _inputs(net: nn.Module, layer: nn.Module, calls: int, batch: Inputs) -> list[Inputs]:
+    """A layer's inputs in one pass of the network, one tuple a call."""
+    seen: list[Inputs] = []
 
-    def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
+    def record(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(tuple(x for x in (*args, *named.values()) if isinstance(x, Tensor)))
         if len(seen) == calls:
             raise _Reached
 
-    handle = layer.register_forward_pre_hook(record)
+    handle = layer.register_forward_pre_hook(record, with_kwargs=True)
     try:
         net(*batch)
     except _Reached:

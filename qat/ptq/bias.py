@@ -1,6 +1,7 @@
 """Biases: corrected for the mean error of quantized weights, and rounded to the integers that the runtime adds."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,17 +28,17 @@ def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tens
     error: dict[QuantizedLayer, Tensor] = {}
     count = 0
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         assert isinstance(layer, QuantizedLayer)
         quantizer, mode = layer.weight_quantizer, layer.weight_quantizer.mode
         quantizer.mode = Mode.float
-        exact = type(layer).forward(layer, *inputs)
+        exact = type(layer).forward(layer, *inputs, **named)
         quantizer.mode = mode
         channel = 1 if layer.outputs_first().dim() > 2 else output.dim() - 1
         other = [d for d in range(output.dim()) if d != channel]
         error[layer] = error.get(layer, torch.zeros(())) + (exact - output).mean(dim=other)
 
-    handles: list[RemovableHandle] = [layer.register_forward_hook(record) for layer in layers]
+    handles: list[RemovableHandle] = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     try:
         with eval_mode(prepared):
             for batch in batches:

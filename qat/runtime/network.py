@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.runtime import layers, matmul, operations, stored
+from qat.runtime import layers, lookup, matmul, operations, outer, stored
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import IntegerConv, RuntimeLayer
 
@@ -17,6 +17,10 @@ LAYERS: dict[str, type[RuntimeLayer]] = {
     "table_conv": stored.TableConv,
     "product_conv": stored.ProductConv,
     "simulate": stored.Simulate,
+    "look_up": lookup.LookUp,
+    "table_look_up": lookup.TableLookUp,
+    "product_look_up": lookup.ProductLookUp,
+    "outer": outer.Outer,
     "quantize": operations.QuantizeInput,
     "dequantize": operations.Dequantize,
     "add": operations.Add,
@@ -49,7 +53,7 @@ class Node:
 
 
 class IntegerNetwork(nn.Module):
-    """Runs its nodes in order. Takes and returns float32 tensors; between quantizers every tensor is integer.
+    """Runs its nodes in order. Takes float32 (indices are integers) and returns it; in between all is integer.
 
     Args:
         inputs: names of the arguments of `forward`.
