@@ -35,7 +35,7 @@ def export(
     Args:
         network: from `qat.lower`.
         folder: made if it is not there. Files are written whole or not at all.
-        example_inputs: float32, batch dimension first.
+        example_inputs: float32 (indices: integers), batch dimension first.
         formats: keys of `EXPORTERS`.
 
     Returns:

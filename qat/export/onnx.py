@@ -206,7 +206,8 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     Args:
         network: from `qat.lower` or `qat.load`.
         path: where; an earlier file there survives if writing fails.
-        example_inputs: float32, with a batch dimension first; other dimensions are fixed to theirs.
+        example_inputs: float32 (indices: integers), with a batch dimension first; other dimensions are fixed to
+            theirs.
 
     Raises:
         ImportError: the `onnx` package is missing.
