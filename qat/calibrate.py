@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from qat.fake_quant import Mode, eval_mode, quantizers, set_mode, watch
+from qat.fake_quant import Mode
 from qat.layers import QuantizedLayer
+from qat.modes import eval_mode, quantizers, set_mode, watch
 
 
 @torch.no_grad()

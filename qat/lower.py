@@ -14,11 +14,12 @@ from torch import fx, nn
 
 from qat import lower_calls, translate
 from qat.calls import CALLS
-from qat.fake_quant import FakeQuantize, Mode, quantizers
+from qat.fake_quant import FakeQuantize, Mode
 from qat.fold import BatchNorm, batch_norm_affine
 from qat.graph import IDENTITIES, Graph, Kind, tensor_list
 from qat.layers import QuantizedLayer
 from qat.lower_layers import float_layer, integer_layer, look_up, real_layer
+from qat.modes import quantizers
 from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import RuntimeLayer

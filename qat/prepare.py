@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 
 from qat.calls import CALLS
 from qat.decompose import decompose_attention
-from qat.fake_quant import FakeQuantize, eval_mode, quantizers
+from qat.fake_quant import FakeQuantize
 from qat.graph import Graph, Kind
 from qat.layers import SWAPS
+from qat.modes import eval_mode, quantizers
 from qat.scheme import Granularity, LayerRule, QuantConfig, TensorScheme, override
 from qat.targets import check_target
 from qat.tracing import trace

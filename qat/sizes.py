@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qat.fake_quant import eval_mode
 from qat.graph import Graph, Kind
+from qat.modes import eval_mode
 
 
 class Sizes:

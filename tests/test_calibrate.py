@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import qat
-from qat.fake_quant import Mode, get_mode, quantizers, set_mode
+from qat.fake_quant import Mode
 from qat.layers import QuantizedLayer
+from qat.modes import get_mode, quantizers, set_mode
 from qat.zoo.models import SmallCNN
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -120,7 +120,7 @@ def test_every_preset_prepares_every_model() -> None:
         example = torch.zeros(2, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
         config = hydra_schema.quant_config(cfg)
         net = qat.prepare(instantiate(cfg.model), config, example)
-        weights = [q for name, q in qat.fake_quant.quantizers(net) if name.endswith("weight_quantizer")]
+        weights = [q for name, q in qat.modes.quantizers(net) if name.endswith("weight_quantizer")]
         assert bool(weights) == config.weight.quantized, (model, preset)
 
 
@@ -192,7 +192,7 @@ def test_rules_are_exceptions_to_the_schemes_of_the_configuration() -> None:
         " {match: last, weight: {granularity: tensor, symmetric: false}}]",
     )
     net = qat.prepare(instantiate(cfg.model), hydra_schema.quant_config(cfg), torch.zeros(2, 1, 8, 8))
-    schemes = {n: q.scheme for n, q in qat.fake_quant.quantizers(net)}
+    schemes = {n: q.scheme for n, q in qat.modes.quantizers(net)}
     weights = {name: s for name, s in schemes.items() if name.endswith("weight_quantizer")}
     assert not any(name.startswith("conv2") for name in weights)
     assert {s.bits for s in weights.values()} == {4}

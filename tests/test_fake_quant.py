@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.fake_quant import FakeQuantize, Mode, get_mode, quantizers, set_mode
+from qat.fake_quant import FakeQuantize, Mode
+from qat.modes import get_mode, quantizers, set_mode
 from qat.scheme import Granularity, TensorScheme
 
 CHANNEL: dict[str, Any] = {"granularity": Granularity.channel, "narrow_range": True}

@@ -27,6 +27,7 @@ ORDER = [
     "qat.presets",
     "qat.fitted",
     "qat.fake_quant",
+    "qat.modes",
     "qat.encoding",
     "qat.layers",
     "qat.attention",

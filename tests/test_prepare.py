@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import qat
-from qat.fake_quant import FakeQuantize, Mode, quantizers
+from qat.fake_quant import FakeQuantize, Mode
 from qat.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from qat.modes import quantizers
 from qat.zoo.models import MLP, ResNet, SmallCNN
 
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

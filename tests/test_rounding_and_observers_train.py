@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 
 import qat
 from qat import hydra_schema
-from qat.fake_quant import quantizers
+from qat.modes import quantizers
 from qat.numerics.rounding import ROUNDING
 from qat.observers import OBSERVERS
 from qat.ptq import PTQConfig, finalize

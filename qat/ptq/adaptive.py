@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, distributed, fx, nn
 
 from qat.encoding import encode
-from qat.fake_quant import FakeQuantize, Mode, eval_mode, quantizers, set_mode
+from qat.fake_quant import FakeQuantize, Mode
 from qat.graph import Graph, Kind
 from qat.layers import QuantizedLayer
+from qat.modes import eval_mode, quantizers, set_mode
 
 log = logging.getLogger(__name__)
 Inputs = tuple[Tensor, ...]

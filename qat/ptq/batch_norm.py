@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat.fake_quant import eval_mode
+from qat.modes import eval_mode
 
 
 @torch.no_grad()

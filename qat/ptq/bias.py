@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from qat.fake_quant import Mode, eval_mode
+from qat.fake_quant import Mode
 from qat.fold import BatchNorm, batch_norm_affine, fold, integer_bias
 from qat.graph import Graph, Kind
 from qat.layers import QuantizedLayer
+from qat.modes import eval_mode
 
 
 @torch.no_grad()

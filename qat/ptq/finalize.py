@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from qat.calibrate import calibrate
-from qat.fake_quant import Mode, set_mode
+from qat.fake_quant import Mode
+from qat.modes import set_mode
 from qat.ptq.adaptive import learn_rounding
 from qat.ptq.batch_norm import reestimate_batch_norm
 from qat.ptq.bias import correct_bias, round_biases

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.fake_quant import eval_mode
+from qat.modes import eval_mode
 from qat.numerics.product import SAMPLE, fit_product
 from qat.runtime.tables import TableLinear
 

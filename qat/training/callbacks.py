@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from qat.fake_quant import quantizers
 from qat.layers import QuantizedLayer
+from qat.modes import quantizers
 
 log = logging.getLogger(__name__)
 

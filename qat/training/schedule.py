@@ -7,8 +7,9 @@ import lightning as L
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat.fake_quant import Mode, get_mode, quantizers, set_mode, set_progress, watch
+from qat.fake_quant import Mode
 from qat.layers import QuantizedLayer
+from qat.modes import get_mode, quantizers, set_mode, set_progress, watch
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import qat
-from qat.fake_quant import Mode, get_mode, quantizers
+from qat.fake_quant import Mode
+from qat.modes import get_mode, quantizers
 from qat.scheme import QuantConfig
 from qat.training import QATModule, QATSchedule, ResumeHint
 from qat.training.module import build

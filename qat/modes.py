@@ -1,0 +1,78 @@
+"""What is asked of, or told to, every quantizer of a network at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from qat.fake_quant import FakeQuantize, Mode
+
+
+def quantizers(net: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
+    """Every FakeQuantize of a network with its module path."""
+    return ((name, module) for name, module in net.named_modules() if isinstance(module, FakeQuantize))
+
+
+def set_mode(net: nn.Module, mode: Mode | str) -> None:
+    """Set the mode of every FakeQuantize in `net`.
+
+    Args:
+        net: a prepared network.
+        mode: `float`, `observe`, `quantize` or `frozen`.
+
+    Raises:
+        ValueError: an unknown mode.
+        RuntimeError: `quantize` or `frozen` before ranges are known; names the first such node.
+    """
+    try:
+        mode = Mode(mode)
+    except ValueError:
+        raise ValueError(f"mode={mode!r} is not known (valid: {', '.join(m.value for m in Mode)})") from None
+    if mode in (Mode.quantize, Mode.frozen):
+        missing = [name for name, quantizer in quantizers(net) if not quantizer.calibrated]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} quantizers have no range yet, the first is '{missing[0]}'; "
+                f"run qat.calibrate(net, batches) before mode '{mode.value}'"
+            )
+    for _, quantizer in quantizers(net):
+        quantizer.mode = mode
+
+
+def watch(net: nn.Module) -> None:
+    """Let the next forward of every FakeQuantize check its input: NaN or infinity raise a ValueError with its name.
+
+    Otherwise infinity saturates without a word, and NaN comes out at the other end. The check reads each tensor once,
+    so it is made now and then: at every batch of calibration, and at the first one of every epoch.
+    """
+    for _, quantizer in quantizers(net):
+        quantizer.watched = True
+
+
+def set_progress(net: nn.Module, share: float) -> None:
+    """Tell gradients and penalties that change in the course of training how much of it has passed.
+
+    Args:
+        net: a prepared network.
+        share: in [0, 1].
+    """
+    for _, quantizer in quantizers(net):
+        quantizer.progress = share
+
+
+@contextmanager
+def eval_mode(*nets: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; afterwards each is in the mode it was in."""
+    training = {module: module.training for net in nets for module in net.modules()}
+    for net in nets:
+        net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def get_mode(net: nn.Module) -> Mode:
+    """The mode of a prepared network (of its first FakeQuantize); `float` when it has none."""
+    return next((quantizer.mode for _, quantizer in quantizers(net)), Mode.float)
