@@ -71,7 +71,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def check_parity(summary: dict[str, Any]) -> None:
-    assert set(summary["parity"]) == set(PAIRS)
+    assert set(summary["parity"]) == {pair for pair in PAIRS if "onnx" in summary["stages"] or "onnx" not in pair}
     for pair, measured in summary["parity"].items():
         assert measured["agreement"] >= 0.999, pair
         assert measured["max_steps"] <= 1, pair
