@@ -20,7 +20,7 @@ train: $(STAMP) ## install what is missing and run the main job; ARGS="quant=w4a
 	$(RUN) train.py $(ARGS)
 
 test: $(STAMP) ## install what is missing and run the tests; ARGS="tests/test_scheme.py" for some
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff
 	$(VENV)/bin/ruff check .
