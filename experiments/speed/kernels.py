@@ -132,7 +132,7 @@ def kept(forward: Callable[[], Tensor], elements: int) -> float:
     return round(sum(total) / elements, 3)
 
 
-def measure(shape: tuple[int, ...], repeats: int, threads: int) -> None:
+def measure(shape: tuple[int, ...], repeats: int, threads: int, forms: list[str]) -> None:
     """Print a line for each row and the result, as JSON."""
     torch.set_num_threads(threads)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -144,7 +144,7 @@ def measure(shape: tuple[int, ...], repeats: int, threads: int) -> None:
         forward().backward(grad)
         return time.perf_counter() - start
 
-    todo = rows(x)
+    todo = [row for row in rows(x) if row.form in forms]
     memory = [kept(row.forward, x.numel()) for row in todo]
     result = []
     for row, bytes_kept in zip(todo, memory, strict=True):
@@ -163,15 +163,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.csv"))
+    parser.add_argument("--forms", nargs="+", default=[*FORMS, "ATen"], choices=[*FORMS, "ATen"], help="of each range")
     parser.add_argument("--measure", action="store_true", help="measure in this process (used by the script itself)")
     args = parser.parse_args()
     if args.measure:
-        measure(tuple(args.shape), args.repeats, args.threads)
+        measure(tuple(args.shape), args.repeats, args.threads, args.forms)
         return
     console = Console()
     results: dict[str, list[dict[str, object]]] = {}
     with Progress(console=console) as progress:
-        task = progress.add_task("rows", total=len(ALLOCATORS) * 6 * (len(FORMS) + 1))
+        task = progress.add_task("rows", total=len(ALLOCATORS) * 6 * len(args.forms))
         for name, environment in ALLOCATORS.items():
             progress.update(task, description=f"allocator: {name}")
             command = [sys.executable, __file__, *sys.argv[1:], "--measure"]
