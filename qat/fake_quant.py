@@ -177,12 +177,6 @@ class FakeQuantize(nn.Module):
         return self.scheme.rounding == "adaptive"
 
     @property
-    def anneals(self) -> bool:
-        """Whether `progress` changes what it does."""
-        strengths = self.scheme.gradient_strength or GRADIENTS[self.scheme.gradient].strengths
-        return self.adapts or strengths[0] != strengths[1]
-
-    @property
     def integer(self) -> bool:
         """Whether an integer runtime can compute with it: static integers, one scale a tensor or output channel."""
         if self.shape is None:

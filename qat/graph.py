@@ -273,11 +273,6 @@ class Graph:
                 yield node, module
 
 
-def tensor_arguments(node: fx.Node) -> list[fx.Node]:
-    """The tensors that an operation reads, one that it reads twice twice."""
-    return [arg for arg in [*node.args, *node.kwargs.values()] if isinstance(arg, fx.Node)]
-
-
 def tensor_list(node: fx.Node) -> list[fx.Node]:
     """The tensors that a concatenation joins."""
     tensors = node.args[0] if node.args else node.kwargs["tensors"]

@@ -126,7 +126,6 @@ class Staircase:
         strength: the gradient's setting.
         noise: add noise in place of rounding.
         relu: absorb a preceding ReLU: negative values become zero, and the gradient is zero for x <= 0.
-        clips: whether values beyond the outer levels count as clipped.
         residual: whether the scale's gradient has the rounding residual of what is not clipped (LSQ) or not (PACT).
     """
 
@@ -138,7 +137,6 @@ class Staircase:
     strength: float = 1.0
     noise: bool = False
     relu: bool = False
-    clips: bool = True
     residual: bool = True
 
     def round(self, v: Tensor, zero_point: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
@@ -155,8 +153,6 @@ class Staircase:
             q = torch.clamp(add_noise(v, cell[1] - cell[0]), low, high)
         else:
             q = self.round(v, zero_point, ROUNDING[self.rounding])
-        if not self.clips:
-            return q, torch.ones_like(v, dtype=torch.bool)
         if self.snap is None:  # as ATen: clipped is what rounds to an integer outside
             ends = (v if self.noise else ROUNDING[self.rounding](v)) + zero_point
             return q, (ends >= self.quant_min) & (ends <= self.quant_max)

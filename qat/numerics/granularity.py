@@ -145,14 +145,6 @@ class Layout:
         """Whether scales broadcast against `rows(x)` only."""
         return self.kind not in ("tensor", "channel")
 
-    def padding(self, shape: Sequence[int]) -> tuple[int, int] | None:
-        """(entries, group size) where the last group is short, else None. Blocks may be short."""
-        if self.kind == "group":
-            inputs = math.prod(shape[1:]) if self.weight else shape[self.axis]
-            if inputs % self._group():
-                return inputs, self._group()
-        return None
-
     def _along_axis(self, x: Tensor) -> Tensor:
         x = x.movedim(self.axis, -1)
         return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
