@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qat.numerics.kernels import RESIDUAL_STEPS
+from qat.numerics.kernels import ABOVE, BELOW, RESIDUAL_STEPS
 
 BLOCK = 2**15
 """Elements in a block, for each thread: four float32 blocks fit in an L2 cache."""
@@ -40,42 +40,39 @@ def _as(scratch: Tensor, block: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, scale: Tensor, zero_point: Tensor, low: Tensor, quant_max: int, *, relu: bool, lsq: bool
+    x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, *, relu: bool, lsq: bool
 ) -> tuple[Tensor, Tensor]:
     """`kernels.forward_ste`, or `forward_lsq`."""
-    y, code = torch.empty_like(x), torch.empty_like(x, dtype=torch.uint8)
+    y, code = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
     scratch = _scratch(x.shape, x, 3)
-    for x_, s, z, lo, y_, code_ in _blocks(x.shape, x, scale, zero_point, low, y, code):
+    for x_, s, low, high, y_, code_ in _blocks(x.shape, x, scale, bottom, top, y, code):
         v, q, c = (_as(t, x_) for t in scratch)
         torch.div(v.copy_(x_) if x.dtype != torch.float32 else x_, s, out=v)
+        torch.round(v, out=q)
+        torch.minimum(torch.maximum(q, low, out=c), high, out=c)
         if lsq:
-            _forward_lsq(x_, v, q, c, z, lo, quant_max, relu, code_)
+            _code_lsq(x_, v, q, c, low, high, relu, code_)
         else:
-            torch.round(v, out=q).add_(z)
-            torch.maximum(q, lo, out=c).clamp_(max=quant_max)
             inside = torch.eq(q, c, out=code_.view(torch.bool))
             if relu:
                 inside &= x_ > 0
-        torch.mul(c.sub_(z), s, out=y_ if x.dtype == torch.float32 else c)
+        torch.mul(c.add_(0.0), s, out=y_ if x.dtype == torch.float32 else c)  # 0.0: minus zero is none of the integers
         if x.dtype != torch.float32:
             y_.copy_(c)
     return y, code
 
 
-def _forward_lsq(
-    x: Tensor, v: Tensor, q: Tensor, c: Tensor, z: Tensor, low: Tensor, quant_max: int, relu: bool, code: Tensor
+def _code_lsq(
+    x: Tensor, v: Tensor, q: Tensor, c: Tensor, low: Tensor, high: Tensor, relu: bool, code: Tensor
 ) -> None:
-    """Fill `c` with integers and `code`, given `v = x / scale`; by arithmetic, as ATen vectorises no selection."""
-    torch.round(v, out=q).add_(z)
-    torch.maximum(q, low, out=c).clamp_(max=quant_max)
+    """Fill `code`, given `v = x / scale`, rounded and clamped; by arithmetic, as ATen vectorises no selection."""
     step = torch.sub(q, c, out=q).clamp_(-1.0, 1.0)  # how clipped: -1, 0 or 1
     # one step outside stands for all that lies beyond; infinities would have no residual
-    torch.minimum(torch.maximum(v, (low - 1.0) - z, out=v), (quant_max + 1.0) - z, out=v)
-    residual = torch.round(v).sub_(v)
-    byte = residual.mul_(RESIDUAL_STEPS).add_(127.0).round_().add_(step, alpha=512.0).clamp_(0.0, 255.0)
+    torch.minimum(torch.maximum(v, low - 1.0, out=v), high + 1.0, out=v)
+    byte = torch.round(v).sub_(v).mul_(RESIDUAL_STEPS).round_().add_(step, alpha=512.0).clamp_(BELOW, ABOVE)
     if relu:
-        byte.mul_(torch.sign(x).clamp_(min=0.0))
-    code.copy_(byte.nan_to_num_(0.0).to(torch.int32))
+        byte.sub_(BELOW).mul_(torch.sign(x).clamp_(min=0.0)).add_(BELOW)
+    code.copy_(byte.nan_to_num_(BELOW).to(torch.int32))
 
 
 def backward_ste(grad: Tensor, inside: Tensor) -> Tensor:
@@ -91,10 +88,10 @@ def backward_lsq(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tu
     for g, code_, below_, above_, grad_, total_ in _blocks(grad.shape, grad, code, below, above, grad_x, total):
         slope, under, over, inside = (_as(t, g) for t in scratch)
         slope.copy_(code_)
-        torch.sub(slope, 254.0, out=over).clamp_(min=0.0)
-        torch.sub(1.0, slope, out=under).clamp_(min=0.0)
+        torch.sub(slope, ABOVE - 1.0, out=over).clamp_(min=0.0)
+        torch.sub(BELOW + 1.0, slope, out=under).clamp_(min=0.0)
         torch.sub(1.0, under, out=inside).sub_(over)
-        slope.sub_(127.0).mul_(1 / RESIDUAL_STEPS).mul_(inside).addcmul_(under, below_).addcmul_(over, above_)
+        slope.mul_(1 / RESIDUAL_STEPS).mul_(inside).addcmul_(under, below_).addcmul_(over, above_)
         torch.mul(g, inside, out=grad_ if grad.dtype == torch.float32 else inside)
         if grad.dtype != torch.float32:
             grad_.copy_(inside)

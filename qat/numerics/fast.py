@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from qat.numerics import blocks, kernels
 
-SMALLEST = 2**17
+SMALLEST = 2**15
 """Elements from which the compiled form pays for its call."""
 
-SMALLEST_LEARNED = 2**16
+SMALLEST_LEARNED = 2**14
 """The same where the scale is learned: there the composed form has more to do."""
 
 SMALLEST_BLOCKED = 2**23
@@ -133,10 +133,10 @@ def _form(x: Tensor, scale: Tensor, lsq: bool) -> tuple[str, Layout] | None:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     layout = _layout(x.shape, x.stride(), scale.shape)
-    if layout is None:
+    if layout is None or x.numel() >= 2**31:  # the compiler may count in 32 bits
         return None
     one = layout.form != "flat" and 1 in (*layout.shape, layout.block if layout.form == "cols" else 2)
-    if not one and kernels.available(lsq, layout.form, x.dtype, x.device.type):
+    if not one and kernels.available(lsq, layout.form, x):
         return "compiled", layout
     return ("blocked", layout) if x.device.type == "cpu" else None
 
@@ -168,16 +168,16 @@ def _forward(
         raise ValueError("no form takes these arguments: ask `usable` first")
     ctx.form, ctx.layout = form, layout = chosen
     ctx.x_like = (x.shape, x.stride())
-    low = zero_point.clamp(min=quant_min) if relu else torch.full_like(zero_point, quant_min)
-    bottom, top = low - zero_point, quant_max - zero_point
+    bottom, top = quant_min - zero_point, quant_max - zero_point
+    if relu:
+        bottom = bottom.clamp(min=0)
     values = layout.view(x)
+    arguments = [layout.spread(p) for p in (scale, bottom, top)]
     if form == "compiled":
-        arguments = [layout.spread(p) for p in (scale, -bottom, top - bottom, top)]
         name = "forward_lsq" if lsq else "forward_ste"
         y, code = kernels.run(name, layout.form, values, *arguments, _floor(relu, x.device))
     else:
-        s, z, lo = (_two(layout.spread(p)) for p in (scale, zero_point, low))
-        y, code = blocks.forward(_two(values), s, z, lo, quant_max, relu=relu, lsq=lsq)
+        y, code = blocks.forward(_two(values), *(_two(p) for p in arguments), relu=relu, lsq=lsq)
     return y.as_strided(x.shape, x.stride()), code, bottom, top
 
 

@@ -19,20 +19,21 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from types import FunctionType
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 log = logging.getLogger(__name__)
 
 RESIDUAL_STEPS = 252
 """The rounding residual in [-0.5, 0.5] is kept as one of this many steps; see `forward_lsq`."""
 
+BELOW, ABOVE = -128, 127
+"""What is kept instead of a residual where the value is clipped."""
 
-def forward_ste(
-    x: Tensor, scale: Tensor, zero: Tensor, last: Tensor, top: Tensor, floor: Tensor
-) -> tuple[Tensor, Tensor]:
+
+def forward_ste(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """Fake-quantize; also where the gradient passes, one byte an element.
 
     Integers are counted from the smallest one, so that both clamps are a ReLU: that is one instruction, while
@@ -40,22 +41,20 @@ def forward_ste(
 
     Args:
         x: floating point, of a form above.
-        scale: float32, as the form says, and so are the next three.
-        zero: the zero point, counted from the smallest integer.
-        last: the largest integer, counted from the smallest.
-        top: the largest integer less the zero point.
+        scale: float32, as the form says, and so are the next two.
+        bottom, top: the smallest and the largest integer, less the zero point.
         floor: float32, shape [1]: what `x` must exceed (0 behind an absorbed ReLU, else -inf).
     """
     x_ = x.float()
-    q = torch.round(x_ / scale) + zero
+    q, last = torch.round(x_ / scale) - bottom, top - bottom
     below_top = torch.relu(last - torch.relu(q))
     inside = (q == last - below_top) & (x_ > floor)
     return ((top - below_top) * scale).to(x.dtype), _byte(inside)
 
 
 def _byte(code: Tensor) -> Tensor:
-    """As uint8. By way of int32: the compiler saturates floats on their way to uint8, and vectorises no bools."""
-    return code.to(torch.int32).to(torch.uint8)
+    """As int8. By way of int32: the compiler vectorises no bools, and makes the most of just this conversion."""
+    return code.to(torch.int32).to(torch.int8)
 
 
 def backward_ste(grad: Tensor, inside: Tensor) -> tuple[Tensor]:
@@ -63,30 +62,30 @@ def backward_ste(grad: Tensor, inside: Tensor) -> tuple[Tensor]:
     return ((grad.float() * inside.float()).to(grad.dtype),)
 
 
-def forward_lsq(
-    x: Tensor, scale: Tensor, zero: Tensor, last: Tensor, top: Tensor, floor: Tensor
-) -> tuple[Tensor, Tensor]:
+def forward_lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     """As `forward_ste`, with one byte an element for both gradients.
 
-    The byte is 0 for "clipped below", 255 for "clipped above", else 127 + 252 (round(v) - v), `v = x / scale`.
+    The byte is BELOW or ABOVE where the value is clipped, else 252 (round(v) - v) with `v = x / scale`.
     """
     x_ = x.float()
     v = x_ / scale
     rounded = torch.round(v)
-    q = rounded + zero
-    below_top = last - torch.relu(q)
-    code = torch.round((rounded - v) * RESIDUAL_STEPS + 127.0)  # in 1..253, as the residual is at most a half
-    code = torch.where((q >= 0.0) & (x_ > floor), code.to(torch.int32), 0)
-    code = torch.where(below_top < 0.0, 255, code)
+    q = rounded - bottom
+    below_top = (top - bottom) - torch.relu(q)
+    code = torch.round((rounded - v) * RESIDUAL_STEPS)  # in -126..126, as the residual is at most a half
+    code = torch.where(q >= 0.0, code, float(BELOW))
+    code = torch.where(x_ > floor, code, float(BELOW))
+    code = torch.where(below_top < 0.0, float(ABOVE), code)
     return ((top - torch.relu(below_top)) * scale).to(x.dtype), _byte(code)
 
 
 def _lsq_terms(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
     g, c = grad.float(), code.float()
-    under, over = c == 0.0, c == 255.0
-    slope = torch.where(under, below, torch.where(over, above, (c - 127.0) * (1 / RESIDUAL_STEPS)))
+    under, over = c == float(BELOW), c == float(ABOVE)
+    slope = torch.where(under, below, torch.where(over, above, c * (1 / RESIDUAL_STEPS)))
     # the zero of each row, not a constant: else the compiler sees a pointwise pass of its own in the first result
-    return torch.where(under | over, below - below, g).to(grad.dtype), g * slope
+    zero = below - below
+    return torch.where(under, zero, torch.where(over, zero, g)).to(grad.dtype), g * slope
 
 
 def backward_lsq_flat(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,15 +129,15 @@ _SCALE = {"flat": (), "rows": (192, 1), "cols": (320,)}
 
 
 def _example(name: str, form: str, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Arguments of ordinary extents, no two alike.
+    """Arguments of ordinary extents, no two alike, each a tensor of its own (else the graph has one input for both).
 
     What the first compilation sees decides how loops are parallelised, and extents that are equal there must be equal
     ever after.
     """
     values, scale = _VALUES[form], torch.ones(_SCALE[form], device=device)
-    x, code = torch.zeros(values, dtype=dtype, device=device), torch.zeros(values, dtype=torch.uint8, device=device)
+    x, code = torch.zeros(values, dtype=dtype, device=device), torch.zeros(values, dtype=torch.int8, device=device)
     if name.startswith("forward"):
-        return [x, scale, torch.zeros_like(scale), scale, scale, torch.ones(1, device=device)]
+        return [x, scale, -scale, 2 * scale, torch.ones(1, device=device)]
     if name == "backward_ste":
         return [x, code]
     if form == "cols":
@@ -147,21 +146,24 @@ def _example(name: str, form: str, dtype: torch.dtype, device: str) -> list[Tens
 
 
 @functools.cache
-def compiled(name: str, form: str, dtype: torch.dtype, device: str) -> _Kernel | None:
+def compiled(name: str, form: str, dtype: torch.dtype, device: str, threads: int) -> _Kernel | None:
     """A kernel compiled once for all extents; None, and a warning, where that fails.
+
+    Inductor is given the graph itself: by way of `torch.compile` a call costs three times as much, as what it would
+    check is known here. (For that reason all that a kernel depends on is an argument.)
 
     Args:
         name, form: key of KERNELS.
         dtype: of the values.
         device: its type.
+        threads: on a CPU, how many share the work.
     """
-    function = KERNELS[name, form]
-    # code of its own, since the compiler counts compilations by code object
-    own = FunctionType(function.__code__.replace(co_name=f"{name}_{form}"), function.__globals__)
-    kernel: _Kernel = torch.compile(own, dynamic=True, fullgraph=True)
+    arguments, options = _example(name, form, dtype, device), {"config_patches": {"cpp.threads": threads}}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            kernel(*(t.detach() for t in _example(name, form, dtype, device)))
+            graph = make_fx(KERNELS[name, form], tracing_mode="symbolic")(*arguments)
+            kernel: _Kernel = torch._inductor.standalone_compile(graph, arguments, options=options)
+            kernel(*arguments)
     except Exception as error:  # no compiler, no write access to the cache, ...: the other forms serve
         log.warning("Compiled kernels are not available (%s); training is slower without them.", error)
         return None
@@ -172,23 +174,22 @@ _broken: set[str] = set()
 """Types of device on which a compilation failed: it is not tried again."""
 
 
-def available(lsq: bool, form: str, dtype: torch.dtype, device: str) -> bool:
-    """Whether the kernels of a form can run; compiles them at the first call."""
-    if device in _broken or os.environ.get("QAT_KERNELS", "on") == "off":
+def available(lsq: bool, form: str, x: Tensor) -> bool:
+    """Whether the kernels of a form can run on such values; compiles them at the first call."""
+    if x.device.type in _broken or os.environ.get("QAT_KERNELS", "on") == "off":
         return False
     both = (("forward_lsq", form), ("backward_lsq", form)) if lsq else (("forward_ste", form), ("backward_ste", "flat"))
-    if all(compiled(*key, dtype, device) for key in both):
+    if all(_compiled(*key, x) for key in both):
         return True
-    _broken.add(device)
+    _broken.add(x.device.type)
     return False
 
 
+def _compiled(name: str, form: str, x: Tensor) -> _Kernel | None:
+    return compiled(name, form, x.dtype, x.device.type, torch.get_num_threads())
+
+
 def run(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
-    """Call a kernel: compiled, or as it is written where the compiler gave up or a second derivative is wanted."""
-    kernel = None if torch.is_grad_enabled() else compiled(name, form, args[0].dtype, args[0].device.type)
-    if kernel is None:
-        return KERNELS[name, form](*args)
-    try:
-        return kernel(*(t.detach() for t in args))  # views would be compiled anew, with their bases' extents
-    except torch._dynamo.exc.FailOnRecompileLimitHit:  # too many global states: threads, autocast, determinism
-        return KERNELS[name, form](*args)
+    """Call a kernel: compiled, or as it is written where a second derivative is wanted."""
+    kernel = None if torch.is_grad_enabled() else _compiled(name, form, args[0])
+    return (kernel or KERNELS[name, form])(*args)

@@ -22,13 +22,13 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(("name", "form"), kernels.KERNELS)
 def test_compiled_and_written_agree(name: str, form: str) -> None:
     """Each kernel as Inductor compiles it against the same lines run as they are."""
-    if not kernels.available("lsq" in name, form, torch.float32, "cpu"):
+    if not kernels.available("lsq" in name, form, torch.empty(0)):
         pytest.skip("no compiler at hand")
     args = kernels._example(name, form, torch.float32, "cpu")
     generator = torch.Generator().manual_seed(0)
     args[0].normal_(generator=generator).mul_(2)
     if name.startswith("backward"):
-        args[1].random_(0, 2 if name == "backward_ste" else 256, generator=generator)
+        args[1].random_(*((0, 2) if name == "backward_ste" else (-128, 128)), generator=generator)
     with torch.no_grad():
         compiled, written = kernels.run(name, form, *args), kernels.KERNELS[name, form](*args)
     assert torch.equal(compiled[0], written[0])
@@ -39,12 +39,9 @@ def test_compiled_and_written_agree(name: str, form: str) -> None:
 @pytest.mark.usefixtures("anew")
 def test_without_a_compiler_training_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def broken(*args: object, **kwargs: object) -> object:
-        def kernel(*args: object) -> None:
-            raise RuntimeError("no C++ compiler")
+        raise RuntimeError("no C++ compiler")
 
-        return kernel
-
-    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(torch._inductor, "standalone_compile", broken)
     x = torch.randn(2 * N, requires_grad=True)
     for _ in range(2):
         fast.fake_quantize(x, torch.tensor(0.1), torch.tensor(0.0), -8, 7).sum().backward()
@@ -55,16 +52,4 @@ def test_without_a_compiler_training_goes_on(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_the_environment_turns_compilation_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAT_KERNELS", "off")
-    assert not kernels.available(False, "rows", torch.float32, "cpu")
-
-
-def test_too_many_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the compiler's limit a kernel runs as it is written."""
-
-    def over(*args: object) -> None:
-        raise torch._dynamo.exc.FailOnRecompileLimitHit("too many")
-
-    monkeypatch.setattr(kernels, "compiled", lambda *key: over)
-    with torch.no_grad():
-        (grad,) = kernels.run("backward_ste", "flat", torch.ones(3), torch.tensor([0, 1, 1], dtype=torch.uint8))
-    assert grad.tolist() == [0.0, 1.0, 1.0]
+    assert not kernels.available(False, "rows", torch.empty(0))
