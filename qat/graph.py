@@ -7,6 +7,7 @@ a concatenation share one. Average pooling makes new values and so gets a scale 
 """
 
 import copy
+import functools
 import operator
 from collections.abc import Iterator
 from enum import Enum, auto
@@ -18,7 +19,7 @@ from torch import fx, nn
 
 from qat.calls import CALLS, SIZE_ATTRIBUTES, values_of
 from qat.fake_quant import FakeQuantize
-from qat.layers import SWAPS, QuantizedLayer
+from qat.layers import SWAPS, Functional, QuantizedLayer, float_type
 
 
 class Kind(Enum):
@@ -86,6 +87,7 @@ class PreparedNetwork(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> "PreparedNetwork":
         result: Any = super().__deepcopy__(memo)
         result._modules = copy.deepcopy(self._modules, memo)
+        bind_functional(result)
         return result
 
 
@@ -94,7 +96,34 @@ def _unpickle(reduced: tuple[Any, ...], meta: dict[str, Any], modules: dict[str,
     prepared = PreparedNetwork(module, module.graph)
     prepared.meta.update(meta)
     prepared._modules = modules
+    bind_functional(prepared)
     return prepared
+
+
+def bind_functional(net: fx.GraphModule) -> None:
+    """Let every Functional look up the weight and the bias that the network gives it."""
+    for node in net.graph.nodes:
+        module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Functional):
+            module.bind(functools.partial(_weight_and_bias, net, node))
+
+
+def _weight_and_bias(net: fx.GraphModule, node: fx.Node) -> Any:
+    return tuple(fixed_value(net, arg) if isinstance(arg, fx.Node) else None for arg in node.args[-2:])
+
+
+def fixed_value(net: fx.GraphModule, node: fx.Node) -> Any:
+    """The tensor that such a node is now."""
+    if node.op == "get_attr":
+        value: Any = net
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: fixed_value(net, n))
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
 class Graph:
@@ -246,7 +275,10 @@ class Graph:
         return False
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
-        """The tensors that a quantized operation reads."""
+        """The tensors that a quantized operation reads; a layer's weight and bias are none."""
+        module = self.submodule(node)
+        if isinstance(module, Functional):
+            return [arg for arg in node.args[: len(module.form.inputs)] if isinstance(arg, fx.Node)]
         if self.kind(node) in (Kind.add, Kind.arithmetic):
             return self.tensors(node)
         return node.all_input_nodes if self.kind(node) is Kind.layer else node.all_input_nodes[:1]
@@ -259,11 +291,23 @@ class Graph:
         users = list(node.users)
         ranks = self.module.meta.get("qat", {}).get("ranks", {})
         layer = self.submodule(node)
-        if isinstance(layer, QuantizedLayer) and not layer.biased:
+        if not isinstance(layer, QuantizedLayer) or not layer.biased:
             return None
-        if isinstance(layer, nn.Linear | nn.Bilinear) and ranks.get(str(node.target), 2) != 2:
+        if issubclass(float_type(layer), nn.Linear | nn.Bilinear) and ranks.get(str(node.target), 2) != 2:
             return None
         return users[0] if len(users) == 1 and self.kind(users[0]) is Kind.batch_norm else None
+
+    def held_for_layers(self) -> set[fx.Node]:
+        """Tensors of the network, and their parts, that nothing reads but layers, as weight or bias."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            held = self.kind(node) in (Kind.constant, Kind.passes)
+            if held and node.users and all(user in found or self._holds(user, node) for user in node.users):
+                found.add(node)
+        return found
+
+    def _holds(self, call: fx.Node, tensor: fx.Node) -> bool:
+        return isinstance(self.submodule(call), Functional) and tensor not in self.operands(call)
 
     def layers(self) -> Iterator[tuple[fx.Node, QuantizedLayer]]:
         """Calls of quantized layers in order of execution."""

@@ -17,7 +17,7 @@ from qat.calls import CALLS
 from qat.fake_quant import FakeQuantize, Mode
 from qat.fold import BatchNorm, batch_norm_affine
 from qat.graph import IDENTITIES, Graph, Kind, tensor_list
-from qat.layers import QuantizedLayer
+from qat.layers import Functional, QuantizedLayer
 from qat.lower_layers import float_layer, integer_layer, look_up, real_layer
 from qat.modes import quantizers
 from qat.runtime import operations as ops
@@ -74,8 +74,9 @@ class _Lowering:
     def run(self) -> IntegerNetwork:
         inputs: list[str] = []
         outputs: list[str] = []
+        weights = self.graph.held_for_layers()
         for node in self.graph.nodes:
-            if node in self.made:  # fused into an earlier step
+            if node in self.made or node in weights:  # fused into an earlier step, or read by its layer
                 continue
             kind = self.graph.kind(node)
             if kind is Kind.input:
@@ -148,6 +149,13 @@ class _Lowering:
             return self.to_real(node.all_input_nodes[0])
         return self.add(f"{node.target}.outer", Outer(), [self.to_real(arg) for arg in translate.bilinear_inputs(node)])
 
+    def geometry(self, layer: nn.Module, node: fx.Node) -> dict[str, Any]:
+        """Stride, padding and so on of a convolution; nothing for other layers."""
+        settings = translate.geometry(layer)
+        if isinstance(self.graph.submodule(node), translate.TRANSPOSED):
+            settings |= lower_calls.output_padding(self.graph, self.sizes, node, settings)
+        return settings
+
     def padded(self, layer: nn.Module, node: fx.Node, x: str) -> str:
         """`x` as a convolution with a padding mode pads it: it only moves values, so integers stay integers."""
         pads = translate.moved_padding(layer)
@@ -178,7 +186,7 @@ def _quantizer(lowering: _Lowering, node: fx.Node) -> None:
 
 
 def _layer(lowering: _Lowering, node: fx.Node) -> None:
-    layer = lowering.graph.submodule(node)
+    layer = _ordinary(lowering.graph.submodule(node))
     assert isinstance(layer, QuantizedLayer)
     if isinstance(layer, translate.LOOK_UPS):
         _look_up(lowering, node, layer)
@@ -189,7 +197,7 @@ def _layer(lowering: _Lowering, node: fx.Node) -> None:
     source = node.all_input_nodes[0]
     grid = lowering.grids[lowering.made[source]]
     made = [node, tail, *lowering.fused_quantizer(tail)]
-    geometry = translate.geometry(layer, node) | {"output": lowering.output_grid(tail)}
+    geometry = lowering.geometry(layer, node) | {"output": lowering.output_grid(tail)}
     step: RuntimeLayer
     if grid is not None and layer.weight_quantizer.integer and layer.multiplies:
         step, x = integer_layer(layer, norm, grid, geometry), lowering.made[source]
@@ -198,13 +206,18 @@ def _layer(lowering: _Lowering, node: fx.Node) -> None:
     lowering.add(str(node.target), step, [lowering.padded(layer, node, x)], *made)
 
 
+def _ordinary(layer: nn.Module | None) -> nn.Module | None:
+    """A layer that holds its weight, whatever form the call has."""
+    return layer.ordinary() if isinstance(layer, Functional) else layer
+
+
 def _float_layer(lowering: _Lowering, node: fx.Node) -> None:
-    layer = lowering.graph.submodule(node)
+    layer = _ordinary(lowering.graph.submodule(node))
     assert layer is not None
     if isinstance(layer, translate.LOOK_UPS):
         _look_up(lowering, node, layer)
         return
-    step = float_layer(layer, translate.geometry(layer, node) | {"output": lowering.output_grid(node)})
+    step = float_layer(layer, lowering.geometry(layer, node) | {"output": lowering.output_grid(node)})
     x = lowering.padded(layer, node, lowering.real_input(layer, node))
     lowering.add(lowering.graph.name(node), step, [x], node, *lowering.fused_quantizer(node))
 

@@ -105,6 +105,28 @@ def move(graph: Graph, sizes: Sizes, node: fx.Node, zero_point: int) -> tuple[An
     return ops.Move(name=name, **settings), [source]
 
 
+def output_padding(graph: Graph, sizes: Sizes, node: fx.Node, geometry: dict[str, Any]) -> dict[str, Any]:
+    """`output_padding` of a transposed convolution that is called with `output_size`; nothing for other calls.
+
+    Raises:
+        ValueError: the size depends on the batch.
+    """
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+    if given is None:
+        return {}
+    wanted, layer, found = plain(graph, sizes, node, given), graph.submodule(node), sizes.shape(node.all_input_nodes[0])
+    assert layer is not None
+    kernel: Any = layer.kernel_size
+    inputs = found[-len(kernel) :]
+    if None in inputs:
+        raise unsupported(graph, node, f"output_size= for an input whose size depends on the batch ({found})")
+    columns = zip(wanted[-len(kernel) :], inputs, kernel, geometry["stride"], geometry["padding"],
+                  geometry["dilation"], strict=True)  # fmt: skip
+    least = [(size, (n - 1) * stride - sum(pads) + dilation * (k - 1) + 1)
+             for size, n, k, stride, pads, dilation in columns if n is not None]  # fmt: skip
+    return {"output_padding": [size - smallest for size, smallest in least]}
+
+
 def spatial_sizes(key: Any, value: Any) -> list[int | None]:
     """The output sizes of an adaptive pooling, one a dimension; None keeps the input's."""
     dims = int(key.__name__[-2])

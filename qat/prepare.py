@@ -15,8 +15,10 @@ from torch import Tensor, fx, nn
 from qat.calls import CALLS
 from qat.decompose import decompose_attention
 from qat.fake_quant import FakeQuantize
-from qat.graph import Graph, Kind
-from qat.layers import SWAPS
+from qat.functional import insert_functional
+from qat.graph import Graph, Kind, bind_functional
+from qat.layers import SWAPS, Functional, type_name
+from qat.layers.tied import share_weight_quantizers
 from qat.modes import eval_mode, quantizers
 from qat.scheme import Granularity, LayerRule, QuantConfig, TensorScheme, override
 from qat.targets import check_target
@@ -57,7 +59,8 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
     check_target(config)
     prepared = trace(net)
     shapes = _check_same(net, prepared, example_inputs)
-    if decompose_attention(prepared, shapes):
+    if decompose_attention(prepared, shapes) | insert_functional(prepared):
+        bind_functional(prepared)
         shapes = _shapes(prepared, example_inputs)
     ranks = {str(node.target): len(shape) for node, shape in shapes.items() if node.op == "call_module"}
     _drop_in_place(prepared)
@@ -66,6 +69,8 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
         if choice.weight.quantized:
             module = prepared.get_submodule(name)
             prepared.set_submodule(name, SWAPS[type(module)].from_float(module, choice.weight, name))
+    bind_functional(prepared)
+    ties = share_weight_quantizers((str(node.target), layer) for node, layer in Graph(prepared).layers())
     _place(prepared, config, choices, shapes)
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     for _, quantizer in quantizers(prepared):
@@ -74,7 +79,9 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
     for module in prepared.modules():
         if module not in own:  # what is shared with the float network keeps its mode
             module.training = net.training
-    reasons = {name: choice.reason for name, choice in choices.items()}
+    reasons = {
+        name: f"{choice.reason}, {ties[name]}" if name in ties else choice.reason for name, choice in choices.items()
+    }
     examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     inputs = [(list(x.shape), x.dtype) for x in examples]
     prepared.meta["qat"] = {"config": config, "reasons": reasons, "ranks": ranks, "inputs": inputs}
@@ -88,11 +95,12 @@ def choose(graph: Graph, config: QuantConfig) -> dict[str, Choice]:
         ValueError: a rule that matches no layer; names it and the nearest module paths.
     """
     order = list(dict.fromkeys(str(n.target) for n in graph.nodes if type(graph.submodule(n)) in SWAPS))
+    paths = [_path(name, graph.modules[name]) for name in order]
     used: set[int] = set()
     choices = {}
-    for name in order:
-        kind = type(graph.modules[name]).__name__
-        matched = [i for i, rule in enumerate(config.rules) if _matches(rule, name, kind, order)]
+    for name, path in zip(order, paths, strict=True):
+        kind, ends = type_name(graph.modules[name]), (name == order[0], name == order[-1])
+        matched = [i for i, rule in enumerate(config.rules) if _matches(rule, path, kind, ends)]
         used.update(matched)
         weight, activation, reason = config.weight, config.activation, "default"
         if matched:
@@ -103,22 +111,27 @@ def choose(graph: Graph, config: QuantConfig) -> dict[str, Choice]:
         choices[name] = Choice(weight=weight, activation=activation, reason=reason)
     for i, rule in enumerate(config.rules):
         if i not in used:
-            close = difflib.get_close_matches(rule.match, order, n=3, cutoff=0.3)
-            types = sorted({type(graph.modules[name]).__name__ for name in order})
+            close = difflib.get_close_matches(rule.match, paths, n=3, cutoff=0.3)
+            types = sorted({type_name(graph.modules[name]) for name in order})
             raise ValueError(
                 f"quant.rules[{i}].match='{rule.match}' matches no layer. Nearest module paths: "
-                f"{', '.join(close) or ', '.join(order[:5]) or 'none, the network has no quantizable layer'}; "
+                f"{', '.join(close) or ', '.join(paths[:5]) or 'none, the network has no quantizable layer'}; "
                 f"types: {', '.join('type:' + t for t in types)}; 'first' and 'last' are valid too"
             )
     return choices
 
 
-def _matches(rule: LayerRule, name: str, kind: str, order: list[str]) -> bool:
+def _path(name: str, module: nn.Module) -> str:
+    """What rules match: a layer's module path, or the path of the parameter that a function is called with."""
+    return module.path if isinstance(module, Functional) else name
+
+
+def _matches(rule: LayerRule, path: str, kind: str, ends: tuple[bool, bool]) -> bool:
     if rule.match in ("first", "last"):
-        return name == (order[0] if rule.match == "first" else order[-1])
+        return ends[rule.match == "last"]
     if rule.match.startswith("type:"):
         return fnmatch.fnmatchcase(kind, rule.match.removeprefix("type:"))
-    return fnmatch.fnmatchcase(name, rule.match)
+    return fnmatch.fnmatchcase(path, rule.match)
 
 
 def _place(

@@ -17,25 +17,14 @@ LOOK_UPS = nn.Embedding | nn.EmbeddingBag
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
-def geometry(layer: nn.Module, node: fx.Node) -> dict[str, Any]:
-    """Stride, padding, dilation and groups of a convolution as the runtime's arguments; nothing for other layers.
-
-    Raises:
-        ValueError: a transposed convolution is called with `output_size`, and so depends on the size of its input.
-    """
+def geometry(layer: nn.Module) -> dict[str, Any]:
+    """Stride, padding, dilation and groups of a convolution as the runtime's arguments; nothing for other layers."""
     if not isinstance(layer, CONVOLUTIONS | TRANSPOSED):
         return {}
     padding = [[0, 0]] * (layer.weight.dim() - 2) if moved_padding(layer) else _padding(layer)
     common = {"stride": list(layer.stride), "padding": padding, "dilation": list(layer.dilation),
               "groups": layer.groups}  # fmt: skip
-    if isinstance(layer, CONVOLUTIONS):
-        return common
-    if len(node.args) > 1 or node.kwargs.get("output_size") is not None:
-        raise ValueError(
-            f"layer '{node.target}' cannot be lowered: it is called with output_size, which depends on the size of "
-            f"its input; give the layer output_padding= instead"
-        )
-    return common | {"output_padding": list(layer.output_padding)}
+    return common if isinstance(layer, CONVOLUTIONS) else common | {"output_padding": list(layer.output_padding)}
 
 
 def look_up(layer: LOOK_UPS, node: fx.Node) -> tuple[list[fx.Node], dict[str, Any] | None]:

@@ -35,6 +35,7 @@ ORDER = [
     "qat.graph",
     "qat.tracing",
     "qat.decompose",
+    "qat.functional",
     "qat.prepare",
     "qat.calibrate",
     "qat.fold",

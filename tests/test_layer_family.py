@@ -379,16 +379,6 @@ def test_batch_norm_folds_along_the_outputs_of_a_transposed_convolution() -> Non
     assert folded.q.shape == (6, 2, 4)
 
 
-def test_output_size_cannot_be_lowered() -> None:
-    net = Net(lambda s, x: s.up(x, output_size=[8, 8]), up=nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1))
-    x = torch.randn(4, 2, 4, 4)
-    prepared = qat.prepare(net.eval(), qat.preset("int8"), x)
-    qat.calibrate(prepared, [x])
-    assert prepared(x).shape == (4, 2, 8, 8)
-    with pytest.raises(ValueError, match=r"layer 'up' cannot be lowered: .*output_size.*output_padding="):
-        qat.lower(prepared)
-
-
 @pytest.mark.parametrize("name", ["conv3d", "transposed_2d", "circular_2d", "embedding", "bag_mean_padded", "bilinear"])
 def test_layers_that_stay_float(name: str, tmp_path: Path) -> None:
     net, prepared, x = build(name, {"weight": {"bits": None}})

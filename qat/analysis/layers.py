@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx
 
 from qat.calls import CALLS
 from qat.fake_quant import FakeQuantize
 from qat.fitted import Product
+from qat.functional import computed_weight
 from qat.graph import Graph, Kind
-from qat.layers import SWAPS, QuantizedLayer
+from qat.layers import SWAPS, QuantizedLayer, type_name
 from qat.modes import quantizers
 
 
@@ -32,8 +33,8 @@ def layer_table(prepared: fx.GraphModule) -> list[dict[str, Any]]:
             rows.append(_layer_row(name, module, reasons.get(name, "")))
         elif type(module) in SWAPS and name in reasons:
             weight = module.weight
-            assert isinstance(weight, nn.Parameter)
-            rows.append(_row(name, type(module).__name__, "float", f"stays float: {reasons[name]}", weight, 32))
+            assert isinstance(weight, Tensor)
+            rows.append(_row(name, type_name(module), "float", f"stays float: {reasons[name]}", weight, 32))
     edges = {str(node.target): node for node in graph.nodes if graph.kind(node) is Kind.quantizer}
     for name, quantizer in quantizers(prepared):
         if name in edges:
@@ -41,7 +42,7 @@ def layer_table(prepared: fx.GraphModule) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(name: str, kind: str, scheme: str, reason: str, weight: torch.Tensor, bits: int) -> dict[str, Any]:
+def _row(name: str, kind: str, scheme: str, reason: str, weight: Tensor, bits: int) -> dict[str, Any]:
     return {
         "name": name, "kind": kind, "scheme": scheme, "reason": reason, "shape": list(weight.shape),
         "parameters": weight.numel(), "bits": bits, "bytes": -(-weight.numel() * bits // 8),
@@ -50,9 +51,8 @@ def _row(name: str, kind: str, scheme: str, reason: str, weight: torch.Tensor, b
 
 def _layer_row(name: str, layer: QuantizedLayer, reason: str) -> dict[str, Any]:
     quantizer = layer.weight_quantizer
-    row = _row(
-        name, type(layer).__name__, quantizer.scheme.describe(), reason, layer.weight, quantizer.scheme.bits or 32
-    )
+    scheme = quantizer.scheme
+    row = _row(name, type_name(layer), scheme.describe(), reason, layer.weight, scheme.bits or 32)
     if isinstance(quantizer.fitted, Product):  # a code is for a vector
         row["bytes"] = -(-quantizer.fitted.indices.numel() * row["bits"] // 8)
     if quantizer.calibrated:
@@ -101,7 +101,8 @@ def float_islands(prepared: fx.GraphModule) -> list[dict[str, str]]:
         operation = getattr(key, "__name__", str(key)) if known is None else known.name
         reason = f"no integer form: {operation} is computed in float"
         if kind is Kind.other:
-            reason = reason if known is not None else f"the runtime has no {operation}: it cannot be lowered"
+            unknown = computed_weight(node) or f"the runtime has no {operation}: it cannot be lowered"
+            reason = reason if known is not None else unknown
         elif kind is Kind.batch_norm:
             layer = node.all_input_nodes[0]
             if graph.kind(layer) is Kind.layer and graph.batch_norm_after(layer) is node:

@@ -1,11 +1,13 @@
 """Quantized layers. SWAPS says which float type becomes which quantized type."""
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qat.layers.base import QuantizedLayer
 from qat.layers.bilinear import QuantBilinear
 from qat.layers.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from qat.layers.conv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
+from qat.layers.functional import Functional, QuantFunctional
 from qat.layers.linear import QuantLinear
 from qat.layers.lookup import QuantEmbedding, QuantEmbeddingBag
 
@@ -20,10 +22,27 @@ SWAPS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Embedding: QuantEmbedding,
     nn.EmbeddingBag: QuantEmbeddingBag,
     nn.Bilinear: QuantBilinear,
+    NonDynamicallyQuantizableLinear: QuantLinear,  # the output projection of nn.MultiheadAttention
+    Functional: QuantFunctional,
 }
+
+
+def float_type(module: nn.Module) -> type[nn.Module]:
+    """The type of float layer that a layer is, or that computes the same."""
+    if isinstance(module, Functional):
+        return module.form.layer
+    return nn.Linear if isinstance(module, nn.Linear) and type(module) in SWAPS else type(module)
+
+
+def type_name(module: nn.Module) -> str:
+    """What reports and rules call the type of a layer: that of a call of F.linear is Linear."""
+    name = float_type(module).__name__
+    return f"Quant{name}" if isinstance(module, QuantFunctional) else name
+
 
 __all__ = [
     "SWAPS",
+    "Functional",
     "QuantBilinear",
     "QuantConv1d",
     "QuantConv2d",
@@ -33,6 +52,9 @@ __all__ = [
     "QuantConvTranspose3d",
     "QuantEmbedding",
     "QuantEmbeddingBag",
+    "QuantFunctional",
     "QuantLinear",
     "QuantizedLayer",
+    "float_type",
+    "type_name",
 ]

@@ -1,6 +1,7 @@
 """What every quantized layer is: the float layer plus a quantizer for its weight."""
 
-from typing import ClassVar, Self
+from collections.abc import Hashable
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -18,9 +19,9 @@ class QuantizedLayer(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_quantizer: FakeQuantize
-    multiplies: ClassVar[bool] = True
+    multiplies: bool = True
     """An output is a sum of products of one input with the weight, plus a bias: what integer kernels compute."""
-    biased: ClassVar[bool] = True
+    biased: bool = True
     """An output has channels that a bias, or a BatchNorm behind the layer, can shift."""
 
     @classmethod
@@ -61,12 +62,34 @@ class QuantizedLayer(nn.Module):
 
     def outputs_first(self) -> Tensor:
         """The weight as its quantizer sees it, [out, inputs...]: channels, groups and blocks count in this view."""
-        return self.weight
+        return self.arranged(self.weight)
+
+    def arranged(self, weight: Tensor) -> Tensor:
+        """A weight in the shape of the parameter as `outputs_first` arranges it."""
+        return weight
+
+    @property
+    def arrangement(self) -> Hashable:
+        """What tells two arrangements of the same parameter apart, where their shapes do not."""
+        return None
 
     def as_kept(self, weight: Tensor) -> Tensor:
-        """Inverse of `outputs_first`: a weight in the shape of the parameter."""
+        """Inverse of `arranged`: a weight in the shape of the parameter."""
         return weight
 
     def quantized_weight(self) -> Tensor:
         """The fake-quantized weight."""
         return self.as_kept(self.weight_quantizer(self.outputs_first()))
+
+    def add_bias(self, value: Tensor) -> None:
+        """Give a layer without a bias one."""
+        self.bias = nn.Parameter(value)
+
+    def activations(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The activations among what a call of the layer is given."""
+        return tensors
+
+    def compute(self, *inputs: Tensor) -> Tensor:
+        """The output for activations; without hooks."""
+        result: Tensor = type(self).forward(self, *inputs)
+        return result

@@ -14,8 +14,8 @@ class QuantBilinear(QuantizedLayer, nn.Bilinear):  # type: ignore[misc]
 
     multiplies = False
 
-    def outputs_first(self) -> Tensor:  # noqa: D102
-        return self.weight.flatten(1)
+    def arranged(self, weight: Tensor) -> Tensor:  # noqa: D102
+        return weight.flatten(1)
 
     def as_kept(self, weight: Tensor) -> Tensor:  # noqa: D102
         return weight.reshape(self.weight.shape)

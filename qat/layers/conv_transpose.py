@@ -5,7 +5,7 @@ convolution (of the input with zeros in between) that computes the same. So a sc
 channel of the layer, also where groups share the second axis of the parameter, and BatchNorm folds into it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch.nn.functional as F
@@ -19,8 +19,12 @@ CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_t
 
 
 class _Transposed(QuantizedLayer):
-    def outputs_first(self) -> Tensor:
-        return swap_channels(self.weight, self._groups)
+    def arranged(self, weight: Tensor) -> Tensor:
+        return swap_channels(weight, self._groups)
+
+    @property
+    def arrangement(self) -> Hashable:
+        return "transposed", self._groups
 
     def as_kept(self, weight: Tensor) -> Tensor:
         return swap_channels(weight, self._groups)

@@ -1,12 +1,30 @@
 """Look-ups: rows of a table by their index. Indices are integers already, and are not quantized."""
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.layers.base import QuantizedLayer
 from qat.scheme import TensorScheme
+
+
+def check_settings(kind: str, settings: Mapping[str, Any], name: str) -> None:
+    """Refuse what cannot be quantized.
+
+    Raises:
+        ValueError: `max_norm` or `sparse`.
+    """
+    for setting, why in (
+        ("max_norm", "rows that are scaled as they are looked up are not those that were quantized"),
+        ("sparse", "a scale is shared by rows, so that gradients are dense"),
+    ):
+        if settings[setting]:
+            raise ValueError(
+                f"layer '{name}': {kind} with {setting}={settings[setting]} cannot be quantized: {why}; leave "
+                f"{setting} out, or exempt the layer by a rule (weight.bits=null)"
+            )
 
 
 class _LookUp(QuantizedLayer):
@@ -16,16 +34,7 @@ class _LookUp(QuantizedLayer):
 
     @classmethod
     def from_float(cls, module: nn.Module, scheme: TensorScheme, name: str) -> Self:
-        for setting, why in (
-            ("max_norm", "rows that are scaled as they are looked up are not those that were quantized"),
-            ("sparse", "a scale is shared by rows, so that gradients are dense"),
-        ):
-            value = getattr(module, setting)
-            if value:
-                raise ValueError(
-                    f"layer '{name}': {type(module).__name__} with {setting}={value} cannot be quantized: {why}; leave "
-                    f"{setting} out, or exempt the layer by a rule (weight.bits=null)"
-                )
+        check_settings(type(module).__name__, vars(module), name)
         return super().from_float(module, scheme, name)
 
 

@@ -78,9 +78,11 @@ def learn_rounding(
     inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     calls: dict[QuantizedLayer, list[fx.Node]] = {}
     graph = Graph(prepared)
+    first: dict[FakeQuantize, QuantizedLayer] = {}  # of layers that share a weight, the first one learns
     for node, layer in graph.layers():
-        if layer.weight_quantizer.adapts and layer.biased:  # of a table that is looked up, nearest is the best
-            calls.setdefault(layer, []).append(node)
+        quantizer = layer.weight_quantizer
+        if quantizer.adapts and layer.biased and first.setdefault(quantizer, layer) is layer:
+            calls.setdefault(layer, []).append(node)  # of a table that is looked up, nearest is the best
     if not calls:
         return []
     if not inputs:
@@ -177,7 +179,7 @@ class _Reconstruction:
         return variance if variance > 0 else 1.0
 
     def _output(self, *x: Tensor) -> Tensor:
-        y = type(self.layer).forward(self.layer, *x)  # without hooks
+        y = self.layer.compute(*x)
         y = y if self.norm is None else self.norm(y)
         return torch.relu(y) if self.relu else y
 
@@ -199,12 +201,12 @@ class _Reached(Exception):  # noqa: N818
 
 
 @torch.no_grad()
-def _inputs(net: nn.Module, layer: nn.Module, calls: int, batch: Inputs) -> list[Inputs]:
+def _inputs(net: nn.Module, layer: QuantizedLayer, calls: int, batch: Inputs) -> list[Inputs]:
     """A layer's inputs in one pass of the network, one tuple a call."""
     seen: list[Inputs] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.append(tuple(x for x in (*args, *named.values()) if isinstance(x, Tensor)))
+        seen.append(layer.activations(*(x for x in (*args, *named.values()) if isinstance(x, Tensor))))
         if len(seen) == calls:
             raise _Reached
 

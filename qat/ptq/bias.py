@@ -67,10 +67,12 @@ def round_biases(prepared: fx.GraphModule) -> None:
         if graph.kind(node) is Kind.relu and graph.quantizer_of(node.all_input_nodes[0]) is not None:
             graph.passing_relus.add(node)
     calls = [layer for _, layer in graph.layers()]
+    biases = [_place(layer.bias) for layer in set(calls) if layer.bias is not None]
     for node, layer in graph.layers():
         quantizer = graph.quantizer_of(node.all_input_nodes[0])
         integer = quantizer is not None and quantizer.integer and layer.weight_quantizer.integer and layer.multiplies
-        if quantizer is None or not integer or calls.count(layer) > 1:  # added in float, or at several scales
+        shared = calls.count(layer) > 1 or (layer.bias is not None and biases.count(_place(layer.bias)) > 1)
+        if quantizer is None or not integer or shared:  # added in float, or at several scales
             continue
         norm_node = graph.batch_norm_after(node)
         norm = graph.submodule(norm_node) if norm_node else None
@@ -87,7 +89,12 @@ def _add_to_output(layer: QuantizedLayer, norm: nn.Module | None, delta: Tensor)
     elif layer.bias is not None:
         layer.bias.data.add_(delta)
     else:
-        layer.bias = nn.Parameter(delta.clone())
+        layer.add_bias(delta.clone())
+
+
+def _place(bias: Tensor) -> tuple[int, Any]:
+    """Where a bias lies in memory: layers may share one."""
+    return bias.untyped_storage()._cdata, bias.storage_offset()
 
 
 def _add_to_folded_bias(layer: QuantizedLayer, norm: nn.Module | None, delta: Tensor) -> None:
