@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qat.attention import add_mask, causal
+from qat.attention import add_mask, causal, mask_out
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("lp_pool2d", "other", "input norm_type kernel_size stride=None ceil_mode=False", (F.lp_pool2d, nn.LPPool2d)),
     ("causal", "other", "scores", (causal,)),
     ("add_mask", "other", "scores mask", (add_mask,)),
+    ("mask_out", "other", "scores mask", (mask_out,)),
     # ---- masks ------------------------------------------------------------------------------------------------------
     ("gt", "other", "input other", (operator.gt, torch.gt, torch.greater, "gt")),
     ("ge", "other", "input other", (operator.ge, torch.ge, torch.greater_equal, "ge")),

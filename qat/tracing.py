@@ -9,6 +9,7 @@ branch is refused.
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import fx, nn
 
 from qat.fake_quant import FakeQuantize
 from qat.graph import PreparedNetwork
+from qat.inside import INSIDE, erase_unread
 from qat.layers import QuantizedLayer
 
 MODES = "modes"
@@ -57,7 +59,16 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         single = isinstance(m, QuantizedLayer | FakeQuantize) or module_qualified_name in self.whole
-        return single or super().is_leaf_module(m, module_qualified_name)
+        return single or (type(m) not in INSIDE and super().is_leaf_module(m, module_qualified_name))
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call of a module, or what is inside it."""
+        inside = INSIDE.get(type(m))
+        return super().call_module(m, forward if inside is None else partial(inside, m), args, kwargs)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        """What computes the network itself, and its inputs."""
+        return super().create_args_for_root(INSIDE.get(type(self.root), root_fn), is_module, concrete_args)
 
 
 def trace(net: nn.Module) -> fx.GraphModule:
@@ -85,6 +96,8 @@ def trace(net: nn.Module) -> fx.GraphModule:
         delattr(net, name)
         traced._non_persistent_buffers_set.add(name)
     _insert_modes(traced, train)
+    erase_unread(traced.graph)
+    traced.recompile()
     for name, module in net.named_modules():  # what forward does not call belongs to a float checkpoint, too
         if name and not _has(traced, name):
             traced.add_submodule(name, module)

@@ -31,6 +31,7 @@ ORDER = [
     "qat.encoding",
     "qat.layers",
     "qat.attention",
+    "qat.inside",
     "qat.calls",
     "qat.graph",
     "qat.tracing",

@@ -147,6 +147,14 @@ def _add_mask(s: Steps) -> str:
     return s("Where", mask, scores, -math.inf) if boolean else s("Add", scores, mask)
 
 
+def _mask_out(s: Steps) -> str:
+    scores, mask = s.get("scores"), s.get("mask")
+    boolean = s.model.dtypes.get(mask) == torch.bool
+    if len(s.model.shapes[mask]) == 3 and s.rank == 4:
+        mask = s.reshape(mask, [-1, *s.shape[1:]])
+    return s("Where", mask, -math.inf, scores) if boolean else s("Add", scores, mask)
+
+
 def _causal(s: Steps) -> str:
     later = np.triu(np.ones(s.shape[-2:], dtype=bool), 1)
     return s("Where", s.number(later, np.bool_), -math.inf, s.get("scores"))
@@ -302,7 +310,7 @@ FUNCTIONS: dict[str, Emit] = {
     "rsub": _scaled("Sub", "other", "input"), "mul": _binary("Mul"), "div": _binary("Div"),
     "matmul": _binary("MatMul"), "einsum": _einsum, "pow": lambda s: s("Pow", s.get("input"), s.get("exponent")),
     "where": lambda s: s("Where", s.get("condition"), s.get("input"), s.get("other")), "masked_fill": _masked,
-    "add_mask": _add_mask, "causal": _causal,
+    "add_mask": _add_mask, "mask_out": _mask_out, "causal": _causal,
     "relu6": _clip(0, 6), "hardtanh": _clip(), "sigmoid": _unary("Sigmoid"), "tanh": _unary("Tanh"),
     "gelu": lambda s: s("Gelu", s.get("input"), approximate=s.get("approximate", "none")),
     "silu": lambda s: s("Mul", s.get("input"), s("Sigmoid", s.get("input"))), "mish": _mish,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.attention import add_mask, causal
+from qat.attention import add_mask, causal, mask_out
 
 
 def _adaptive(kind: str) -> Callable[..., Tensor]:
@@ -35,6 +35,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "where": lambda condition, input, other: torch.where(condition.bool(), input, other),
     "masked_fill": lambda input, mask, value: input.masked_fill(mask.bool(), value),
     "add_mask": add_mask,
+    "mask_out": mask_out,
     "causal": causal,
     "relu6": F.relu6, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "gelu": F.gelu, "silu": F.silu, "mish": F.mish,
     "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "hardtanh": F.hardtanh, "leaky_relu": F.leaky_relu,
