@@ -121,14 +121,27 @@ class _Lowering:
         return self.real[name]
 
     def fused_quantizer(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """The integer quantizer that is the only reader of `node`, to be made in the same step."""
-        users = list(node.users)
-        module = self.graph.submodule(users[0]) if len(users) == 1 else None
-        return (users[0],) if isinstance(module, FakeQuantize) and module.integer else ()
+        """What is made in the same step as `node`: the integer quantizer that alone reads it, or clamps and that."""
+        reader = next(iter(node.users)) if len(node.users) == 1 else None
+        module = None if reader is None else self.graph.submodule(reader)
+        if reader is not None and isinstance(module, FakeQuantize) and module.integer:
+            return (reader,)
+        if reader is not None and lower_calls.clamp_bounds(self.graph, reader):
+            behind = self.fused_quantizer(reader)
+            return (reader, *behind) if behind else ()
+        return ()
 
     def output_grid(self, node: fx.Node) -> Quantize | None:
-        fused = self.fused_quantizer(node)
-        return _grid(self.graph.submodule(fused[0])) if fused else None
+        """The grid of the step that makes `node`; clamps of real numbers are clamps of integers."""
+        *clamps, quantizer = self.fused_quantizer(node) or (None,)
+        if quantizer is None:
+            return None
+        grid = _grid(self.graph.submodule(quantizer))
+        for clamp in clamps:
+            bounds = lower_calls.clamp_bounds(self.graph, clamp)
+            assert bounds is not None
+            grid = grid.clamped(*bounds)
+        return grid
 
     def constant(self, node: fx.Node, value: Any) -> None:
         """Append a tensor that the network holds, with the quantizer that follows it."""
@@ -252,7 +265,8 @@ def _average(lowering: _Lowering, node: fx.Node) -> None:
     if lowering.graph.key(node) in CALLS:  # interpolation
         _other(lowering, node)
         return
-    lowering.real_operation(node, translate.average_layer(lowering.graph, node), node.all_input_nodes[:1])
+    step = translate.average_layer(lowering.graph, node, lowering.sizes)
+    lowering.real_operation(node, step, node.all_input_nodes[:1])
 
 
 def _passes(lowering: _Lowering, node: fx.Node) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from qat.calls import CALLS
-from qat.graph import Graph
+from qat.graph import Graph, Kind
 from qat.runtime import operations as ops
 from qat.runtime.functions import encode
 from qat.sizes import Sizes
@@ -125,6 +125,22 @@ def output_padding(graph: Graph, sizes: Sizes, node: fx.Node, geometry: dict[str
     least = [(size, (n - 1) * stride - sum(pads) + dilation * (k - 1) + 1)
              for size, n, k, stride, pads, dilation in columns if n is not None]  # fmt: skip
     return {"output_padding": [size - smallest for size, smallest in least]}
+
+
+def clamp_bounds(graph: Graph, node: fx.Node) -> tuple[float, float] | None:
+    """Lowest and highest value of an operation that does nothing but limit values to a range with 0 in it."""
+    if graph.kind(node) is Kind.relu:
+        return 0.0, torch.inf
+    operation = CALLS.get(graph.key(node))
+    if operation is None or operation.name not in ("relu6", "hardtanh", "clamp"):
+        return None
+    bound = graph.arguments(node)
+    if operation.name == "relu6":
+        return 0.0, 6.0
+    low, high = (bound["min_val"], bound["max_val"]) if operation.name == "hardtanh" else (bound["min"], bound["max"])
+    low, high = -torch.inf if low is None else low, torch.inf if high is None else high
+    fits = isinstance(low, int | float) and isinstance(high, int | float) and low <= 0 <= high
+    return (low, high) if fits else None
 
 
 def spatial_sizes(key: Any, value: Any) -> list[int | None]:

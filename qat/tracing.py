@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules import padding
 
 from qat.fake_quant import FakeQuantize
 from qat.graph import PreparedNetwork
@@ -30,6 +31,9 @@ DROPOUTS: dict[Any, type[nn.Module]] = {
     F.dropout2d: nn.Dropout2d, F.dropout3d: nn.Dropout3d, F.alpha_dropout: nn.AlphaDropout,
     F.feature_alpha_dropout: nn.FeatureAlphaDropout,
 }  # fmt: skip
+
+PADDINGS = padding._ConstantPadNd | padding._ReflectionPadNd | padding._ReplicationPadNd
+"""Modules that are recorded as the F.pad that they call."""
 
 
 class ByMode(nn.Module):
@@ -59,7 +63,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         single = isinstance(m, QuantizedLayer | FakeQuantize) or module_qualified_name in self.whole
-        return single or (type(m) not in INSIDE and super().is_leaf_module(m, module_qualified_name))
+        inside = type(m) in INSIDE or isinstance(m, PADDINGS)
+        return single or (not inside and super().is_leaf_module(m, module_qualified_name))
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a module, or what is inside it."""

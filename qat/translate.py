@@ -11,6 +11,7 @@ from torch import fx, nn
 from qat.graph import Graph
 from qat.runtime import operations as ops
 from qat.runtime.layers import RuntimeLayer
+from qat.sizes import Sizes
 
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 LOOK_UPS = nn.Embedding | nn.EmbeddingBag
@@ -67,7 +68,7 @@ def _padding(layer: CONVOLUTIONS | TRANSPOSED) -> list[list[int]]:
     return [[0, 0]] * (layer.weight.dim() - 2) if layer.padding == "valid" else [[int(p)] * 2 for p in layer.padding]
 
 
-def average_layer(graph: Graph, node: fx.Node) -> RuntimeLayer:
+def average_layer(graph: Graph, node: fx.Node, known: Sizes) -> RuntimeLayer:
     """The runtime layer of an average pooling, a global average pooling or a mean.
 
     Raises:
@@ -97,6 +98,7 @@ def average_layer(graph: Graph, node: fx.Node) -> RuntimeLayer:
     )  # fmt: skip
     if getattr(module, "divisor_override", None) or args.get(6, "divisor_override", None):
         raise unsupported(graph, node, "divisor_override")
+    kernel, stride = (fx.map_arg(value, known.value) for value in (kernel, stride))  # F.avg_pool2d(x, x.shape[2:])
     kernel = _tuple(kernel, dims)
     return ops.Average(
         kernel=kernel, stride=_tuple(stride or kernel, dims), padding=_tuple(padding, dims),

@@ -191,7 +191,7 @@ ARITHMETIC: dict[str, Case] = {
     "class token": Case(class_token, None, TOKENS,
                         parts=lambda: parameter(1, 1, 8)() | {"op": nn.Linear(8, 4)}),
     "sum": Case(lambda s, y: y.sum((2, 3)), Function),
-    "clamp": Case(lambda s, y: y.clamp(-0.5, 0.7), Function),
+    "clamp": Case(lambda s, y: y.clamp(-0.5, 0.7)),  # of the integers that the layer makes
     "clamp_": Case(lambda s, y: y.clamp_(min=0.1), Function),
     "abs, square, sqrt": Case(lambda s, y: torch.sqrt(y.abs() + y.square() + 0.1), Function),
     "exp, log, rsqrt": Case(lambda s, y: torch.log(y.exp() + 1) * torch.rsqrt(y**2 + 1), Function),
@@ -285,6 +285,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid_": lambda y: y.sigmoid_(), "method tanh": lambda y: y.tanh(), "torch.tanh_": lambda y: torch.tanh_(y),
     "F.hardswish": F.hardswish, "F.hardsigmoid": F.hardsigmoid, "torch.sigmoid": torch.sigmoid,
 }  # fmt: skip
+CLAMPS = ("Hardtanh", "ReLU6", "F.relu6", "F.hardtanh")  # clamps of the integers that the layer makes
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "LayerNorm": (lambda: nn.LayerNorm(8), TOKENS), "LayerNorm of images": (lambda: nn.LayerNorm([4, 8, 8]), IMAGE),
     "LayerNorm, bare": (lambda: nn.LayerNorm(8, elementwise_affine=False), TOKENS),
@@ -318,8 +319,10 @@ POOLS: dict[str, tuple[Callable[..., Tensor], type, tuple[int, ...], Callable[[]
 
 CASES: dict[str, Case] = {
     **ARITHMETIC, **MOVING, **JOINING,
-    **{f"nn.{name}": Case(lambda s, y: s.op(y), Function, parts=part(make)) for name, make in ACTIVATIONS.items()},
-    **{name: Case(lambda s, y, f=function: f(y), Function) for name, function in FUNCTIONS.items()},
+    **{f"nn.{name}": Case(lambda s, y: s.op(y), None if name in CLAMPS else Function, parts=part(make))
+       for name, make in ACTIVATIONS.items()},
+    **{name: Case(lambda s, y, f=function: f(y), None if name in CLAMPS else Function)
+       for name, function in FUNCTIONS.items()},
     "F.prelu": Case(lambda s, y: F.prelu(y, s.w), Function, parts=parameter(4)),
     **{f"nn.{name}": Case(lambda s, y: s.op(y), Function, shape, parts=part(lambda make=make: lived(make())))
        for name, (make, shape) in NORMS.items()},
@@ -400,6 +403,31 @@ def test_trained_lowered_saved_and_written(name: str, tmp_path: Path) -> None:
     assert (got(x) - expected).abs().mean() <= 0.1 * close
     assert got(x[:1]).shape == expected[:1].shape  # any batch size
     assert_integers(prepared, network, x, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("name", ["clamp", "nn.Hardtanh", "F.relu6", "relu, clamped", "both ends"])
+@torch.no_grad()
+def test_clamps_are_clamps_of_integers(name: str, bits: int, tmp_path: Path) -> None:
+    """Of the layer in front: nothing is computed on real numbers, and its largest integer is the clamped one."""
+    more = {
+        "relu, clamped": Case(lambda s, y: s.b(F.relu(y).clamp(max=0.1)), parts=other),
+        "both ends": Case(lambda s, y: torch.cat([F.hardtanh(s.b(y), -0.1, 0.2), 2 * y], 1), parts=other),
+    }
+    net, x = build((CASES | more)[name])
+    prepared = ready(net.eval(), x, bits)
+    network = qat.lower(prepared)
+    assert (network(x) - prepared(x)).abs().max() <= 0.02 * prepared(x).std()
+    save_onnx(network, tmp_path / "model.onnx", (x[:3],))
+    if bits == 8:
+        assert_integers(prepared, network, x, tmp_path / "model.onnx")
+    names = {getattr(layer, "name", "") for layer in network.layers.values()}
+    assert not names & {"clamp", "hardtanh", "relu6"}
+    if name == "both ends":  # one grid for both parts of the concatenation: half of it is out of reach
+        tensor, grid = network.run(x)["b"], network.grid("b")
+        assert grid is not None
+        assert int(tensor.max()) == grid.quant_max < 2**bits - 1
+        assert int(tensor.min()) == grid.quant_min > 0
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -48,6 +48,16 @@ class Quantize(nn.Module):
             q = torch.maximum(q, self.zero_point.float())
         return q.to(self.dtype)
 
+    def clamped(self, low: float, high: float) -> "Quantize":
+        """The same grid for values that are clamped to [low, high], which holds 0, before they are rounded."""
+        wide = (torch.tensor([low, high], dtype=torch.float32) / self.scale).clamp(-(2.0**30), 2.0**30)
+        ends = (wide.round() + self.zero_point).long().tolist()
+        relu = self.relu or (low == 0 and int(self.zero_point) != self.quant_min)
+        least = self.quant_min if low == 0 else max(self.quant_min, ends[0])
+        return Quantize(
+            least, min(self.quant_max, ends[1]), relu, float(self.scale), int(self.zero_point)
+        )  # fmt: skip
+
     def dequantize(self, x_q: Tensor) -> Tensor:
         """Integers of this grid -> float32."""
         return affine.dequantize(x_q, self.scale, self.zero_point.float())
