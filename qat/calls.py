@@ -85,6 +85,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("unflatten", "passes", "input dim sizes", (torch.unflatten, "unflatten")),
     ("unflatten", "passes", "input dim unflattened_size", (nn.Unflatten,)),
     ("expand", "passes", "input *sizes", ("expand",)),
+    ("expand_as", "passes", "input other", ("expand_as",)),
     ("repeat", "passes", "input *sizes", ("repeat",)),
     ("repeat", "passes", "input *dims", (torch.tile, "tile")),
     ("select", "passes", "input dim index", (torch.select, "select")),
@@ -137,6 +138,8 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("square", "other", "input", (torch.square, "square")),
     ("pow", "other", "input exponent", (operator.pow, torch.pow, "pow")),
     ("sum", "other", "input dim keepdim=False", (torch.sum, "sum")),
+    ("argmax", "other", "input dim=None keepdim=False", (torch.argmax, "argmax")),
+    ("argmin", "other", "input dim=None keepdim=False", (torch.argmin, "argmin")),
     # ---- normalisation ----------------------------------------------------------------------------------------------
     ("layer_norm", "other", "input normalized_shape weight=None bias=None eps=1e-05", (nn.LayerNorm, F.layer_norm)),
     ("rms_norm", "other", "input normalized_shape weight=None eps=None", (nn.RMSNorm, F.rms_norm, torch.rms_norm)),
@@ -150,6 +153,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     # ---- pooling that makes new values ------------------------------------------------------------------------------
     ("lp_pool1d", "other", "input norm_type kernel_size stride=None ceil_mode=False", (F.lp_pool1d, nn.LPPool1d)),
     ("lp_pool2d", "other", "input norm_type kernel_size stride=None ceil_mode=False", (F.lp_pool2d, nn.LPPool2d)),
+    ("lp_pool3d", "other", "input norm_type kernel_size stride=None ceil_mode=False", (F.lp_pool3d, nn.LPPool3d)),
     ("causal", "other", "scores", (causal,)),
     ("add_mask", "other", "scores mask", (add_mask,)),
     ("mask_out", "other", "scores mask", (mask_out,)),

@@ -1,6 +1,7 @@
 """Calls that do several steps in one, as the steps, so that what stands between them can be quantized."""
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qat.attention import add_mask, causal
+from qat.graph import Graph
 from qat.tracing import MODES, ByMode
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -24,23 +26,25 @@ def decompose_attention(prepared: fx.GraphModule, shapes: dict[fx.Node, torch.Si
         Whether there was one.
 
     Raises:
-        ValueError: dropout that is applied in evaluation, too, or grouped queries.
+        ValueError: dropout that is applied in evaluation, too.
     """
     calls = [node for node in prepared.graph.nodes if node.target is F.scaled_dot_product_attention]
     for node in calls:
         given: dict[str, Any] = dict(zip(_PARAMETERS, node.args, strict=False)) | node.kwargs
-        if given.get("enable_gqa"):
-            raise ValueError(
-                f"'{node.name}': attention with enable_gqa=True cannot be prepared; repeat keys and values to the "
-                f"number of query heads first (torch.repeat_interleave)"
-            )
         dropout = _dropout(prepared, node, given.get("dropout_p", 0.0))
         scale = given.get("scale")
         scale = 1 / math.sqrt(shapes[given["query"]][-1]) if scale is None else scale
         with prepared.graph.inserting_before(node):
-            call = prepared.graph.call_function
-            keys = prepared.graph.call_method("transpose", (given["key"], -2, -1))
-            steps = [keys, call(torch.matmul, (given["query"], keys))]
+            call, method = prepared.graph.call_function, prepared.graph.call_method
+            steps: list[fx.Node] = []
+            keys, values = given["key"], given["value"]
+            if given.get("enable_gqa"):
+                steps += [*_repeated(prepared, keys, shapes, given["query"])]
+                keys = steps[-1]
+                steps += [*_repeated(prepared, values, shapes, given["query"])]
+                values = steps[-1]
+            steps.append(method("transpose", (keys, -2, -1)))
+            steps.append(call(torch.matmul, (given["query"], steps[-1])))
             steps.append(call(torch.mul, (steps[-1], scale)))
             if given.get("is_causal"):
                 steps.append(call(causal, (steps[-1],)))
@@ -49,7 +53,7 @@ def decompose_attention(prepared: fx.GraphModule, shapes: dict[fx.Node, torch.Si
             steps.append(call(torch.softmax, (steps[-1], -1)))
             if dropout is not None:
                 steps.append(prepared.graph.call_module(dropout, (steps[-1],)))
-            steps.append(call(torch.matmul, (steps[-1], given["value"])))
+            steps.append(call(torch.matmul, (steps[-1], values)))
         for step in steps:
             step.meta = dict(node.meta)
         node.replace_all_uses_with(steps[-1])
@@ -77,3 +81,54 @@ def _dropout(prepared: fx.GraphModule, node: fx.Node, share: Any) -> str | None:
         return None
     prepared.add_submodule(f"{MODES}.{node.name}", nn.Dropout(float(train)))
     return f"{MODES}.{node.name}"
+
+
+def _repeated(
+    prepared: fx.GraphModule, heads: fx.Node, shapes: dict[fx.Node, torch.Size], queries: fx.Node
+) -> list[fx.Node]:
+    """Steps that repeat each of the heads [..., heads, steps, size] for the group of queries that shares it."""
+    shape, method = shapes[heads], prepared.graph.call_method
+    group = shapes[queries][-3] // shape[-3]
+    column = method("unsqueeze", (heads, -3))
+    wide = method("expand", (column, *[-1] * (len(shape) - 2), group, -1, -1))
+    return [column, wide, method("flatten", (wide, -4, -3))]
+
+
+def decompose_extremes(prepared: fx.GraphModule) -> bool:
+    """Replace max and min along a dimension by what is read of them: the values, which are moved, or their places.
+
+    Returns:
+        Whether there was one.
+    """
+    graph, found = Graph(prepared), False
+    for node in graph.nodes:
+        function = _EXTREMES.get(node.target) if node.op in ("call_function", "call_method") else None
+        given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+        readers = list(node.users)
+        if function is None or not isinstance(given.get("dim"), int) or any(_part(r) is None for r in readers):
+            continue
+        arguments = (given["input"], given["dim"], given.get("keepdim", False))
+        for reader in readers:
+            with prepared.graph.inserting_before(reader):
+                result = prepared.graph.call_function(function[_part(reader) or 0], arguments)
+            result.meta = dict(node.meta)
+            reader.replace_all_uses_with(result)
+            prepared.graph.erase_node(reader)
+        prepared.graph.erase_node(node)
+        found = True
+    prepared.recompile()
+    return found
+
+
+_EXTREMES: dict[Any, tuple[Any, Any]] = {
+    **dict.fromkeys((torch.max, "max"), (torch.amax, torch.argmax)),
+    **dict.fromkeys((torch.min, "min"), (torch.amin, torch.argmin)),
+}
+
+
+def _part(reader: fx.Node) -> int | None:
+    """Which part of the pair (values, indices) a node takes; None for another use of it."""
+    if reader.target is operator.getitem and reader.args[1] in (0, 1):
+        return int(reader.args[1])  # type: ignore[arg-type]
+    names = {"values": 0, "indices": 1}
+    return names.get(str(reader.args[1])) if reader.target is getattr else None

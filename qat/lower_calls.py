@@ -87,10 +87,10 @@ def move(graph: Graph, sizes: Sizes, node: fx.Node, zero_point: int) -> tuple[An
     name = CALLS[key].name
     if name == "flatten" and bound["end_dim"] == -1 and bound["start_dim"] >= 1:
         return ops.Reshape(shape=[0] * bound["start_dim"] + [-1]), [source]
-    if name in ("expand", "repeat"):
-        entries = _entries(sizes, bound.popitem()[1])
+    if name in ("expand", "repeat", "expand_as"):
+        entries = sizes.shape(node) if name == "expand_as" else _entries(sizes, bound.popitem()[1])
         like = [next(n for n in graph.nodes if n.op == "placeholder")] if None in entries else []
-        return ops.Move(name=name, sizes=entries), [source, *like]
+        return ops.Move(name=name.removesuffix("_as"), sizes=entries), [source, *like]
     if name == "masked_fill":
         return ops.Move(name=name, value=zero_point), [source, bound["mask"]]
     if name == "adaptive_max_pool" and (bound["return_indices"] or getattr(graph.submodule(node), "return_indices", 0)):

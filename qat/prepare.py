@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat.calls import CALLS
-from qat.decompose import decompose_attention
+from qat.decompose import decompose_attention, decompose_extremes
 from qat.fake_quant import FakeQuantize
 from qat.functional import insert_functional
 from qat.graph import Graph, Kind, bind_functional
@@ -62,7 +62,7 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
     check_target(config)
     prepared = trace(net)
     shapes = _check_same(net, prepared, example_inputs)
-    if decompose_attention(prepared, shapes) | insert_functional(prepared):
+    if decompose_attention(prepared, shapes) | decompose_extremes(prepared) | insert_functional(prepared):
         bind_functional(prepared)
         shapes = _shapes(prepared, example_inputs)
     ranks = {str(node.target): len(shape) for node, shape in shapes.items() if node.op == "call_module"}

@@ -144,6 +144,13 @@ def attention(**settings: Any) -> Callable[..., Tensor]:
     return run
 
 
+def grouped_queries(s: Any, y: Tensor) -> Tensor:
+    """Four heads of queries, two of keys and values."""
+    q = s.q(y).unflatten(-1, (4, 2)).transpose(1, 2)
+    k, v = (part[..., :4].unflatten(-1, (2, 2)).transpose(1, 2) for part in (s.k(y), s.v(y)))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
 def masked(mask: Tensor) -> Callable[[], dict[str, Any]]:
     return lambda: projections() | {"w": mask}
 
@@ -168,6 +175,7 @@ ARITHMETIC: dict[str, Case] = {
     "sdpa, causal": Case(attention(is_causal=True, scale=0.7), IntegerMatmul, TOKENS, parts=projections),
     "sdpa, boolean mask": Case(attention(), IntegerMatmul, TOKENS, parts=masked(torch.ones(6, 6).tril(1).bool())),
     "sdpa, float mask": Case(attention(), IntegerMatmul, TOKENS, parts=masked(torch.randn(6, 6))),
+    "sdpa, grouped queries": Case(grouped_queries, IntegerMatmul, TOKENS, parts=projections),
     "torch.matmul": Case(lambda s, y: torch.matmul(y, s.op(y).mT), IntegerMatmul, TOKENS,
                          parts=part(lambda: nn.Linear(8, 8))),
     "bmm": Case(lambda s, y: torch.bmm(y, s.op(y).transpose(1, 2)), IntegerMatmul, TOKENS,
@@ -213,6 +221,9 @@ MOVING: dict[str, Case] = {
         "sizes": (lambda s, y: y.view(y.size(0), y.size(1) // 2, 2, y.shape[2], y.size(-1)).transpose(1, 2), Reshape,
                   IMAGE, dict),
         "expand": (lambda s, y: y[:, :1].expand(-1, 3, -1, -1), Move, IMAGE, dict),
+        "expand_as": (lambda s, y: y[:, :1].expand_as(y), Move, IMAGE, dict),
+        "max": (lambda s, y: y.max(dim=2)[0], Move, IMAGE, dict),
+        "min of torch, named": (lambda s, y: torch.min(y, -1, keepdim=True).values, Move, IMAGE, dict),
         "repeat": (lambda s, y: y.repeat(1, 2, 1, 1), Move, IMAGE, dict),
         "repeat with a new dimension": (lambda s, y: y.repeat(1, 1, 1, 2, 1).transpose(0, 1), Move, IMAGE, dict),
         "select": (lambda s, y: y.select(2, 3), Move, IMAGE, dict),
@@ -304,6 +315,7 @@ POOLS: dict[str, tuple[Callable[..., Tensor], type, tuple[int, ...], Callable[[]
     "nn.AdaptiveAvgPool2d": (lambda s, y: s.op(y), Function, IMAGE, part(lambda: nn.AdaptiveAvgPool2d((2, 4)))),
     "F.adaptive_avg_pool2d, odd": (lambda s, y: F.adaptive_avg_pool2d(y, (3, None)), Function, ODD, dict),
     "nn.LPPool1d": (lambda s, y: s.op(y), Function, SIGNAL, part(lambda: nn.LPPool1d(2, 3))),
+    "nn.LPPool3d": (lambda s, y: s.op(y), Function, CLIP, part(lambda: nn.LPPool3d(2, 2))),
     "F.lp_pool2d": (lambda s, y: F.lp_pool2d(y.abs(), 3, 2), Function, IMAGE, dict),
     "bilinear": (lambda s, y: F.interpolate(y, scale_factor=2, mode="bilinear"), Function, ODD, dict),
     "bilinear, corners": (
@@ -456,6 +468,32 @@ def test_float_mode_computes_the_network_in_both_modes(name: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         else:
             assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_maxima_and_their_places(tmp_path: Path) -> None:
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Conv2d(3, 4, 3), nn.Linear(36, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = self.first(x)
+            values, places = y.max(dim=1)
+            return self.head(values.flatten(1)), places, torch.argmin(y, 2)
+
+    torch.manual_seed(0)
+    net, x = Places(), torch.randn(8, 3, 8, 8)
+    prepared = ready(net, x, 8)
+    network = qat.lower(prepared)
+    save_onnx(network, tmp_path / "model.onnx", (x[:3],))
+    onnx = OnnxNetwork(tmp_path / "model.onnx")
+    expected = prepared(x)
+    for outputs in (network(x), [torch.from_numpy(y) for y in onnx.run({onnx.inputs[0]: x.numpy()}).values()]):
+        assert (outputs[0] - expected[0]).abs().max() <= 0.05 * expected[0].std()
+        for places, wanted in zip(outputs[1:], expected[1:], strict=True):
+            assert places.dtype == torch.int64
+            assert (places == wanted).float().mean() >= 0.99
 
 
 # ---- what depends on the mode ----------------------------------------------------------------------------------------

@@ -171,6 +171,17 @@ def _sum(s: Steps) -> str:
     return s("ReduceSum", s.get("input"), axes, keepdims=int(s.get("keepdim")))
 
 
+def _arg(kind: str) -> Emit:
+    """The first place of an extreme along a dimension."""
+
+    def emit(s: Steps) -> str:
+        if s.get("dim") is None:
+            raise ValueError(f"'{s.name}': the place in the whole batch cannot be written to ONNX; give dim=")
+        return s(kind, s.get("input"), axis=s.get("dim"), keepdims=int(s.get("keepdim")))
+
+    return emit
+
+
 # ---- normalisation ---------------------------------------------------------------------------------------------------
 
 
@@ -322,9 +333,11 @@ FUNCTIONS: dict[str, Emit] = {
     "clamp": _clamp, "neg": _unary("Neg"), "abs": _unary("Abs"), "exp": _unary("Exp"), "log": _unary("Log"),
     "sqrt": _unary("Sqrt"), "rsqrt": lambda s: s("Reciprocal", s("Sqrt", s.get("input"))),
     "square": lambda s: s("Mul", s.get("input"), s.get("input")), "sum": _sum,
+    "argmax": _arg("ArgMax"), "argmin": _arg("ArgMin"),
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm, "instance_norm": _instance_norm,
     "batch_norm": _batch_norm, "normalize": _normalize,
-    "lp_pool1d": _lp_pool(1), "lp_pool2d": _lp_pool(2), "adaptive_avg_pool": adaptive_average,
+    "lp_pool1d": _lp_pool(1), "lp_pool2d": _lp_pool(2), "lp_pool3d": _lp_pool(3),
+    "adaptive_avg_pool": adaptive_average,
     "interpolate": interpolate,
     "gt": _binary("Greater"), "ge": _binary("GreaterOrEqual"), "lt": _binary("Less"), "le": _binary("LessOrEqual"),
     "eq": _binary("Equal"), "ne": lambda s: s("Not", s("Equal", s.get("input"), s.get("other"))),
