@@ -56,7 +56,8 @@ def run(cfg: DictConfig) -> float:
     result.stage("ptq", baseline)
 
     # 3. Quantization-aware training. The structure changes here, before the Trainer sees the module
-    changes = {"optimizer": {**optimizer, "lr": cfg.qat.lr}, "scale_lr": cfg.qat.scale_lr}
+    changes = {"optimizer": {**optimizer, "lr": cfg.qat.lr}, "scale_lr": cfg.qat.scale_lr,
+               "input_dtype": str(example.dtype).removeprefix("torch.")}  # fmt: skip
     module = module.quantized(config, list(example.shape[1:]), **changes)
     result.write_text("report.txt", report(module.prepared))
     with result.timed("qat"):

@@ -19,7 +19,7 @@ from hydra.errors import InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from qat.analysis.sweep import collect, results_table, write_results
 from qat.export import EXPORTERS
@@ -95,8 +95,16 @@ def quant_config(cfg: DictConfig) -> QuantConfig:
 
 
 def plain(cfg: Any) -> dict[str, Any]:
-    """A part of a composed config as plain data, interpolations resolved."""
-    data = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    """A part of a composed config as plain data, interpolations resolved.
+
+    Raises:
+        ValueError: an interpolation that finds nothing: a model or task reads what the chosen data do not have.
+    """
+    try:
+        data = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    except InterpolationKeyError as error:
+        reason = str(error.msg).partition("\n")[0]
+        raise ValueError(f"{error.full_key}: {reason}. Choose data, model and task that go together") from None
     assert isinstance(data, dict)
     return {str(k): v for k, v in data.items()}
 

@@ -64,13 +64,26 @@ def pairwise(groups: dict[str, list[str]]) -> list[dict[str, str]]:
 
 
 def test_the_groups_of_the_issue_have_their_options() -> None:
-    assert set(options("data")) == {"digits", "mnist", "fashion_mnist", "cifar10"}
-    assert set(options("model")) == {"small_cnn", "resnet20", "mlp"}
+    assert set(options("data")) == {"digits", "mnist", "fashion_mnist", "cifar10", "tiny_shakespeare"}
+    assert set(options("model")) == {"small_cnn", "resnet20", "mlp", "char_gpt"}
+    assert set(options("task")) == {"classification", "language_model"}
     assert set(options("quant")) == set(qat.presets.PRESETS)
     assert set(options("quant")) >= {"off", "int8", "w8a8_asymmetric", "w4a8", "w4a4", "w4a4_lsq", "w2a2_lsq", "w4g32"}
     assert set(options("target")) == {"generic", "onnxruntime_x86"}
     assert set(options("trainer")) == {"cpu", "gpu", "ddp"}
     assert set(options("logger")) == {"csv", "tensorboard", "wandb"}
+
+
+def fits(model: str, data: str) -> bool:
+    """Whether a model reads what the data are: images or characters."""
+    return (model == "char_gpt") == (data == "tiny_shakespeare")
+
+
+def example(data: DictConfig, n: int) -> torch.Tensor:
+    """An input of the shape that the data have."""
+    if "context" in data:
+        return torch.zeros(n, data.context, dtype=torch.int64)
+    return torch.zeros(n, data.channels, data.image_size, data.image_size)
 
 
 def runs(preset: str, target: str) -> bool:
@@ -104,24 +117,40 @@ def test_every_option_composes_with_every_option_of_every_other_group() -> None:
         no_onnx = row["quant"] in ("mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4", "apot4")  # its activations
         assert list(cfg.export.formats) == (["int8"] if no_onnx or row["export"] == "int8" else ["int8", "onnx"])
         assert cfg.float.lr == cfg.optimizer.lr
-        assert cfg.task.num_classes == cfg.model.num_classes == data.num_classes
+        assert cfg.task.num_classes == data.num_classes
+        if not fits(row["model"], row["data"]):
+            with pytest.raises(ValueError, match=r"^model\.\w+: .* Choose data, model and task that go together"):
+                hydra_schema.plain(cfg.model)
+            continue
+        assert cfg.model.num_classes == data.num_classes
         net = instantiate(cfg.model)
         parameters = [torch.nn.Parameter(torch.zeros(1))]
         assert type(instantiate(cfg.optimizer, parameters)).__name__.lower() == row["optimizer"]
         with torch.no_grad():
-            outputs = net.eval()(torch.zeros(1, data.channels, data.image_size, data.image_size))
-        assert outputs.shape == (1, data.num_classes)
+            x = example(data, 1)
+            outputs = net.eval()(x)
+            instantiate(cfg.task).metrics().update(outputs, x if x.dim() == 2 else torch.tensor([0]))
+        assert outputs.shape == (*(x.shape if x.dim() == 2 else [1]), data.num_classes)
 
 
 def test_every_preset_prepares_every_model() -> None:
     small = itertools.product(sorted({*options("model")} - {"resnet20"}), options("quant"))
     for model, preset in [*small, ("resnet20", "w4a4_lsq"), ("resnet20", "w4g32")]:  # a second each
-        cfg = composed(f"model={model}", f"quant={preset}")
-        example = torch.zeros(2, cfg.data.channels, cfg.data.image_size, cfg.data.image_size)
+        data = "tiny_shakespeare" if model == "char_gpt" else "digits"
+        cfg = composed(f"data={data}", f"model={model}", f"quant={preset}")
         config = hydra_schema.quant_config(cfg)
-        net = qat.prepare(instantiate(cfg.model), config, example)
+        net = qat.prepare(instantiate(cfg.model), config, example(cfg.data, 2))
         weights = [q for name, q in qat.modes.quantizers(net) if name.endswith("weight_quantizer")]
         assert bool(weights) == config.weight.quantized, (model, preset)
+
+
+def test_text_brings_its_model_and_its_task() -> None:
+    cfg = composed("data=tiny_shakespeare")
+    assert cfg.model._target_ == "qat.zoo.gpt.CharGPT"
+    assert cfg.task._target_ == "qat.zoo.tasks.LanguageModel"
+    cfg = composed("data=tiny_shakespeare", "model=mlp", "task=classification")  # what is asked for stands
+    assert cfg.model._target_ == "qat.zoo.models.MLP"
+    assert cfg.task._target_ == "qat.zoo.tasks.Classification"
 
 
 def test_presets_in_python_equal_what_hydra_composes() -> None:

@@ -57,7 +57,7 @@ ORDER = [
 ]
 
 HEAVY = {
-    "lightning": lambda path: path.startswith("training/") or path in ("zoo/data.py", "zoo/tensor_data.py"),
+    "lightning": lambda path: path.startswith("training/") or path in ("zoo/data.py", "zoo/loading.py"),
     "pytorch_lightning": lambda path: False,
     "hydra": lambda path: path == "hydra_schema.py",
     "omegaconf": lambda path: path == "hydra_schema.py",

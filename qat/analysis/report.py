@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PARITY_HELP = {
     "Largest difference": "the largest absolute difference between two output values, in the output's unit.",
     "In steps": "the same, counted in steps of the quantizer: 0 is identical, 1 is a tie rounded the other way.",
-    "Same prediction": "share of the samples on which both predict the same class.",
+    "Same prediction": "share of the predictions (of samples, or of their positions) that are the same class.",
     "Equal values": "share of the compared integers that are exactly equal.",
 }
 """Column of the parity table -> what it says."""

@@ -22,7 +22,7 @@ MISSING = "\N{EN DASH}"
 """Stands where there is no number."""
 
 _LOWER = re.compile(
-    r"loss|error|perplexity|divergence|distance|hamming|(^|[^a-z])(wer|cer|mae|mse|rmse|mape|nll|fid|lpips)([^a-z]|$)"
+    r"loss|error|perplexity|bits_?per|divergence|distance|hamming|(^|[^a-z])(wer|cer|mae|mse|rmse|mape|nll|fid|lpips)([^a-z]|$)"
 )
 _SHARE = re.compile(
     r"accuracy|precision|recall|f1|f_?beta|auroc|auc|specificity|jaccard|iou|dice|exact_?match|top_?\d"
@@ -33,7 +33,7 @@ _SHARE = re.compile(
 def lower_is_better(metric: str) -> bool:
     """Whether a metric of this name improves downwards.
 
-    >>> [lower_is_better(name) for name in ("accuracy", "val_loss", "MeanSquaredError", "wer", "power")]
+    >>> [lower_is_better(name) for name in ("accuracy", "val_loss", "bits_per_character", "wer", "power")]
     [False, True, True, True, False]
     """
     return bool(_LOWER.search(metric.lower()))

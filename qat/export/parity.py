@@ -183,12 +183,15 @@ def _storage(network: IntegerNetwork, name: str) -> tuple[np.dtype[Any], int]:
     return storage(grid)
 
 
-def compare(outputs: tuple[Tensor, Tensor], integers: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> Parity:
+def compare(
+    outputs: tuple[Tensor, Tensor], integers: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], class_dim: int = 1
+) -> Parity:
     """Compare two implementations.
 
     Args:
         outputs: end-to-end results of both, shape [samples, ...].
         integers: per batch, the integers of both given equal inputs.
+        class_dim: the dimension of the outputs along which the classes lie.
     """
     a, b = outputs
     layers: dict[str, tuple[int, int, int, str]] = {}
@@ -215,17 +218,17 @@ def compare(outputs: tuple[Tensor, Tensor], integers: Sequence[tuple[dict[str, T
     return Parity(
         max_abs=float((a - b).abs().max()),
         max_steps=max((row.max_steps for row in rows), default=0),
-        agreement=float((decisions(a) == decisions(b)).float().mean()),
+        agreement=float((decisions(a, class_dim) == decisions(b, class_dim)).float().mean()),
         equal_share=1 - unequal / max(total, 1),
         layers=rows,
     )
 
 
-def decisions(outputs: Tensor) -> Tensor:
-    """Top-1 class along dimension 1; the sign where there is only one output."""
-    if outputs.dim() < 2 or outputs.shape[1] == 1:
+def decisions(outputs: Tensor, class_dim: int = 1) -> Tensor:
+    """Top-1 class along a dimension; the sign where there is only one output."""
+    if outputs.dim() < 2 or outputs.shape[class_dim] == 1:
         return outputs > 0
-    return outputs.argmax(dim=1)
+    return outputs.argmax(dim=class_dim)
 
 
 @torch.no_grad()
@@ -239,6 +242,7 @@ def measure(
     target: str = "generic",
     layer_samples: int = 256,
     batch_size: int = 128,
+    class_dim: int = 1,
 ) -> dict[str, Parity]:
     """Compare training's network with the files exported from it.
 
@@ -252,6 +256,7 @@ def measure(
         target: key of TARGETS, how the ONNX file is run.
         layer_samples: how many samples are compared layer by layer.
         batch_size: samples at a time.
+        class_dim: the dimension of the outputs along which the classes lie.
 
     Returns:
         `qat_int8`, `qat_onnx` and `int8_onnx`, those of them whose files are there.
@@ -273,7 +278,7 @@ def measure(
         if onnx_path is not None:
             integers["onnx"].append(onnx_integers_given(onnx_path, target, network, x, given))
     return {
-        f"{a}_{b}": compare((outputs[a], outputs[b]), list(zip(integers[a], integers[b], strict=True)))
+        f"{a}_{b}": compare((outputs[a], outputs[b]), list(zip(integers[a], integers[b], strict=True)), class_dim)
         for a, b in (("qat", "int8"), ("qat", "onnx"), ("int8", "onnx"))
         if a in outputs and b in outputs
     }

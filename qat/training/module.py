@@ -71,6 +71,7 @@ class QATModule(L.LightningModule):
         optimizer: `_target_` and arguments of the optimizer; `weight_decay` is not applied to biases, norms and scales.
         quant: a `QuantConfig` as plain data; None for the float network.
         input_shape: shape of one input without the batch dimension; needed with `quant`.
+        input_dtype: its dtype, a name in torch; indices are `int64`.
         cosine: lower the learning rate to nought along a half cosine over the whole fit.
         scale_lr: learning rate of learned scales; None for the optimizer's. Adaptive roundings have one of their own,
             0.01 or what a short run needs, and keep it: they are decided in the end.
@@ -83,6 +84,7 @@ class QATModule(L.LightningModule):
         optimizer: Mapping[str, Any],
         quant: Mapping[str, Any] | None = None,
         input_shape: list[int] | None = None,
+        input_dtype: str = "float32",
         cosine: bool = True,
         scale_lr: float | None = None,
     ) -> None:
@@ -96,7 +98,8 @@ class QATModule(L.LightningModule):
                 raise ValueError(
                     "QATModule(quant=...) needs input_shape, the shape of one input, to prepare the network"
                 )
-            self.net = prepare(self.net, QuantConfig.from_dict(quant), torch.zeros(2, *input_shape))
+            example = torch.zeros(2, *input_shape, dtype=getattr(torch, input_dtype))
+            self.net = prepare(self.net, QuantConfig.from_dict(quant), example)
         self.metrics = nn.ModuleDict({stage: self.task.metrics() for stage in ("val", "test")})
 
     @property

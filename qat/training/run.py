@@ -30,7 +30,7 @@ class Run:
         name: for titles.
         config: the composed configuration as plain data.
         data: the data module; its test set is what every stage is measured on.
-        task: has `metrics()`.
+        task: has `metrics()`, and `class_dim` where classes do not lie along dimension 1.
     """
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], data: Any, task: Any) -> None:
@@ -76,8 +76,10 @@ class Run:
             self.stage("int8", int8, paths["int8"])
         if "onnx" in paths:
             self.stage("onnx", OnnxNetwork(paths["onnx"], target), paths["onnx"])
-        samples = self.config["export"]["layer_samples"]
-        pairs = measure(net, integer, int8, paths.get("onnx"), self.inputs, target=target, layer_samples=samples)
+        pairs = measure(
+            net, integer, int8, paths.get("onnx"), self.inputs, target=target,
+            layer_samples=self.config["export"]["layer_samples"], class_dim=getattr(self.task, "class_dim", 1),
+        )  # fmt: skip
         self.summary["parity"] = {pair: measured.to_dict() for pair, measured in pairs.items()}
         return pairs
 

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from qat.zoo.tensor_data import Split, TensorDataModule, check_labels, require, require_integer, stratified
+from qat.zoo.loading import require, require_integer
+from qat.zoo.tensor_data import Split, TensorDataModule, check_labels, stratified
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,8 +1,11 @@
 """Tasks: a loss and its metrics. What a LightningModule needs to know of the problem, and nothing of quantization."""
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -13,6 +16,9 @@ class Classification:
         num_classes: number of classes.
         label_smoothing: in [0, 1).
     """
+
+    class_dim = 1
+    """The dimension of the outputs along which the classes lie."""
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
         if num_classes < 2:
@@ -28,3 +34,49 @@ class Classification:
     def metrics(self) -> MetricCollection:
         """Fresh metrics of (logits, labels), under their torchmetrics names."""
         return MetricCollection({"accuracy": MulticlassAccuracy(self.num_classes, average="micro")})
+
+
+class BitsPerCharacter(Metric):
+    """Mean of -log2 p(next character): how many bits a character would take if the model compressed the text."""
+
+    higher_is_better = False
+    nats: Tensor
+    characters: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("characters", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add logits (N, T, characters) and what came next, int64 (N, T)."""
+        self.nats += F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="sum").double()
+        self.characters += targets.numel()
+
+    def compute(self) -> Tensor:
+        """Bits a character, over all that was added."""
+        return (self.nats / self.characters / math.log(2)).float()
+
+
+class LanguageModel:
+    """Predict the next character at every position: cross-entropy, and bits per character.
+
+    Args:
+        num_classes: size of the vocabulary.
+    """
+
+    class_dim = -1
+    """The dimension of the outputs along which the classes lie."""
+
+    def __init__(self, num_classes: int) -> None:
+        if num_classes < 2:
+            raise ValueError(f"task.num_classes={num_classes}: a vocabulary has at least 2 characters")
+        self.num_classes = num_classes
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy (in nats) of logits (N, T, num_classes) against what came next, int64 (N, T)."""
+        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+    def metrics(self) -> MetricCollection:
+        """Fresh metrics of (logits, next characters)."""
+        return MetricCollection({"bits_per_character": BitsPerCharacter()})

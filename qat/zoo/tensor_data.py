@@ -1,21 +1,19 @@
-"""Image data held whole in memory, as Lightning data modules: batching, augmentation, normalisation, calibration.
+"""Image data held whole in memory, as Lightning data modules: augmentation, normalisation, calibration.
 
 A batch is cut out of one tensor, augmented and normalised by a few tensor operations; no code runs once an image.
-Order and augmentation are pure functions of (seed, epoch), so a run resumed at an epoch sees what an unbroken run sees.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
-SPLIT_SEED = 0  # splits and calibration batches stay the same whatever the seed of a run
+from qat.zoo.loading import SPLIT_SEED, InMemoryData, generator, require, require_integer
 
 
 class Split(NamedTuple):
@@ -64,11 +62,6 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return (x - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
 
 
-def _generator(*seeds: int) -> torch.Generator:
-    """A generator whose stream depends on all seeds; (1, 0) and (0, 1) give unrelated streams."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
-
-
 class TensorBatches(Dataset[tuple[Tensor, Tensor]]):
     """A data set that makes whole batches: torch's fetcher calls `__getitems__` with all indices of a batch.
 
@@ -96,7 +89,7 @@ class TensorBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def start_epoch(self, epoch: int, done: int = 0, batch_size: int = 1) -> None:
         """Draw the augmentation from here on as epoch `epoch` does after `done` batches."""
-        self.generator = _generator(*self.seed, epoch)
+        self.generator = generator(*self.seed, epoch)
         for _ in range(done):
             self._draw(batch_size)
 
@@ -122,58 +115,6 @@ class TensorBatches(Dataset[tuple[Tensor, Tensor]]):
         return normalise(images, self.mean, self.std), self.split.labels[index]
 
 
-class EpochShuffle(Sampler[int]):
-    """A random order that depends on (seed, epoch) only; it also starts the epoch of the data set's augmentation.
-
-    Lightning calls `set_epoch`, in a distributed run through the sampler it wraps around this one; in any other loop
-    the epoch counts the passes.
-
-    Args:
-        dataset: what is shuffled.
-        seed: with the epoch it determines the order.
-        batch_size: samples of one batch, of one process.
-        done: batches of the first pass to leave out, because an interrupted run has seen them.
-        processes: of a distributed run.
-    """
-
-    def __init__(
-        self, dataset: TensorBatches, seed: int, batch_size: int = 1, done: int = 0, processes: int = 1
-    ) -> None:
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
-        self.batch_size, self.done, self.processes = batch_size, done, processes
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of epoch `epoch`."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[int]:
-        self.dataset.start_epoch(self.epoch, self.done, self.batch_size)
-        order = torch.randperm(len(self), generator=_generator(self.seed, self.epoch))
-        seen = self.done * self.batch_size * self.processes
-        self.epoch, self.done = self.epoch + 1, 0
-        return iter(order[seen:].tolist())
-
-
-def _same(batch: Any) -> Any:
-    """Collate nothing: `__getitems__` returned a whole batch."""
-    return batch
-
-
-def require(valid: bool, field: str, value: object, wanted: str) -> None:
-    """Raise ValueError, naming the field, its value and what is wanted, unless `valid`."""
-    if not valid:
-        raise ValueError(f"data.{field}={value!r} is not valid: {wanted}")
-
-
-def require_integer(field: str, value: object, least: int) -> None:
-    """Raise ValueError unless `value` is an integer of at least `least`."""
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    require(valid, field, value, f"give an integer of at least {least}")
-
-
 def check_labels(labels: Tensor, num_classes: int, where: str) -> None:
     """Raise ValueError unless every label is in [0, num_classes)."""
     low, high = int(labels.min()), int(labels.max())
@@ -197,7 +138,7 @@ def stratified(labels: Tensor, size: int, field: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.sort(rest)), torch.from_numpy(np.sort(part))
 
 
-class TensorDataModule(LightningDataModule):
+class TensorDataModule(InMemoryData):
     """Train, validation and test images in memory; a subclass says in `load` where they come from.
 
     Attributes `channels`, `image_size`, `num_classes`, `class_names` and `name` describe the data.
@@ -232,22 +173,19 @@ class TensorDataModule(LightningDataModule):
         flip: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(name=name, batch_size=batch_size, seed=seed)
         for field, number in {"channels": channels, "image_size": image_size, "num_classes": num_classes}.items():
             require_integer(field, number, least=1)
         for field, values in {"mean": mean, "std": std}.items():
             wanted = f"give one number a channel, and data.channels={channels}"
             require(isinstance(values, Sequence) and len(values) == channels, field, values, wanted)
         require(min(std) > 0, "std", std, "every number must be greater than 0")
-        require_integer("batch_size", batch_size, least=1)
         require_integer("crop_padding", crop_padding, least=0)
-        require_integer("seed", seed, least=0)
-        self.name, self.channels, self.image_size, self.num_classes = name, channels, image_size, num_classes
+        self.channels, self.image_size, self.num_classes = channels, image_size, num_classes
         self.class_names = [str(label) for label in range(num_classes)]
         self.mean, self.std = (torch.tensor(list(values), dtype=torch.float32) for values in (mean, std))
-        self.batch_size, self.crop_padding, self.flip, self.seed = batch_size, crop_padding, flip, seed
+        self.crop_padding, self.flip = crop_padding, flip
         self._splits: dict[str, Split] = {}
-        self._done = 0
 
     def load(self) -> dict[str, Split]:
         """Return the splits "train", "val" and "test"; may set `class_names`. Called once."""
@@ -270,43 +208,12 @@ class TensorDataModule(LightningDataModule):
         self.setup()
         return self._splits[key]
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return shuffled, augmented training batches; each pass is another epoch."""
-        # Processes of a distributed run share the order but must not share the augmentation.
-        rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches = TensorBatches(
-            self.split("train"), self.mean, self.std, self.crop_padding, self.flip, seed=(self.seed, rank)
-        )
-        done, self._done = self._done, 0
-        return self._loader(batches, EpochShuffle(batches, self.seed, self.batch_size, done, processes))
-
-    def state_dict(self) -> dict[str, Any]:
-        """How far the epoch has come; Lightning keeps it in its checkpoints."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
-        return {"batches_done": 0 if progress is None or progress.is_last_batch else progress.current.completed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Let the next epoch go on where the interrupted one stopped."""
-        self._done = int(state_dict["batches_done"])
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return validation batches, in order."""
-        return self._loader(TensorBatches(self.split("val"), self.mean, self.std))
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return test batches, in order."""
-        return self._loader(TensorBatches(self.split("test"), self.mean, self.std))
-
-    def _loader(self, batches: TensorBatches, sampler: EpochShuffle | None = None) -> DataLoader[Any]:
-        return DataLoader(
-            batches,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            collate_fn=_same,
-            num_workers=0,  # a batch takes about a millisecond; a worker process would cost more than it saves
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else each pass draws from, and so changes, torch's global generator
-        )
+    def batches(self, key: str, rank: int | None = None) -> TensorBatches:
+        """Batches of a split; with the rank of a training process, augmented as no other process does."""
+        if rank is None:
+            return TensorBatches(self.split(key), self.mean, self.std)
+        seed = (self.seed, rank)
+        return TensorBatches(self.split(key), self.mean, self.std, self.crop_padding, self.flip, seed=seed)
 
     def example_input(self, n: int = 2) -> Tensor:
         """Return the first n training images, normalised, not augmented: (n, C, H, W) float32."""
@@ -326,7 +233,7 @@ class TensorDataModule(LightningDataModule):
         size = self.batch_size if batch_size is None else batch_size
         require_integer("calibration_batches.batch_size", size, least=1)
         images = self.split("train").images
-        order = torch.randperm(len(images), generator=_generator(SPLIT_SEED))[: count * size]
+        order = torch.randperm(len(images), generator=generator(SPLIT_SEED))[: count * size]
         return [normalise(images[index], self.mean, self.std) for index in order.split(size)]
 
     def test_tensors(self) -> tuple[Tensor, Tensor]:
