@@ -13,7 +13,7 @@ import qat
 from qat import hydra_schema
 from qat.analysis.layers import layer_table, report
 from qat.export.parity import ParityLimits
-from qat.ptq import finalize
+from qat.ptq import finalize, smooth
 from qat.training import QATModule
 from qat.training.run import Run, close_loggers, float_weights_of, main_process_only, shows_progress
 from qat.training.weights import checkpoint_phase, load_float_weights
@@ -51,6 +51,9 @@ def run(cfg: DictConfig) -> float:
 
     # 2. The baseline: PTQ of the float weights
     ptq, calibration = instantiate(cfg.ptq), data.calibration_batches(cfg.ptq.calibration_batches)
+    if ptq.smooth is not None:  # the network computes the same; from here on it is easier to quantize
+        entries = smooth(module.net, calibration, ptq.smooth, multiply=False)
+        result.write_text("smoothing.txt", "\n".join(map(str, entries)))
     baseline = qat.prepare(copy.deepcopy(module.net), config, example)
     finalize(baseline, calibration, ptq, trained=False)
     result.stage("ptq", baseline)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qat.attention import add_mask, causal, mask_out
+from qat.smoothing import scale_channels
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("lp_pool2d", "other", "input norm_type kernel_size stride=None ceil_mode=False", (F.lp_pool2d, nn.LPPool2d)),
     ("lp_pool3d", "other", "input norm_type kernel_size stride=None ceil_mode=False", (F.lp_pool3d, nn.LPPool3d)),
     ("causal", "other", "scores", (causal,)),
+    ("mul", "other", "input other", (scale_channels,)),
     ("add_mask", "other", "scores mask", (add_mask,)),
     ("mask_out", "other", "scores mask", (mask_out,)),
     # ---- masks ------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ ORDER = [
     "qat.layers",
     "qat.attention",
     "qat.inside",
+    "qat.smoothing",
     "qat.calls",
     "qat.graph",
     "qat.tracing",

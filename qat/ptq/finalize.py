@@ -19,6 +19,8 @@ class PTQConfig:
 
     Attributes:
         calibration_batches: how many training batches it sees.
+        smooth: alpha of SmoothQuant (`qat.ptq.smooth`) of the float weights, from which the baseline and QAT both
+            start; None for none. Divisions go into norms and layers, nothing is multiplied.
         bias_correction: cancel the mean error of quantized weights; on float weights only (the PTQ baseline).
         reestimate_batch_norm: measure BatchNorm statistics anew after QAT.
         reestimate_ranges: calibrate anew after QAT (this replaces learned scales and roundings too).
@@ -28,6 +30,7 @@ class PTQConfig:
     """
 
     calibration_batches: int = 8
+    smooth: float | None = None
     bias_correction: bool = True
     reestimate_batch_norm: bool = False
     reestimate_ranges: bool = False
