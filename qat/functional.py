@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from qat.graph import Graph, Kind, fixed_value
+from qat.graph import Graph, fixed_value, is_fixed
 from qat.layers import Functional
 from qat.layers.functional import FORMS
 
@@ -19,9 +19,10 @@ FUNCTIONS: dict[Any, str] = {getattr(F, name): name for name in FORMS} | {torch.
 
 
 def insert_functional(prepared: fx.GraphModule) -> bool:
-    """Replace calls of FUNCTIONS whose weight and bias are tensors of the network, or parts of such, by modules.
+    """Replace calls of FUNCTIONS whose weight is a tensor of the network, or computed of such alone, by modules.
 
-    A linear function whose weight is computed becomes a product of two tensors; other functions of such a weight stay.
+    The bias must be a tensor of the network or a part of one. A linear function of a weight that is computed from
+    activations becomes a product of two tensors; other functions of such a weight stay.
 
     Args:
         prepared: a traced network; it is changed.
@@ -42,8 +43,8 @@ def computed_weight(node: fx.Node) -> str | None:
     if node.target not in FUNCTIONS:
         return None
     return (
-        f"the weight or bias of this {FUNCTIONS[node.target]} is computed, and is no parameter of the network or part "
-        f"of one: it stays float, and cannot be lowered"
+        f"the weight of this {FUNCTIONS[node.target]} is computed from activations, or its bias is computed: it stays "
+        f"float, and cannot be lowered"
     )
 
 
@@ -51,27 +52,32 @@ def _replace(prepared: fx.GraphModule, node: fx.Node) -> None:
     graph, function = Graph(prepared), FUNCTIONS[node.target]
     inputs, weight, bias, settings = _bound(node, function)
     numbers = not any(isinstance(value, fx.Node) for value in _flat(settings.values()))
-    fixed = isinstance(weight, fx.Node) and is_fixed(graph, weight) and numbers
+    fixed = isinstance(weight, fx.Node) and is_fixed(weight) and numbers
     fixed = fixed and (function != "linear" or fixed_value(prepared, weight).dim() == 2)
-    if fixed and (bias is None or is_fixed(graph, bias)):
-        path = next(n for n in _expression(weight) if n.op == "get_attr").target
+    added = None if bias is None or _is_part(prepared, bias) else bias
+    if fixed and (added is None or function == "linear"):
+        held = [n for n in _expression(weight) if n.op == "get_attr"]
+        path = max(held, key=lambda n: fixed_value(prepared, n).numel()).target
         name = next(n for n in _names(f"{FUNCTIONAL}.{path}") if n not in graph.modules)
         prepared.add_submodule(name, Functional(function, settings, str(path)))
         with prepared.graph.inserting_before(node):
             # each call gets an expression of its own, so that quantizers for other readers do not come into it
-            copies = [_copy(prepared.graph, n) if isinstance(n, fx.Node) else None for n in (weight, bias)]
+            given = (weight, None if added is not None else bias)
+            copies = [_copy(prepared.graph, n) if isinstance(n, fx.Node) else None for n in given]
             result = prepared.graph.call_module(name, (*inputs, *copies))
     elif function == "linear":
         with prepared.graph.inserting_before(node):
             turned = prepared.graph.call_method("t", (weight,))
             result = prepared.graph.call_function(torch.matmul, (inputs[0], turned))
             turned.meta = dict(node.meta)
-            if bias is not None:
-                result.meta = dict(node.meta)
-                result = prepared.graph.call_function(torch.add, (result, bias))
+            added = bias
     else:
         return
     result.meta = dict(node.meta)
+    if added is not None:
+        with prepared.graph.inserting_after(result):
+            result = prepared.graph.call_function(torch.add, (result, added))
+        result.meta = dict(node.meta)
     node.replace_all_uses_with(result)
     prepared.graph.erase_node(node)
     for argument in (weight, bias):
@@ -93,12 +99,14 @@ def _bound(node: fx.Node, function: str) -> tuple[list[Any], Any, Any, dict[str,
     return [given[k] for k in form.inputs], given["weight"], given.get("bias"), {k: given[k] for k in form.settings}
 
 
-def is_fixed(graph: Graph, node: fx.Node) -> bool:
-    """Whether a node is a tensor that the network holds, or a part of one, moved at most."""
-    kind = graph.kind(node)
-    return kind is Kind.constant or (
-        kind is Kind.passes and node.op != "call_module" and all(is_fixed(graph, n) for n in node.all_input_nodes)
-    )
+def _is_part(net: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a tensor that the network holds, or a part of one: what is added to it is added to that."""
+    if not is_fixed(node):
+        return False
+    value = fixed_value(net, node)
+    sources = [fixed_value(net, n) for n in _expression(node) if n.op == "get_attr"]
+    storage = value.untyped_storage()._cdata
+    return 0 not in value.stride() and any(source.untyped_storage()._cdata == storage for source in sources)
 
 
 def _expression(node: fx.Node) -> Iterator[fx.Node]:
@@ -113,7 +121,7 @@ def _copy(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _erase_unread(graph: Graph, node: fx.Node) -> None:
-    if node.users or graph.kind(node) not in (Kind.constant, Kind.passes):
+    if node.users or not is_fixed(node):
         return
     sources = node.all_input_nodes
     graph.module.graph.erase_node(node)

@@ -112,6 +112,14 @@ def _weight_and_bias(net: fx.GraphModule, node: fx.Node) -> Any:
     return tuple(fixed_value(net, arg) if isinstance(arg, fx.Node) else None for arg in node.args[-2:])
 
 
+def is_fixed(node: fx.Node) -> bool:
+    """Whether a node is a tensor that the network holds, or computed of nothing but such."""
+    if node.op in ("call_function", "call_method"):
+        in_place = isinstance(node.target, str) and node.target.endswith("_")
+        return not in_place and bool(node.all_input_nodes) and all(is_fixed(n) for n in node.all_input_nodes)
+    return node.op == "get_attr"
+
+
 def fixed_value(net: fx.GraphModule, node: fx.Node) -> Any:
     """The tensor that such a node is now."""
     if node.op == "get_attr":
@@ -298,11 +306,10 @@ class Graph:
         return users[0] if len(users) == 1 and self.kind(users[0]) is Kind.batch_norm else None
 
     def held_for_layers(self) -> set[fx.Node]:
-        """Tensors of the network, and their parts, that nothing reads but layers, as weight or bias."""
+        """Tensors of the network, and what is computed of them, that nothing reads but layers, as weight or bias."""
         found: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            held = self.kind(node) in (Kind.constant, Kind.passes)
-            if held and node.users and all(user in found or self._holds(user, node) for user in node.users):
+            if is_fixed(node) and node.users and all(user in found or self._holds(user, node) for user in node.users):
                 found.add(node)
         return found
 

@@ -182,10 +182,12 @@ def _requests(
     """Which edges need a quantizer, edges that share one together, each with its scheme (the widest one asked for)."""
     wanted: dict[fx.Node, TensorScheme] = {}
     shared: dict[fx.Node, list[fx.Node]] = {}
+    weights = graph.held_for_layers()
     for node in graph.nodes:
         kind = graph.kind(node)
         scheme = choices[str(node.target)].activation if kind is Kind.layer else config.activation
-        if kind not in (Kind.layer, Kind.add, Kind.arithmetic, Kind.average) or not scheme.quantized:
+        reads = kind in (Kind.layer, Kind.add, Kind.arithmetic, Kind.average) and node not in weights
+        if not reads or not scheme.quantized:
             continue
         for arg in graph.operands(node):
             sources = [source for source in graph.sources(arg) if source in shapes]  # numbers and masks have no grid

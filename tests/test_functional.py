@@ -93,6 +93,15 @@ CASES: dict[str, Case] = {
     "conv_transpose3d": Case(lambda s, x: F.conv_transpose3d(x, s.w), {"w": (2, 4, 2, 1, 2)}, (2, 3, 3, 3)),
     "embedding": Case(lambda s, x: s.head(F.embedding(x, s.w, 2)), {"w": (11, 6)}, (4,), head(6)),
     "torch.embedding": Case(lambda s, x: s.head(torch.embedding(s.w, x)), {"w": (11, 6)}, (4,), head(6)),
+    "standardized weight": Case(
+        lambda s, x: F.conv2d(F.relu(F.conv2d(x, (s.w - s.w.mean((1, 2, 3), True)) / s.w.std((1, 2, 3), keepdim=True))),
+                              s.g * F.normalize(s.v, dim=1)),
+        {"w": (4, 3, 3, 3), "g": (4, 1, 1, 1), "v": (4, 4, 1, 1)}, (3, 6, 6)),
+    "computed bias": Case(lambda s, x: s.head(F.linear(x, s.w, x.mean(1, keepdim=True) * s.b)),
+                          {"w": (6, 8), "b": (6,)}, (8,), head(6)),
+    "turned bias": Case(lambda s, x: F.linear(x, s.w, s.b.flip(0)), {"w": (6, 8), "b": (6,)}, (8,)),
+    "copied weight": Case(lambda s, x: F.linear(F.linear(x, s.w.t().reshape(6, 8)), s.v.t().reshape(8, 6)),
+                          {"w": (8, 6), "v": (6, 8)}, (8,)),
     "computed weight": Case(lambda s, x: F.linear(x, F.linear(x.mean(0), s.w).unflatten(0, (4, 8)), s.b),
                             {"w": (32, 8), "b": (4,)}, (8,)),
 }  # fmt: skip
@@ -203,7 +212,7 @@ def test_a_convolution_by_a_computed_weight_stays_float_and_is_named() -> None:
     x = torch.randn(8, 3, 5, 5)
     prepared = qat.prepare(net, config(8), x)
     qat.calibrate(prepared, [x])
-    assert "the weight or bias of this conv2d is computed" in report(prepared)
+    assert "the weight of this conv2d is computed from activations" in report(prepared)
     with pytest.raises(ValueError, match=r"'conv2d'.*cannot be lowered"):
         qat.lower(prepared)
 
@@ -262,6 +271,13 @@ def test_adaptive_rounding_of_a_tied_weight_is_learned_by_the_layer_that_multipl
     qat.calibrate(prepared, [x])
     results = learn_rounding(prepared, [x], steps=20, progress=False)
     assert [result.layer for result in results] == ["mix", "functional.emb.weight"]
+
+
+def test_copies_of_weights_are_not_taken_for_one_another() -> None:
+    net, x = CASES["copied weight"].build()
+    prepared = qat.prepare(net, config(8), x[:4])
+    parts = [module for module in prepared.modules() if isinstance(module, QuantFunctional)]
+    assert len({part.weight_quantizer for part in parts}) == 2
 
 
 def test_only_equal_views_of_a_parameter_share() -> None:

@@ -94,8 +94,10 @@ def float_islands(prepared: fx.GraphModule) -> list[dict[str, str]]:
         Rows with `name` (of the tensor), `operation` and `reason`.
     """
     graph = Graph(prepared)
-    rows = []
+    rows, weights = [], graph.held_for_layers()
     for node in graph.nodes:
+        if node in weights:
+            continue
         kind, key = graph.kind(node), graph.key(node)
         known = CALLS.get(key)
         operation = getattr(key, "__name__", str(key)) if known is None else known.name

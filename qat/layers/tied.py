@@ -2,6 +2,8 @@
 
 from collections.abc import Hashable, Iterable
 
+from torch import Tensor
+
 from qat.layers.base import QuantizedLayer
 
 
@@ -17,8 +19,11 @@ def share_weight_quantizers(layers: Iterable[tuple[str, QuantizedLayer]]) -> dic
         Path -> "tied with PATH, ...", for layers that share.
     """
     views: dict[Hashable, dict[QuantizedLayer, str]] = {}
+    alive = []  # what is computed anew for each layer must not lie where another's was
     for path, layer in layers:
-        views.setdefault(_view(layer), {}).setdefault(layer, path)
+        weight = layer.weight
+        alive.append(weight)
+        views.setdefault(_view(layer, weight), {}).setdefault(layer, path)
     reasons: dict[str, str] = {}
     for members in views.values():
         if len(members) < 2:
@@ -33,8 +38,8 @@ def share_weight_quantizers(layers: Iterable[tuple[str, QuantizedLayer]]) -> dic
     return reasons
 
 
-def _view(layer: QuantizedLayer) -> Hashable:
+def _view(layer: QuantizedLayer, weight: Tensor) -> Hashable:
     """What two layers have in common that read the same values: where they lie in memory, and how they are arranged."""
-    weight, shape = layer.weight, layer.outputs_first().shape
+    shape = layer.arranged(weight).shape
     storage = weight.untyped_storage()._cdata  # one for each storage, on the meta device, too
     return storage, weight.storage_offset(), weight.shape, weight.stride(), shape, layer.arrangement
