@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.fake_quant import Mode
-from qat.layers import QuantizedLayer
+from qat.layers import weights_of
 from qat.modes import eval_mode, quantizers, set_mode, watch
 
 
@@ -24,7 +24,7 @@ def calibrate(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) ->
             tensor).
         RuntimeError: a quantizer saw no data (its branch never ran).
     """
-    weights = {m.weight_quantizer: m.outputs_first() for m in net.modules() if isinstance(m, QuantizedLayer)}
+    weights = weights_of(net)
     modes = {quantizer: quantizer.mode for _, quantizer in quantizers(net)}
     for _, quantizer in quantizers(net):
         quantizer.observer.reset()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.encoding import encode
-from qat.layers import QuantizedLayer
+from qat.layers import QuantizedLayer, Weight
 
 LARGEST_BIAS = 2**30
 """int32 biases stay below this, so that a sum of products can be added without overflow."""
@@ -40,7 +40,7 @@ class FoldedWeight:
 
 
 @torch.no_grad()
-def fold(layer: QuantizedLayer, batch_norm: nn.Module | None) -> FoldedWeight:
+def fold(layer: QuantizedLayer | Weight, batch_norm: nn.Module | None) -> FoldedWeight:
     """Quantize a layer's weight and fold the BatchNorm behind it into scale, sign and bias. Exact, in float64.
 
     For weights that are integers with one scale a tensor, an output channel or a group of its inputs.

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from qat.calls import CALLS, SIZE_ATTRIBUTES, values_of
 from qat.fake_quant import FakeQuantize
-from qat.layers import SWAPS, Functional, QuantizedLayer, float_type
+from qat.layers import SWAPS, Functional, Quantized, QuantizedLayer, QuantizedRecurrent, float_type
+from qat.results import RECURRENT, Result, given_grid, is_padded, result_of, takes_result
 
 
 class Kind(Enum):
@@ -34,6 +36,7 @@ class Kind(Enum):
     concat = auto()
     arithmetic = auto()  # of two tensors, other than their sum
     select = auto()  # takes each value from one of two tensors
+    result = auto()  # a part of what a recurrent layer returns
     average = auto()  # average pooling, mean, linear interpolation
     passes = auto()  # moves or selects values: the scale passes through
     constant = auto()  # a parameter or buffer that forward reads
@@ -57,16 +60,21 @@ KINDS: dict[Any, Kind] = {
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), Kind.passes),
     **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), Kind.passes),
     **dict.fromkeys((torch.reshape, torch.permute, operator.getitem, F.pad), Kind.passes),
+    **dict.fromkeys((pack_padded_sequence, pad_packed_sequence), Kind.passes),
+    **dict.fromkeys((pack_sequence,), Kind.concat),
     **dict.fromkeys(("reshape", "view", "permute"), Kind.passes),
 }
 
 IDENTITIES = {
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    "contiguous", "clone", torch.clone,
+    "contiguous", "clone", torch.clone, "cpu",
 }  # fmt: skip
 """Operations that hand their input on when the network is evaluated."""
 
 KINDS |= dict.fromkeys(IDENTITIES, Kind.passes)
+
+SIZE_METHODS = ("size", "dim", "numel", "new_zeros", "new_ones")
+"""Methods whose result depends on nothing but the size of the tensor."""
 
 NONNEGATIVE = {"relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "exp", "square", "sqrt", "rsqrt"}
 """Operations (of CALLS) whose result cannot be negative."""
@@ -172,7 +180,8 @@ class Graph:
             elif node.op == "call_module":
                 known = not node.all_input_nodes
             else:
-                known = (node.op == "call_method" and key in ("size", "dim", "numel")) or (
+                known = (node.op == "call_method" and key in SIZE_METHODS) or key in (torch.zeros_like, torch.ones_like)
+                known = known or (
                     node.op in ("call_function", "call_method")
                     and bool(node.all_input_nodes)
                     and all(self.is_size(arg) for arg in node.all_input_nodes)
@@ -202,7 +211,9 @@ class Graph:
         if self.is_size(node):
             return Kind.size
         module = self.submodule(node)
-        if isinstance(module, QuantizedLayer):
+        if takes_result(self.modules, node):
+            return Kind.result
+        if isinstance(module, Quantized):
             return Kind.layer
         if isinstance(module, FakeQuantize):
             return Kind.quantizer
@@ -213,6 +224,11 @@ class Graph:
             return Kind.other
         if CALLS.get(self.key(node)) is CALLS[F.interpolate]:
             return self._interpolation(node)
+        if node.target is pad_packed_sequence and (len(node.args) > 2 or node.kwargs.get("padding_value")):
+            return Kind.other  # filled with something that may lie on no grid
+        if is_padded(node):
+            on_grid = node.args[1] == 0 and self.quantizer_of(node.all_input_nodes[0]) is not None
+            return Kind.passes if on_grid else Kind.other
         if node.target is operator.getitem and not all(self.is_size(n) for n in _nodes_in(node.args[1])):
             return Kind.other
         if node.target is F.pad and not _pads_within(node):
@@ -239,6 +255,8 @@ class Graph:
     def name(self, node: fx.Node) -> str:
         """A readable name for the tensor that `node` makes: that of the layer whose BatchNorm and ReLU it ends with."""
         kind = self.kind(node)
+        if kind is Kind.result:
+            return self.name(self.result(node)[0])  # type: ignore[index]
         if kind in (Kind.batch_norm, Kind.relu):
             return self.name(node.all_input_nodes[0])
         if node.op == "call_module":
@@ -257,12 +275,22 @@ class Graph:
             return self.sources(node.all_input_nodes[0])
         if kind in (Kind.concat, Kind.select):
             joined = tensor_list(node) if kind is Kind.concat else self.tensors(node)
-            return list(dict.fromkeys(s for arg in joined for s in self.sources(arg)))
+            found = list(dict.fromkeys(s for arg in joined for s in self.sources(arg)))
+            given = {self.given_grid(source) for source in found}
+            return found if len(given) <= 1 else [node]  # a grid that is given is not to be shared with others
         return [node]
+
+    def result(self, node: fx.Node) -> Result | None:
+        """Of which call of a recurrent layer a node is (a part of) the result."""
+        return result_of(self.modules, node)
+
+    def given_grid(self, node: fx.Node) -> FakeQuantize | None:
+        """The grid on which a recurrent layer has put a part of its result; None for anything else."""
+        return given_grid(self.modules, node)
 
     def quantizer_of(self, node: fx.Node) -> FakeQuantize | None:
         """The quantizer whose grid the tensor of `node` lies on; None for a float tensor."""
-        found = [self.submodule(source) for source in self.sources(node)]
+        found = [self.given_grid(source) or self.submodule(source) for source in self.sources(node)]
         if found and all(isinstance(module, FakeQuantize) and module is found[0] for module in found):
             assert isinstance(found[0], FakeQuantize)
             return found[0]
@@ -289,6 +317,8 @@ class Graph:
             return [arg for arg in node.args[: len(module.form.inputs)] if isinstance(arg, fx.Node)]
         if self.kind(node) in (Kind.add, Kind.arithmetic):
             return self.tensors(node)
+        if isinstance(self.submodule(node), RECURRENT):  # states are quantized inside
+            return [node.args[0] if node.args else node.kwargs["input"]]  # type: ignore[list-item]
         return node.all_input_nodes if self.kind(node) is Kind.layer else node.all_input_nodes[:1]
 
     def batch_norm_after(self, node: fx.Node) -> fx.Node | None:
@@ -316,8 +346,15 @@ class Graph:
     def _holds(self, call: fx.Node, tensor: fx.Node) -> bool:
         return isinstance(self.submodule(call), Functional) and tensor not in self.operands(call)
 
+    def recurrent(self) -> Iterator[tuple[fx.Node, QuantizedRecurrent]]:
+        """Calls of quantized recurrent layers in order of execution."""
+        for node in self.nodes:
+            module = self.submodule(node)
+            if isinstance(module, QuantizedRecurrent):
+                yield node, module
+
     def layers(self) -> Iterator[tuple[fx.Node, QuantizedLayer]]:
-        """Calls of quantized layers in order of execution."""
+        """Calls of quantized layers with one weight in order of execution."""
         for node in self.nodes:
             module = self.submodule(node)
             if isinstance(module, QuantizedLayer):
@@ -326,7 +363,7 @@ class Graph:
 
 def tensor_list(node: fx.Node) -> list[fx.Node]:
     """The tensors that a concatenation joins."""
-    tensors = node.args[0] if node.args else node.kwargs["tensors"]
+    tensors = node.args[0] if node.args else next(iter(node.kwargs.values()))
     assert isinstance(tensors, list | tuple)
     return [t for t in tensors if isinstance(t, fx.Node)]
 

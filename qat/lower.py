@@ -11,15 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
-from qat import lower_calls, translate
+from qat import lower_calls, lower_recurrent, translate
 from qat.calls import CALLS
 from qat.fake_quant import FakeQuantize, Mode
 from qat.fold import BatchNorm, batch_norm_affine
 from qat.graph import IDENTITIES, Graph, Kind, tensor_list
 from qat.layers import Functional, QuantizedLayer
-from qat.lower_layers import float_layer, integer_layer, look_up, real_layer
+from qat.lower_layers import float_layer, grid_of, integer_layer, look_up, real_layer
 from qat.modes import quantizers
+from qat.results import RECURRENT, is_padded
 from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import RuntimeLayer
@@ -66,6 +68,8 @@ class _Lowering:
     made: dict[fx.Node, str] = field(default_factory=dict)  # graph node -> name of its tensor
     grids: dict[str, Quantize | None] = field(default_factory=dict)
     real: dict[str, str] = field(default_factory=dict)  # integer tensor -> its dequantized twin
+    results: dict[fx.Node, str] = field(default_factory=dict)  # call of a recurrent layer -> name of what it returns
+    taken: dict[tuple[fx.Node, int, int | None], str] = field(default_factory=dict)  # part of it -> its name
 
     def __post_init__(self) -> None:
         self.graph = Graph(self.prepared)
@@ -91,9 +95,14 @@ class _Lowering:
         network.edges = {
             self.made[node]: node.name
             for node in self.graph.nodes
-            if self.graph.kind(node) is Kind.quantizer and self.grids[self.made[node]] is not None
+            if self._is_simulated(node) and self.grids[self.made[node]] is not None
         }
         return network.eval()
+
+    def _is_simulated(self, node: fx.Node) -> bool:
+        """Whether a node of the prepared network puts a tensor on its grid."""
+        kind = self.graph.kind(node)
+        return kind is Kind.quantizer or (kind is Kind.result and node in self.made)
 
     def add(
         self, name: str, layer: RuntimeLayer, inputs: list[str], *made: fx.Node, grid: Quantize | None = None
@@ -112,7 +121,10 @@ class _Lowering:
         """Name of the tensor of real numbers of `node`, dequantized once if it is integer."""
         if self.graph.kind(node) is Kind.size and node not in self.made:
             self.constant(node, self.sizes.value(node))
-        name = self.made[node]
+        return self.dequantized(self.made[node])
+
+    def dequantized(self, name: str) -> str:
+        """Name of the tensor of real numbers of a tensor, made once if that is integer."""
         grid = self.grids[name]
         if grid is None:
             return name
@@ -200,6 +212,9 @@ def _quantizer(lowering: _Lowering, node: fx.Node) -> None:
 
 def _layer(lowering: _Lowering, node: fx.Node) -> None:
     layer = _ordinary(lowering.graph.submodule(node))
+    if isinstance(layer, RECURRENT):
+        lower_recurrent.call(lowering, node)
+        return
     assert isinstance(layer, QuantizedLayer)
     if isinstance(layer, translate.LOOK_UPS):
         _look_up(lowering, node, layer)
@@ -227,6 +242,9 @@ def _ordinary(layer: nn.Module | None) -> nn.Module | None:
 def _float_layer(lowering: _Lowering, node: fx.Node) -> None:
     layer = _ordinary(lowering.graph.submodule(node))
     assert layer is not None
+    if isinstance(layer, RECURRENT):
+        lower_recurrent.call(lowering, node)
+        return
     if isinstance(layer, translate.LOOK_UPS):
         _look_up(lowering, node, layer)
         return
@@ -311,10 +329,16 @@ def _concat(lowering: _Lowering, node: fx.Node) -> None:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     stacks = node.target is torch.stack
     step = ops.Move(name="stack", dim=dim) if stacks else ops.Concat(dim=dim)
+    if node.target is pack_sequence:
+        enforce = node.args[1] if len(node.args) > 1 else node.kwargs.get("enforce_sorted", True)
+        step = ops.Move(name="pack_sequence", enforce_sorted=enforce)
     lowering.integer_operation(node, step, tensor_list(node))
 
 
 def _other(lowering: _Lowering, node: fx.Node) -> None:
+    if node.target is pad_packed_sequence or is_padded(node):
+        lower_recurrent.padded(lowering, node)
+        return
     lowering.real_operation(node, *lower_calls.function(lowering.graph, lowering.sizes, node))
 
 
@@ -328,6 +352,7 @@ _LOWER = {
     Kind.add: lambda lowering, node: lowering.real_operation(node, ops.Add(), lowering.graph.tensors(node)),
     Kind.arithmetic: _arithmetic,
     Kind.select: _select,
+    Kind.result: lower_recurrent.result,
     Kind.constant: _constant,
     Kind.size: lambda lowering, node: None,  # read by what takes sizes
     Kind.concat: _concat,
@@ -339,9 +364,7 @@ _LOWER = {
 
 def _grid(module: nn.Module | None) -> Quantize:
     assert isinstance(module, FakeQuantize)
-    scale, zero_point = (t.detach() for t in module.qparams())
-    relu = module.relu and int(zero_point) != module.quant_min
-    return Quantize(int(module.quant_min), int(module.quant_max), relu, float(scale), int(zero_point))
+    return grid_of(module)
 
 
 def _copy_grid(grid: Quantize, relu: bool) -> Quantize:

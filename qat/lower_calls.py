@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from qat.calls import CALLS
 from qat.graph import Graph, Kind
+from qat.results import is_padded
 from qat.runtime import operations as ops
 from qat.runtime.functions import encode
 from qat.sizes import Sizes
@@ -76,10 +78,14 @@ def move(graph: Graph, sizes: Sizes, node: fx.Node, zero_point: int) -> tuple[An
         ValueError: a form of it that the runtime does not have.
     """
     key, source = graph.key(node), node.all_input_nodes[0]
+    if is_padded(node):
+        return _padded(node, zero_point), [source]
     if key is operator.getitem:
         return _index(graph, sizes, node, source)
     if key in (torch.reshape, "reshape", "view"):
         return _reshape(graph, sizes, node, zero_point), [source]
+    if key is pack_padded_sequence:
+        return _pack(graph, sizes, node)
     if key not in CALLS:
         return passing_layer(graph, node, zero_point), [source]
     bound = dict(graph.arguments(node))
@@ -212,7 +218,34 @@ def _reshape(graph: Graph, sizes: Sizes, node: fx.Node, zero_point: int) -> Any:
     return ops.Reshape(shape=[(0 if keeps and i == 0 else -1) if n is None else n for i, n in enumerate(shape)])
 
 
+def _pack(graph: Graph, sizes: Sizes, node: fx.Node) -> tuple[Any, list[fx.Node]]:
+    names = ("input", "lengths", "batch_first", "enforce_sorted")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    settings: dict[str, Any] = {
+        "batch_first": given.get("batch_first", False), "enforce_sorted": given.get("enforce_sorted", True),
+    }  # fmt: skip
+    lengths: Any = given["lengths"]
+    if isinstance(lengths, fx.Node) and not graph.is_size(lengths):
+        return ops.Move(name="pack", **settings), [given["input"], lengths]
+    known = plain(graph, sizes, node, lengths)
+    settings["given"] = known.tolist() if isinstance(known, Tensor) else known
+    return ops.Move(name="pack", **settings), [given["input"]]
+
+
+def _padded(node: fx.Node, zero_point: int) -> Any:
+    """A part of `pad_packed_sequence`: the tensor, or the lengths."""
+    call = node.args[0]
+    assert isinstance(call, fx.Node)
+    if node.args[1] == 1:
+        return ops.Move(name="packed_lengths")
+    names = ("sequence", "batch_first", "padding_value", "total_length")
+    given: dict[str, Any] = dict(zip(names, call.args, strict=False)) | call.kwargs
+    value = zero_point or given.get("padding_value", 0.0)
+    settings = {"batch_first": given.get("batch_first", False), "total_length": given.get("total_length")}
+    return ops.Move(name="pad_packed", padding_value=value, **settings)
+
+
 def is_parts(graph: Graph, node: fx.Node) -> bool:
     """Whether a node is a tuple of tensors."""
     operation = CALLS.get(graph.key(node))
-    return operation is not None and operation.name in PARTS
+    return node.target is pad_packed_sequence or (operation is not None and operation.name in PARTS)

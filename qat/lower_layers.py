@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.encoding import encode
+from qat.fake_quant import FakeQuantize
 from qat.fitted import Product
 from qat.fold import FoldedWeight, batch_norm_affine, fold, integer_bias
-from qat.layers import QuantizedLayer
+from qat.layers import QuantizedLayer, Weight
 from qat.numerics.granularity import rows_of, swap_channels
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import FloatConv, IntegerConv
@@ -16,8 +17,15 @@ from qat.runtime.lookup import LookUp, ProductLookUp, TableLookUp
 from qat.runtime.stored import ProductConv, StoredConv, TableConv
 
 
+def grid_of(quantizer: FakeQuantize) -> Quantize:
+    """The grid of an integer quantizer, as the runtime's."""
+    scale, zero_point = (t.detach() for t in quantizer.qparams())
+    relu = quantizer.relu and int(zero_point) != quantizer.quant_min
+    return Quantize(int(quantizer.quant_min), int(quantizer.quant_max), relu, float(scale), int(zero_point))
+
+
 def integer_layer(
-    layer: QuantizedLayer, norm: nn.Module | None, grid: Quantize, geometry: dict[str, Any]
+    layer: QuantizedLayer | Weight, norm: nn.Module | None, grid: Quantize, geometry: dict[str, Any]
 ) -> IntegerConv:
     """A layer that takes integers of `grid`."""
     folded = fold(layer, norm)
@@ -37,14 +45,16 @@ def integer_layer(
     return step
 
 
-def real_layer(layer: QuantizedLayer, norm: nn.Module | None, geometry: dict[str, Any]) -> FloatConv | StoredConv:
+def real_layer(
+    layer: QuantizedLayer | Weight, norm: nn.Module | None, geometry: dict[str, Any]
+) -> FloatConv | StoredConv:
     """A layer that takes real numbers, its weight stored in few bits."""
     if layer.weight_quantizer.foldable:
         return _weight_only(layer, fold(layer, norm), geometry)
     return _stored(layer, norm, geometry)
 
 
-def _weight_only(layer: QuantizedLayer, folded: FoldedWeight, geometry: dict[str, Any]) -> FloatConv:
+def _weight_only(layer: QuantizedLayer | Weight, folded: FoldedWeight, geometry: dict[str, Any]) -> FloatConv:
     group_size = layer.weight_quantizer.layout.group_size
     step = FloatConv(
         list(folded.q.shape), list(folded.bounds), group_size, **geometry, weight_step=folded.step
@@ -57,7 +67,7 @@ def _weight_only(layer: QuantizedLayer, folded: FoldedWeight, geometry: dict[str
     return step
 
 
-def _stored(layer: QuantizedLayer, norm: nn.Module | None, geometry: dict[str, Any]) -> StoredConv:
+def _stored(layer: QuantizedLayer | Weight, norm: nn.Module | None, geometry: dict[str, Any]) -> StoredConv:
     step = _codes(layer, TableConv, ProductConv, geometry)
     gain, shift = batch_norm_affine(norm, step.weight_shape[0])
     step.gain.copy_(gain)
@@ -66,7 +76,7 @@ def _stored(layer: QuantizedLayer, norm: nn.Module | None, geometry: dict[str, A
 
 
 def _codes(
-    layer: QuantizedLayer, table: type[TableConv], product: type[ProductConv], settings: dict[str, Any]
+    layer: QuantizedLayer | Weight, table: type[TableConv], product: type[ProductConv], settings: dict[str, Any]
 ) -> TableConv | ProductConv:
     """A weight on levels that are not integers, or in rows that cross output channels."""
     quantizer, weight = layer.weight_quantizer, layer.outputs_first().detach()

@@ -71,10 +71,11 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
     for name, choice in choices.items():
         if choice.weight.quantized:
             module = prepared.get_submodule(name)
-            prepared.set_submodule(name, SWAPS[type(module)].from_float(module, choice.weight, name))
+            prepared.set_submodule(name, SWAPS[type(module)].from_float(module, choice.weight, name, choice.activation))
     bind_functional(prepared)
     ties = share_weight_quantizers((str(node.target), layer) for node, layer in Graph(prepared).layers())
     _place(prepared, config, choices, shapes)
+    _tell_recurrent_layers(Graph(prepared))
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     for _, quantizer in quantizers(prepared):
         quantizer.to(device)
@@ -176,6 +177,14 @@ def _place(
     prepared.recompile()
 
 
+def _tell_recurrent_layers(graph: Graph) -> None:
+    """Let recurrent layers know the grids of their inputs, one a call, so that their sums are exact in evaluation."""
+    for node, layer in graph.recurrent():
+        quantizer = graph.quantizer_of(graph.operands(node)[0])
+        if quantizer is not None and quantizer not in layer.sources:
+            layer.sources = (*layer.sources, quantizer)
+
+
 def _requests(
     graph: Graph, config: QuantConfig, choices: dict[str, Choice], shapes: dict[fx.Node, torch.Size]
 ) -> list[tuple[list[fx.Node], TensorScheme]]:
@@ -190,7 +199,8 @@ def _requests(
         if not reads or not scheme.quantized:
             continue
         for arg in graph.operands(node):
-            sources = [source for source in graph.sources(arg) if source in shapes]  # numbers and masks have no grid
+            # numbers and masks have no grid; what a recurrent layer makes is on one already
+            sources = [s for s in graph.sources(arg) if s in shapes and graph.given_grid(s) is None]
             group = list(dict.fromkeys(member for s in sources for member in shared.get(s, [s])))
             shared |= dict.fromkeys(group, group)
             for source in sources:
@@ -211,7 +221,8 @@ def _relus_behind_quantizers(graph: Graph, requests: list[tuple[list[fx.Node], T
     return {
         edge
         for edge in edges
-        if graph.kind(edge) is Kind.relu and all(s in edges for s in graph.sources(edge.all_input_nodes[0]))
+        if graph.kind(edge) is Kind.relu
+        and all(s in edges or graph.given_grid(s) is not None for s in graph.sources(edge.all_input_nodes[0]))
     }
 
 

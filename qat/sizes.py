@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from qat.graph import Graph, Kind
 from qat.modes import eval_mode
@@ -58,6 +59,15 @@ class _Noter(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.graph_of, self.noted = Graph(module), dict[fx.Node, Any]()
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is pack_padded_sequence:  # the example's lengths are not known: take whole sequences
+            x, lengths = args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["lengths"]
+            batch_first = args[2] if len(args) > 2 else kwargs.get("batch_first", False)
+            steps = x.shape[1 if batch_first else 0]
+            lengths = torch.full_like(lengths, steps) if isinstance(lengths, Tensor) else [steps] * len(lengths)
+            args, kwargs = (x, lengths), {"batch_first": batch_first}
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)

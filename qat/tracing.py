@@ -21,7 +21,8 @@ from torch.nn.modules import padding
 from qat.fake_quant import FakeQuantize
 from qat.graph import PreparedNetwork
 from qat.inside import INSIDE, erase_unread
-from qat.layers import QuantizedLayer
+from qat.layers import Quantized
+from qat.results import PACKING
 
 MODES = "modes"
 """Where modules that stand for what depends on the mode live in a traced network."""
@@ -58,11 +59,12 @@ class _Tracer(fx.Tracer):
     record_stack_traces = True
 
     def __init__(self, whole: set[str] | None = None) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=PACKING)
+        self._autowrap_search.append(torch.nn.utils.rnn)  # where `nn.utils.rnn.pack_padded_sequence(...)` finds them
         self.whole = whole or set()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        single = isinstance(m, QuantizedLayer | FakeQuantize) or module_qualified_name in self.whole
+        single = isinstance(m, Quantized | FakeQuantize) or module_qualified_name in self.whole
         inside = type(m) in INSIDE or isinstance(m, PADDINGS)
         return single or (not inside and super().is_leaf_module(m, module_qualified_name))
 
@@ -125,13 +127,16 @@ def _add_unread_tensors(net: nn.Module, traced: fx.GraphModule) -> None:
 def _record(net: nn.Module, training: bool, whole: set[str]) -> fx.Graph:
     try:
         with _mode(net, training):
-            return _Tracer(whole).trace(net)
+            graph = _Tracer(whole).trace(net)
     except Exception as error:  # whatever the network's own code raises when it meets a symbolic tensor
         where = _last_user_line(error)
         raise ValueError(
             f"qat cannot trace {type(net).__name__}{where}: {error}. Control flow that depends on the values of "
             f"tensors cannot be recorded; move it out of forward, or prepare the traceable submodules one by one."
         ) from error
+    for node in graph.nodes:  # else the generated code asks for a wrapping that later traces trip over
+        node.meta.pop("is_wrapped", None)
+    return graph
 
 
 @contextmanager

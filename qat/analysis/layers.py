@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qat.calls import CALLS
 from qat.fake_quant import FakeQuantize
 from qat.fitted import Product
 from qat.functional import computed_weight
 from qat.graph import Graph, Kind
-from qat.layers import SWAPS, QuantizedLayer, type_name
+from qat.layers import SWAPS, Quantized, QuantizedRecurrent, Weight, type_name
 from qat.modes import quantizers
 
 
@@ -29,17 +29,30 @@ def layer_table(prepared: fx.GraphModule) -> list[dict[str, Any]]:
     reasons: dict[str, str] = prepared.meta["qat"]["reasons"]
     rows: list[dict[str, Any]] = []
     for name, module in prepared.named_modules():
-        if isinstance(module, QuantizedLayer):
-            rows.append(_layer_row(name, module, reasons.get(name, "")))
+        kind, reason = type_name(module), reasons.get(name, "")
+        if isinstance(module, Quantized):
+            rows += [_weight_row(_path(name, w.name), kind, w, module, reason) for w in module.weights()]
         elif type(module) in SWAPS and name in reasons:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            rows.append(_row(name, type_name(module), "float", f"stays float: {reasons[name]}", weight, 32))
+            kept = [(key, getattr(module, key)) for key in _weight_names(module)]
+            rows += [_row(_path(name, key), kind, "float", f"stays float: {reason}", p, 32) for key, p in kept]
     edges = {str(node.target): node for node in graph.nodes if graph.kind(node) is Kind.quantizer}
+    recurrent = [module for module in prepared.modules() if isinstance(module, QuantizedRecurrent)]
+    inside = {quantizer for layer in recurrent for quantizer in layer.activation_quantizers()}
     for name, quantizer in quantizers(prepared):
-        if name in edges:
+        if name in edges or quantizer in inside:
             rows.append(_edge_row(name, quantizer))
     return rows
+
+
+def _path(layer: str, weight: str) -> str:
+    """What a weight is called: its layer, unless that has several."""
+    return layer if weight == "weight" else f"{layer}.{weight}"
+
+
+def _weight_names(module: nn.Module) -> list[str]:
+    """Names of a float layer's weights: a recurrent one has several."""
+    several = [key for key, _ in module.named_parameters(recurse=False) if key.startswith("weight_")]
+    return several or ["weight"]
 
 
 def _row(name: str, kind: str, scheme: str, reason: str, weight: Tensor, bits: int) -> dict[str, Any]:
@@ -49,14 +62,13 @@ def _row(name: str, kind: str, scheme: str, reason: str, weight: Tensor, bits: i
     }  # fmt: skip
 
 
-def _layer_row(name: str, layer: QuantizedLayer, reason: str) -> dict[str, Any]:
-    quantizer = layer.weight_quantizer
-    scheme = quantizer.scheme
-    row = _row(name, type_name(layer), scheme.describe(), reason, layer.weight, scheme.bits or 32)
+def _weight_row(name: str, kind: str, stored: Weight, layer: Quantized, reason: str) -> dict[str, Any]:
+    quantizer, kept = stored.weight_quantizer, getattr(layer, stored.name)
+    row = _row(name, kind, quantizer.scheme.describe(), reason, kept, quantizer.scheme.bits or 32)
     if isinstance(quantizer.fitted, Product):  # a code is for a vector
         row["bytes"] = -(-quantizer.fitted.indices.numel() * row["bits"] // 8)
     if quantizer.calibrated:
-        weight = layer.outputs_first()
+        weight = stored.tensor
         scale = quantizer.scales(weight)
         mode, quantizer.mode = quantizer.mode, type(quantizer.mode).frozen
         meant = quantizer.range.transform(quantizer.rows(weight))  # DoReFa squashes first

@@ -27,6 +27,7 @@ from qat.runtime.lookup import LooksUp, LookUp, ProductLookUp, TableLookUp
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork, Node
 from qat.runtime.outer import Outer
+from qat.runtime.recurrent import Recurrent
 
 OPSET = 21
 
@@ -212,7 +213,9 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     Raises:
         ImportError: the `onnx` package is missing.
         OSError: the file cannot be written.
+        ValueError: a layer has no form in ONNX; names it.
     """
+    _refuse_loops(network)
     tensors = network.run(*example_inputs)
     symbolic = _symbolic(network, tensors, example_inputs)
     model = Model(network, tensors, symbolic)
@@ -246,6 +249,15 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     onnx.helper.set_model_props(proto, {"qat": json.dumps(network.info, sort_keys=True)})
     onnx.checker.check_model(proto, full_check=True)
     write_atomically(path, proto.SerializeToString(deterministic=True))
+
+
+def _refuse_loops(network: IntegerNetwork) -> None:
+    for name, layer in ((node.name, network.layer(node.name)) for node in network.nodes):
+        if isinstance(layer, Recurrent):
+            raise ValueError(
+                f"layer '{name}' ({layer.form.kind}) cannot be written to ONNX: its recurrent operators have no "
+                f"quantized states, so the file would not compute what was trained; give export formats=['int8']"
+            )
 
 
 def _symbolic(

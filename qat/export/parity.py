@@ -126,6 +126,8 @@ def training_integers(prepared: fx.GraphModule, network: IntegerNetwork, *inputs
     for name, node in network.edges.items():
         grid = network.grid(name)
         assert grid is not None
+        if not isinstance(recorder.kept[node], Tensor):  # a packed sequence, which is compared once padded
+            continue
         integers[name] = (torch.round(recorder.kept[node] / grid.scale) + grid.zero_point).to(grid.dtype)
     return integers
 

@@ -3,15 +3,24 @@
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from qat.layers.base import QuantizedLayer
+from qat.layers.base import Quantized, QuantizedLayer, Weight, weights_of
 from qat.layers.bilinear import QuantBilinear
 from qat.layers.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from qat.layers.conv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from qat.layers.functional import Functional, QuantFunctional
 from qat.layers.linear import QuantLinear
 from qat.layers.lookup import QuantEmbedding, QuantEmbeddingBag
+from qat.layers.recurrent import (
+    QuantGRU,
+    QuantGRUCell,
+    QuantizedRecurrent,
+    QuantLSTM,
+    QuantLSTMCell,
+    QuantRNN,
+    QuantRNNCell,
+)
 
-SWAPS: dict[type[nn.Module], type[QuantizedLayer]] = {
+SWAPS: dict[type[nn.Module], type[Quantized]] = {
     nn.Linear: QuantLinear,
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
@@ -24,6 +33,12 @@ SWAPS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Bilinear: QuantBilinear,
     NonDynamicallyQuantizableLinear: QuantLinear,  # the output projection of nn.MultiheadAttention
     Functional: QuantFunctional,
+    nn.LSTM: QuantLSTM,
+    nn.GRU: QuantGRU,
+    nn.RNN: QuantRNN,
+    nn.LSTMCell: QuantLSTMCell,
+    nn.GRUCell: QuantGRUCell,
+    nn.RNNCell: QuantRNNCell,
 }
 
 
@@ -53,8 +68,18 @@ __all__ = [
     "QuantEmbedding",
     "QuantEmbeddingBag",
     "QuantFunctional",
+    "QuantGRU",
+    "QuantGRUCell",
+    "QuantLSTM",
+    "QuantLSTMCell",
     "QuantLinear",
+    "QuantRNN",
+    "QuantRNNCell",
+    "Quantized",
     "QuantizedLayer",
+    "QuantizedRecurrent",
+    "Weight",
     "float_type",
     "type_name",
+    "weights_of",
 ]

@@ -1,6 +1,7 @@
-"""What every quantized layer is: the float layer plus a quantizer for its weight."""
+"""What every quantized layer is: the float layer plus quantizers for its weights."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from typing import Self
 
 from torch import Tensor, nn
@@ -9,56 +10,86 @@ from qat.fake_quant import FakeQuantize
 from qat.scheme import Granularity, TensorScheme
 
 
-class QuantizedLayer(nn.Module):
-    """Mixin, first base of each quantized layer: `class QuantLinear(QuantizedLayer, nn.Linear)`.
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a layer.
 
-    The layer keeps its float type's parameters, names and arguments, so a float checkpoint loads into it and
-    `isinstance(layer, nn.Linear)` holds. Activations are not its concern: they are quantized where they are made.
+    Attributes:
+        name: of the parameter.
+        tensor: the weight as its quantizer sees it, [out, inputs...].
+        weight_quantizer: its quantizer.
+        bias: what is added to its product; None for nothing.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    name: str
+    tensor: Tensor
     weight_quantizer: FakeQuantize
+    bias: Tensor | None
+
+    def outputs_first(self) -> Tensor:
+        """The weight as its quantizer sees it."""
+        return self.tensor
+
+
+class Quantized(nn.Module):
+    """Mixin of all layers with quantized weights: each keeps its float type's parameters, names and arguments.
+
+    So a float checkpoint loads into it, and `isinstance(layer, nn.Linear)` holds.
+    """
+
     multiplies: bool = True
     """An output is a sum of products of one input with the weight, plus a bias: what integer kernels compute."""
     biased: bool = True
     """An output has channels that a bias, or a BatchNorm behind the layer, can shift."""
 
     @classmethod
-    def from_float(cls, module: nn.Module, scheme: TensorScheme, name: str) -> Self:
+    def from_float(
+        cls, module: nn.Module, scheme: TensorScheme, name: str, activation: TensorScheme | None = None
+    ) -> Self:
         """Build from a float layer. Parameters, buffers and hooks are shared with it, not copied.
 
         Args:
             module: the float layer.
-            scheme: how to quantize its weight.
+            scheme: how to quantize its weights.
             name: the layer's module path, for messages.
+            activation: how to quantize what the layer computes inside, if it does; its input and output are quantized
+                where they are read.
 
         Raises:
             ValueError: a group size that does not divide the layer's inputs.
         """
-        weight = module.weight
-        assert isinstance(weight, Tensor)
         layer = cls.__new__(cls)
         # the float layer's state as it stands, hooks included; the containers are copied to leave the original alone
-        layer.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()}
-        view = layer.outputs_first().shape
-        if scheme.granularity is Granularity.group and scheme.group_size:
-            inputs = view[1:].numel()
-            shape = f"layer '{name}' (weight {list(weight.shape)})"
-            if inputs % scheme.group_size and not scheme.allow_padding:
-                raise ValueError(
-                    f"quant.weight.group_size={scheme.group_size} does not divide the {inputs} inputs of {shape}; give "
-                    f"a divisor of {inputs}, exempt the layer by a rule, or set quant.weight.allow_padding=true"
-                )
-            groups = -(-inputs // scheme.group_size)
-            if groups % scheme.subspaces:
-                raise ValueError(
-                    f"quant.weight.subspaces={scheme.subspaces} does not divide the {groups} groups of inputs of "
-                    f"{shape}; give a divisor of {groups}"
-                )
-        layer.weight_quantizer = FakeQuantize(scheme, view)
-        layer.weight_quantizer.name = f"{name}.weight"
+        layer.__dict__ = {k: v.copy() if isinstance(v, dict | list) else v for k, v in module.__dict__.items()}
+        layer._add_quantizers(scheme, name, activation)
         return layer
+
+    def _add_quantizers(self, scheme: TensorScheme, name: str, activation: TensorScheme | None) -> None:
+        raise NotImplementedError
+
+    def weights(self) -> Iterator[Weight]:
+        """The layer's weights with their quantizers."""
+        raise NotImplementedError
+
+
+class QuantizedLayer(Quantized):
+    """Mixin, first base of each layer with one weight: `class QuantLinear(QuantizedLayer, nn.Linear)`.
+
+    Activations are not its concern: they are quantized where they are made.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: FakeQuantize
+
+    def _add_quantizers(self, scheme: TensorScheme, name: str, activation: TensorScheme | None) -> None:
+        view = self.outputs_first()
+        check_groups(scheme, view, f"layer '{name}' (weight {list(self.weight.shape)})")
+        self.weight_quantizer = FakeQuantize(scheme, view.shape)
+        self.weight_quantizer.name = f"{name}.weight"
+
+    def weights(self) -> Iterator[Weight]:  # noqa: D102
+        yield Weight("weight", self.outputs_first(), self.weight_quantizer, self.bias)
 
     def outputs_first(self) -> Tensor:
         """The weight as its quantizer sees it, [out, inputs...]: channels, groups and blocks count in this view."""
@@ -93,3 +124,31 @@ class QuantizedLayer(nn.Module):
         """The output for activations; without hooks."""
         result: Tensor = type(self).forward(self, *inputs)
         return result
+
+
+def check_groups(scheme: TensorScheme, view: Tensor, layer: str) -> None:
+    """Refuse groups that do not divide the inputs of a weight, [out, inputs...].
+
+    Raises:
+        ValueError: names the layer and what would fit.
+    """
+    if scheme.granularity is not Granularity.group or not scheme.group_size:
+        return
+    inputs = view.shape[1:].numel()
+    if inputs % scheme.group_size and not scheme.allow_padding:
+        raise ValueError(
+            f"quant.weight.group_size={scheme.group_size} does not divide the {inputs} inputs of {layer}; give "
+            f"a divisor of {inputs}, exempt the layer by a rule, or set quant.weight.allow_padding=true"
+        )
+    groups = -(-inputs // scheme.group_size)
+    if groups % scheme.subspaces:
+        raise ValueError(
+            f"quant.weight.subspaces={scheme.subspaces} does not divide the {groups} groups of inputs of "
+            f"{layer}; give a divisor of {groups}"
+        )
+
+
+def weights_of(net: nn.Module) -> dict[FakeQuantize, Tensor]:
+    """Quantizer -> the weight that it sees, of every layer of a network."""
+    layers = (module for module in net.modules() if isinstance(module, Quantized))
+    return {weight.weight_quantizer: weight.tensor for layer in layers for weight in layer.weights()}

@@ -165,11 +165,13 @@ class QuantFunctional(Functional, QuantizedLayer):  # type: ignore[misc]
     """The same with the weight fake-quantized."""
 
     @classmethod
-    def from_float(cls, module: nn.Module, scheme: TensorScheme, name: str) -> Self:  # noqa: D102
+    def from_float(  # noqa: D102
+        cls, module: nn.Module, scheme: TensorScheme, name: str, activation: TensorScheme | None = None
+    ) -> Self:
         assert isinstance(module, Functional)
         if module.function == "embedding":
             check_settings("F.embedding", module.settings, name)
-        layer = super().from_float(module, scheme, name)
+        layer = super().from_float(module, scheme, name, activation)
         layer.multiplies, layer.biased = module.form.quantized.multiplies, module.form.quantized.biased
         return layer
 

@@ -33,9 +33,11 @@ class _LookUp(QuantizedLayer):
     bias = None
 
     @classmethod
-    def from_float(cls, module: nn.Module, scheme: TensorScheme, name: str) -> Self:
+    def from_float(
+        cls, module: nn.Module, scheme: TensorScheme, name: str, activation: TensorScheme | None = None
+    ) -> Self:
         check_settings(type(module).__name__, vars(module), name)
-        return super().from_float(module, scheme, name)
+        return super().from_float(module, scheme, name, activation)
 
 
 class QuantEmbedding(_LookUp, nn.Embedding):  # type: ignore[misc]

@@ -55,7 +55,7 @@ def learn_rounding(
     too. Where only a ReLU reads the output, what it cuts off does not count, and BatchNorm in between is part of the
     layer, as it will be once folded. (A layer that is called several times has no single ReLU: its own outputs count.)
     Weights, biases and statistics stay as they are; afterwards every rounding is decided. A layer's inputs and outputs
-    for all batches are kept at a time, on the device of the network.
+    for all batches are kept at a time, on the device of the network. Recurrent layers round to nearest.
 
     Args:
         prepared: a calibrated network.

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from qat.fake_quant import Mode
 from qat.fold import BatchNorm, batch_norm_affine, fold, integer_bias
 from qat.graph import Graph, Kind
-from qat.layers import QuantizedLayer
+from qat.layers import QuantizedLayer, QuantizedRecurrent
 from qat.modes import eval_mode
 
 
@@ -19,7 +19,7 @@ def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tens
     """Cancel the mean error that quantized weights add to each output channel, measured on `batches`.
 
     For float weights that were not trained for quantization. On QAT weights it would undo training, which has already
-    compensated the error.
+    compensated the error. Recurrent layers stay as they are: their error comes in front of a gate, and goes round.
 
     Source: Nagel et al. 2019, "Data-Free Quantization", section 4.2 (empirical form; errors of earlier layers are left
     to those layers).
@@ -80,6 +80,22 @@ def round_biases(prepared: fx.GraphModule) -> None:
         input_scale = float(quantizer.qparams()[0].detach())
         scale, _, bias = integer_bias(folded, input_scale, folded.q.dim())
         _add_to_folded_bias(layer, norm, bias * scale * input_scale - folded.bias)
+    for recurrent in dict.fromkeys(layer for _, layer in graph.recurrent()):
+        _round_recurrent(recurrent)
+
+
+def _round_recurrent(layer: QuantizedRecurrent) -> None:
+    """Round the two biases of every cell, each to the unit of its own sum: of inputs, and of hidden states."""
+    for i in range(layer.form.layers * layer.form.directions):
+        for weight, sources in zip(layer.weights_of_cell(i), layer.inputs_of_cell(i), strict=False):
+            if weight.bias is None or not weight.weight_quantizer.integer or len(sources) != 1:
+                continue
+            source = sources[0]
+            if source is None or not source.integer:
+                continue
+            folded, unit = fold(weight, None), float(source.qparams()[0].detach())
+            scale, _, bias = integer_bias(folded, unit, folded.q.dim())
+            weight.bias.data.copy_(bias * scale * unit)
 
 
 def _add_to_output(layer: QuantizedLayer, norm: nn.Module | None, delta: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from qat.attention import add_mask, causal, mask_out
 
@@ -88,12 +89,17 @@ def _part(x: Tensor, of: str, size: Any, dim: int, index: int) -> Tensor:
     return torch.unbind(x, dim)[index] if of == "unbind" else parts[of](x, size, dim)[index]
 
 
+def _pack(x: Tensor, *lengths: Tensor, batch_first: bool, enforce_sorted: bool, given: Any = None) -> Any:
+    """A packed sequence; lengths are an input, or `given`."""
+    return pack_padded_sequence(x, lengths[0].cpu() if lengths else given, batch_first, enforce_sorted)
+
+
 def _in_float(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """For what torch has on floats alone; integers of up to 16 bits are exact in float32."""
     return lambda x, **settings: function(x.float(), **settings).to(x.dtype)
 
 
-MOVES: dict[str, Callable[..., Tensor]] = {
+MOVES: dict[str, Callable[..., Any]] = {
     "transpose": lambda x, dim0, dim1: x.transpose(dim0, dim1),
     "movedim": lambda x, source, destination: x.movedim(source, destination),
     "squeeze": lambda x, dim: x.squeeze() if dim is None else x.squeeze(dim),
@@ -115,6 +121,10 @@ MOVES: dict[str, Callable[..., Tensor]] = {
     "adaptive_max_pool": _in_float(lambda x, output_size: _adaptive("max")(x, output_size)),
     "interpolate": _in_float(F.interpolate),
     "masked_fill": lambda x, mask, value: x.masked_fill(mask.bool(), value),
+    "pack": _pack,
+    "pack_sequence": lambda *tensors, enforce_sorted: pack_sequence(list(tensors), enforce_sorted),
+    "pad_packed": lambda x, batch_first, **filling: pad_packed_sequence(x, batch_first, **filling)[0],
+    "packed_lengths": lambda x: pad_packed_sequence(x)[1],
     "stack": lambda *tensors, dim: torch.stack(tensors, dim),
     "where": lambda x, other, mask: torch.where(mask.bool(), x, other),
 }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.runtime import layers, lookup, matmul, operations, outer, stored
+from qat.runtime import layers, lookup, matmul, operations, outer, recurrent, stored
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import IntegerConv, RuntimeLayer
 
@@ -21,6 +21,8 @@ LAYERS: dict[str, type[RuntimeLayer]] = {
     "table_look_up": lookup.TableLookUp,
     "product_look_up": lookup.ProductLookUp,
     "outer": outer.Outer,
+    "recurrent": recurrent.Recurrent,
+    "take": recurrent.Take,
     "quantize": operations.QuantizeInput,
     "dequantize": operations.Dequantize,
     "add": operations.Add,

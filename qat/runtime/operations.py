@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from qat.runtime.functions import FUNCTIONS, MOVES
 from qat.runtime.grid import Quantize
@@ -32,7 +33,9 @@ class Dequantize(RuntimeLayer):
     def spec(self) -> dict[str, Any]:  # noqa: D102
         return {"grid": self.grid.spec()}
 
-    def forward(self, x_q: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x_q: Tensor | PackedSequence) -> Tensor | PackedSequence:  # noqa: D102
+        if isinstance(x_q, PackedSequence):
+            return x_q._replace(data=self.grid.dequantize(x_q.data))
         return self.grid.dequantize(x_q)
 
 

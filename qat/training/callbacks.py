@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from qat.layers import QuantizedLayer
+from qat.layers import weights_of
 from qat.modes import quantizers
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ class LogQuantizers(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the scales in use, those of weights as their values now give them."""
-        weights = {m.weight_quantizer: m.outputs_first() for m in pl_module.modules() if isinstance(m, QuantizedLayer)}
+        weights = weights_of(pl_module)
         scales = {
             f"scale/{name.removeprefix('net.')}": q.scales(weights.get(q)).float().cpu().reshape(-1)
             for name, q in quantizers(pl_module)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.fake_quant import Mode
-from qat.layers import QuantizedLayer
+from qat.layers import weights_of
 from qat.modes import get_mode, quantizers, set_mode, set_progress, watch
 
 log = logging.getLogger(__name__)
@@ -85,9 +85,7 @@ class QATSchedule(L.Callback):
         if mode is before:
             return
         if before is Mode.observe and mode in (Mode.quantize, Mode.frozen):
-            weights = {
-                m.weight_quantizer: m.outputs_first() for m in pl_module.modules() if isinstance(m, QuantizedLayer)
-            }
+            weights = weights_of(pl_module)
             for _, quantizer in quantizers(pl_module):
                 if quantizer in weights and not quantizer.calibrated:  # tables and roundings need the weight itself
                     quantizer.set_range_from(weights[quantizer])
