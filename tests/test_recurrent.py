@@ -1,15 +1,11 @@
 """Recurrent layers: equal to torch's in 16 bits, trained in 8, lowered to integer cells, saved and read back."""
 
-import copy
-import csv
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import rnn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -23,12 +19,11 @@ from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerConv
 from qat.runtime.recurrent import Recurrent
 from qat.scheme import Granularity, TensorScheme
-from tests.networks.recurrent import Forecaster, KeywordGRU
 from tests.whole_way import assert_files_agree, assert_sixteen_bits_are_float, config, trained
 
-SHARED = Path(os.environ.get("QAT_SHARED", Path(__file__).parents[2] / "shared"))
 W8 = TensorScheme(bits=8, granularity=Granularity.channel, range="dynamic")
 A8 = TensorScheme(bits=8)
+A: dict[str, Any] = {"activation": {"bits": 8}}
 Inputs = tuple[Tensor, ...]
 
 
@@ -144,7 +139,9 @@ def beside(net: Any, x: Tensor) -> Tensor:
     return net.fc(torch.cat([x, net.cell(x)[0]], dim=-1)) + net.fc(torch.cat([x, x + x, net.cell(x)[0][..., :3]], -1))
 
 
-def make(kind: type[nn.Module], compute: Callable[..., Tensor], features: int = 8, net: type[Net] = Net, **options: Any):  # type: ignore[no-untyped-def] # noqa: ANN201, E501
+def make(
+    kind: Any, compute: Callable[..., Tensor], features: int = 8, net: type[Net] = Net, **options: Any
+) -> Callable[[], nn.Module]:
     return lambda: net(compute, features, cell=kind(5, 8, batch_first=compute is not time_first, **options))
 
 
@@ -237,14 +234,14 @@ def _recurrent_integers(prepared: Any, network: Any, inputs: Inputs) -> list[tup
     "scheme",
     [
         {"weight": {"bits": 4, "granularity": "channel"}},
-        {"weight": {"bits": 4, "granularity": "group", "group_size": 3, "allow_padding": True}, "activation": {"bits": 8}},
-        {"weight": {"bits": 4, "format": "codebook", "granularity": "channel", "range": "fixed"}, "activation": {"bits": 8}},
+        A | {"weight": {"bits": 4, "granularity": "group", "group_size": 3, "allow_padding": True}},
+        A | {"weight": {"bits": 4, "format": "codebook", "granularity": "channel", "range": "fixed"}},
         {"weight": {"bits": 8}, "activation": {"bits": 8, "granularity": "token", "range": "dynamic"}},
         {"weight": {"bits": 8, "format": "e4m3fn"}, "activation": {"bits": 8, "format": "e4m3fn"}},
-        {"weight": {"bits": None}, "activation": {"bits": 8}},
+        A | {"weight": {"bits": None}},
         {"weight": {"bits": 2, "range": "learned"}, "activation": {"bits": 4, "range": "learned", "symmetric": False}},
         {"weight": {"bits": 8}, "activation": {"bits": 8, "range": "running", "observer": "ema"}},
-        {"weight": {"bits": 4, "rounding": "adaptive", "range": "fixed"}, "activation": {"bits": 8}},
+        A | {"weight": {"bits": 4, "rounding": "adaptive", "range": "fixed"}},
     ],
     ids=["weight_only", "group", "codebook", "token", "float8", "float", "learned", "running", "adaptive"],
 )  # fmt: skip
@@ -444,84 +441,3 @@ def test_groups_that_do_not_divide_are_refused() -> None:
     scheme = {"weight": {"bits": 4, "granularity": "group", "group_size": 4}}
     with pytest.raises(ValueError, match=r"group_size=4 does not divide the 5 inputs of layer 'cell' \(weight_ih_l0"):
         qat.prepare(net, qat.QuantConfig.from_dict(scheme), inputs[0][:4])
-
-
-# ---- real data -------------------------------------------------------------------------------------------------------
-
-
-def recordings(name: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(log power in 16 bands, [n, 40, 16]; lengths in frames; digits) of spoken digits."""
-    path = SHARED / "data" / "fsdd" / name
-    if not path.is_file():
-        pytest.skip(f"{path} is not here (set QAT_SHARED)")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    rows = parquet.read_table(path, columns=["audio", "label"]).slice(0, count).to_pydict()
-    window, frames = torch.hann_window(256), []
-    for audio in rows["audio"]:
-        wave = torch.frombuffer(bytearray(audio), dtype=torch.int16).float() / 2**15
-        power = torch.stft(wave, 256, 200, window=window, return_complex=True).abs().square()[1:]
-        frames.append((power.reshape(16, 8, -1).mean(1) + 1e-6).log().T[:40] / 4 + 2)
-    lengths = torch.tensor([len(f) for f in frames])
-    return F.pad(rnn.pad_sequence(frames, batch_first=True), (0, 0, 0, 40))[:, :40], lengths, torch.tensor(rows["label"])
-
-
-def fit(net: nn.Module, data: Inputs, steps: int, lr: float, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    *inputs, target = data
-    optimizer = torch.optim.Adam(net.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
-    net.train()
-    for _ in range(steps):
-        chosen = torch.randint(len(target), (64,))
-        optimizer.zero_grad()
-        loss(net(*(x[chosen] for x in inputs)), target[chosen]).backward()
-        optimizer.step()
-        schedule.step()
-    net.eval()
-
-
-def test_a_gru_hears_digits_in_eight_bits(tmp_path: Path) -> None:
-    train, test = recordings("train.parquet", 1800), recordings("test.parquet", 300)
-
-    @torch.no_grad()
-    def accuracy(net: nn.Module) -> float:
-        return float((net(*test[:2]).argmax(1) == test[2]).float().mean())
-
-    net = KeywordGRU(16, 48, 10)
-    fit(net, train, 300, 1e-2, F.cross_entropy)
-    before = accuracy(net)
-    assert before > 0.8
-    prepared = qat.prepare(copy.deepcopy(net), config(8), (train[0][:4], train[1][:4]))
-    qat.calibrate(prepared, [train[:2]])
-    fit(prepared, train, 40, 1e-3, F.cross_entropy)
-    assert accuracy(prepared) > before - 0.02
-    network = assert_files_agree(prepared, test[:2], tmp_path, onnx=False)
-    assert accuracy(network) == accuracy(prepared)
-
-
-def test_an_lstm_forecasts_in_eight_bits(tmp_path: Path) -> None:
-    path = SHARED / "data" / "ett" / "ETTh1.csv"
-    if not path.is_file():
-        pytest.skip(f"{path} is not here (set QAT_SHARED)")
-    with path.open() as file:
-        rows = [[float(v) for v in row[1:]] for row in list(csv.reader(file))[1:6001]]
-    series = torch.tensor(rows)
-    series = (series - series[:4500].mean(0)) / series[:4500].std(0)
-    windows = series.unfold(0, 30, 1).transpose(1, 2)  # 24 hours, and the 6 that follow
-    x, y = windows[:, :24].contiguous(), windows[:, 24:, -1].contiguous()
-    test = x[4500::3], y[4500::3]
-
-    @torch.no_grad()
-    def error(net: nn.Module) -> float:
-        return float((net(test[0]) - test[1]).square().mean())
-
-    net = Forecaster(7, 24, 6)
-    fit(net, (x[:4470], y[:4470]), 200, 5e-3, F.mse_loss)
-    stays = float((test[0][:, -1, -1:] - test[1]).square().mean())
-    before = error(net)
-    assert before < stays  # it has learned something
-    prepared = qat.prepare(copy.deepcopy(net), config(8), x[:4])
-    qat.calibrate(prepared, [(x[:512],)])
-    fit(prepared, (x[:4470], y[:4470]), 40, 1e-3, F.mse_loss)
-    assert error(prepared) < 1.1 * before
-    network = assert_files_agree(prepared, test[:1], tmp_path, onnx=False)
-    assert abs(error(network) - error(prepared)) < 1e-2 * before
