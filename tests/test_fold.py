@@ -88,7 +88,7 @@ def real_weight(folded: FoldedWeight, group_size: int | None) -> Tensor:
 
 
 def inputs(layer: QuantizedLayer) -> Tensor:
-    shape = {nn.Linear: (64, 18), nn.Conv1d: (4, 6, 9)}.get(type(layer).__mro__[2], (4, 4, 6, 6))
+    shape = (64, 18) if isinstance(layer, nn.Linear) else (4, 6, 9) if isinstance(layer, nn.Conv1d) else (4, 4, 6, 6)
     return torch.randn(shape, dtype=torch.float64)
 
 
