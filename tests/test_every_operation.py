@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.graph import IDENTITIES, KINDS
-from tests import test_attention, test_functional, test_layer_family, test_lower, test_operations
+from tests import test_attention, test_functional, test_layer_family, test_lower, test_operations, test_recurrent
 from tests.whole_way import Inputs, assert_files_agree, config, trained
 
 
@@ -124,6 +124,8 @@ def network(case: str) -> tuple[nn.Module, Inputs]:
         return net, (x,)
     if table == "attention":
         return test_attention.CASES[name].build()
+    if table == "recurrent":
+        return test_recurrent.build(name)
     if table == "functional":
         net, x = test_functional.CASES[name].build()
         return net, (x,)
@@ -150,6 +152,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     **{f"ConvTranspose{i}d": of("family", f"transposed_{i}d") for i in (1, 2, 3)},
     "Embedding": of("family", "embedding", "two_embeddings"),
     "EmbeddingBag": of("family", "bag_sum", "bag_mean_padded", "bag_max", "bag_weighted"),
+    **{name: of("recurrent", f"{name}_stacked_both_ways") for name in ("LSTM", "GRU", "RNN")},
+    **{name: of("recurrent", name) for name in ("LSTMCell", "GRUCell", "RNNCell")},
+    "packed sequences": of("recurrent", "GRU_packed", "LSTM_packed", "RNN_packed_sorted"),
     "MultiheadAttention": of("attention", *test_attention.ATTENTION),
     "TransformerEncoderLayer, TransformerDecoderLayer": of("attention", *test_attention.LAYERS),
     "F.scaled_dot_product_attention": of("operations", "sdpa", "sdpa, causal", "sdpa, float mask",
