@@ -318,3 +318,23 @@ def test_finalize_on_trained_weights_moves_no_range() -> None:
     finalize(prepared, [10 * data()], PTQConfig(reestimate_ranges=True), trained=True)
     after = prepared.state_dict()
     assert after["quantizers.input.range.scale"] > 5 * before["quantizers.input.range.scale"]
+
+
+@torch.no_grad()
+def test_the_bias_of_a_layer_called_twice_is_corrected_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.fc(x), self.fc(x)
+
+    torch.manual_seed(0)
+    net, x = Twice(), torch.randn(64, 8) + 1
+    expected = net(x)[0].mean(0)
+    prepared = qat.prepare(net, qat.QuantConfig.from_dict({"weight": {"bits": 3}}), x)
+    qat.calibrate(prepared, [x])
+    assert (prepared(x)[0].mean(0) - expected).abs().max() > 0.01
+    correct_bias(prepared, [x])
+    assert (prepared(x)[0].mean(0) - expected).abs().max() < 1e-5

@@ -27,7 +27,7 @@ def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tens
     graph = Graph(prepared)
     layers = {layer: graph.batch_norm_after(node) for node, layer in graph.layers() if layer.biased}
     error: dict[QuantizedLayer, Tensor] = {}
-    count = 0
+    calls: dict[QuantizedLayer, int] = {}
 
     def record(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         assert isinstance(layer, QuantizedLayer)
@@ -37,6 +37,7 @@ def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tens
         quantizer.mode = mode
         channel = 1 if layer.outputs_first().dim() > 2 else output.dim() - 1
         other = [d for d in range(output.dim()) if d != channel]
+        calls[layer] = calls.get(layer, 0) + 1
         error[layer] = error.get(layer, torch.zeros(())) + (exact - output).mean(dim=other)
 
     handles: list[RemovableHandle] = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
@@ -44,13 +45,12 @@ def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tens
         with eval_mode(prepared):
             for batch in batches:
                 prepared(*batch) if isinstance(batch, tuple) else prepared(batch)
-                count += 1
     finally:
         for handle in handles:
             handle.remove()
     for layer, norm in layers.items():
         if layer in error:
-            _add_to_output(layer, graph.submodule(norm) if norm else None, error[layer] / count)
+            _add_to_output(layer, graph.submodule(norm) if norm else None, error[layer] / calls[layer])
 
 
 @torch.no_grad()
