@@ -1,10 +1,10 @@
 """FakeQuantize: one scheme on one tensor."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,14 @@ class FakeQuantize(nn.Module):
 
     Attributes:
         range: scale and zero point, or where they come from (`qat.ranges`).
+        grid: the levels of a format that has no zero point; None for integers, and where levels are fitted.
         name: what errors call the tensor.
-        progress: share of training that has passed, for gradients and penalties that change with it.
+        progress: share of training that has passed, for gradients and penalties that change with it (`anneals`); a
+            tensor, so that a compiled or captured step reads it anew.
         watched: the next forward checks its input for NaN and infinity.
     """
+
+    progress: Tensor
 
     def __init__(
         self,
@@ -73,7 +77,8 @@ class FakeQuantize(nn.Module):
         assert scheme.bits is not None
         self.scheme, self.shape, self.relu, self.sites = scheme, shape, relu, sites
         self.activation = None if activation is None else list(activation)
-        self.mode, self.progress, self.watched, self.name = Mode.float, 0.0, False, "tensor"
+        self.mode, self.watched, self.name = Mode.float, False, "tensor"
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float32), persistent=False)
         weight = shape is not None
         self.signed = scheme.takes_sign(nonnegative or relu)
         self.layout = Layout(
@@ -90,6 +95,7 @@ class FakeQuantize(nn.Module):
             if known is None:
                 raise ValueError("a scale per channel of an activation needs its shape: FakeQuantize(activation=shape)")
             self.scale_shape = self.layout.scale_shape(known)
+        self.grid = self._grid()
         self.quant_min, self.quant_max = self._ends()
         self.fitted = self._fitted()
         self.observer = OBSERVERS[scheme.observer](
@@ -118,7 +124,15 @@ class FakeQuantize(nn.Module):
             )
         )
         if shape is not None and scheme.rounding == "adaptive":
-            self.logits = nn.Parameter(torch.full(shape, torch.nan))
+            self.logits = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32))
+
+    def _grid(self) -> Grid | None:
+        """Levels other than the integers with a zero point."""
+        scheme = self.scheme
+        if scheme.format == "int":
+            return RANGES[scheme.range].weight_grid(scheme.bits or 0) if self.shape is not None else None
+        make = None if self.format.fitted else self.format.grid
+        return None if make is None else make(scheme.bits or 0, self.signed, scheme.narrow_range)
 
     def _ends(self) -> tuple[float, float]:
         """The smallest and the largest level."""
@@ -142,12 +156,6 @@ class FakeQuantize(nn.Module):
     def format(self) -> Format:
         """The scheme's format."""
         return FORMATS[self.scheme.format]
-
-    @property
-    def grid(self) -> Grid | None:
-        """The levels of a format that has no zero point; None for integers, and where levels are fitted."""
-        return _grid(self.scheme.format, self.scheme.bits or 0, self.signed, self.scheme.narrow_range,
-                     self.scheme.range if self.shape is not None else "fixed")  # fmt: skip
 
     @property
     def scale(self) -> Tensor:
@@ -177,6 +185,12 @@ class FakeQuantize(nn.Module):
         return self.scheme.rounding == "adaptive"
 
     @property
+    def anneals(self) -> bool:
+        """Whether the share of training that has passed makes a difference."""
+        first, last = self.scheme.gradient_strength or GRADIENTS[self.scheme.gradient].strengths
+        return self.adapts or first != last
+
+    @property
     def integer(self) -> bool:
         """Whether an integer runtime can compute with it: static integers, one scale a tensor or output channel."""
         if self.shape is None:
@@ -186,12 +200,9 @@ class FakeQuantize(nn.Module):
     @property
     def foldable(self) -> bool:
         """Whether the weight is integers whose scales all lie within one output channel (`qat.fold`)."""
-        inside = self.layout.kind in ("tensor", "group") or (self.layout.kind == "channel" and self._first_axis)
+        first = self.shape is not None and self.layout.axis % len(self.shape) == 0
+        inside = self.layout.kind in ("tensor", "group") or (self.layout.kind == "channel" and first)
         return inside and (isinstance(self.fitted, Mean) or self.scheme.format == "int")
-
-    @property
-    def _first_axis(self) -> bool:
-        return self.shape is not None and self.layout.axis % len(self.shape) == 0
 
     @property
     def rounding_in_use(self) -> str:
@@ -199,12 +210,8 @@ class FakeQuantize(nn.Module):
 
         So what is evaluated is what `fold` exports, although a random rounding never gives the same integers twice.
         """
-        rounding = self.scheme.rounding
-        return SETTLED.get(rounding, rounding) if self._settled else rounding
-
-    @property
-    def _settled(self) -> bool:
-        return self.mode is Mode.frozen or not self.training
+        rounding, settled = self.scheme.rounding, self.mode is Mode.frozen or not self.training
+        return SETTLED.get(rounding, rounding) if settled else rounding
 
     def rows(self, x: Tensor) -> Tensor:
         """View `x` with one row a scale, shape [rows, values]."""
@@ -212,9 +219,15 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor, site: int = 0) -> None:
-        """Record the range of `x` (after the absorbed ReLU). Ignores empty tensors, and those that need no range."""
-        if x.numel() and not self.dynamic and self.fitted is None:
-            self.observer.update(self.rows(x), site, relu=self.relu)
+        """Record the range of `x` (after the absorbed ReLU). Ignores empty tensors, and those that need no range.
+
+        In a distributed run processes are in step while they train, and take in their parts of a batch together. What
+        they observe in eval mode (calibration) is merged afterwards, unless its order matters.
+        """
+        if self.dynamic or self.fitted is not None:
+            return
+        together = self.training or self.observer.ordered
+        self.observer.update(self.rows(x), site, relu=self.relu, together=together)
 
     @torch.no_grad()
     def set_range_from_observer(self) -> None:
@@ -244,7 +257,7 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def decide_rounding(self) -> None:
         """Decide each adaptive rounding for good: up or down, whichever is closer, in training too."""
-        ends = rectified_logits(torch.tensor([0.0, 1.0], device=self.logits.device))
+        ends = rectified_logits(torch.tensor([0.0, 1.0], dtype=torch.float32, device=self.logits.device))
         self.logits.copy_(torch.where(self.logits >= 0, ends[1], ends[0]))
 
     def _choose(self, low: Tensor, high: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -255,7 +268,7 @@ class FakeQuantize(nn.Module):
             )
             return scale.reshape(shape), zero_point.reshape(shape)
         largest = torch.maximum(-low.float(), high.float()).clamp(min=0)
-        return self._grid_scale(largest.reshape(shape)), torch.zeros(shape, device=low.device)
+        return self._grid_scale(largest.reshape(shape)), torch.zeros(shape, dtype=torch.float32, device=low.device)
 
     def _grid_scale(self, largest: Tensor) -> Tensor:
         grid, kind = self.grid, self.format
@@ -276,8 +289,8 @@ class FakeQuantize(nn.Module):
         with torch.no_grad():
             rows = self.rows(x.detach())
             if rows.numel() == 0:
-                shape = self.layout.scale_shape(x.shape)
-                return torch.ones(shape, device=x.device), torch.zeros(shape, device=x.device)
+                one = torch.ones(self.layout.scale_shape(x.shape), dtype=torch.float32, device=x.device)
+                return one, torch.zeros_like(one)
             low, high = self.observer.measure(rows.relu() if self.relu else rows)
             return self._choose(low, high, self.layout.scale_shape(x.shape))
 
@@ -301,7 +314,7 @@ class FakeQuantize(nn.Module):
         if self.mode in (Mode.float, Mode.observe):
             if self.mode is Mode.observe:
                 self.observe(x, site)
-            if self.adapts and self.training and torch.is_grad_enabled() and self.range.calibrated:
+            if self.adapts and self.training and torch.is_grad_enabled():
                 self.start_rounding(x)  # weights still move as floats; the fractions are those when quantization starts
             return torch.relu(x) if self.relu else x
         moves = self.training and self.mode is Mode.quantize
@@ -317,7 +330,7 @@ class FakeQuantize(nn.Module):
         values = self.range.transform(self.rows(x)) if by_rows else x
         layout = dataclasses.replace(self.layout, kind="rows") if by_rows else self.layout
         y = self._quantize(values, layout.broadcast(scale, x), layout.broadcast(zero_point, x), moves)
-        return self.layout.restore(y, x.shape) if by_rows else y
+        return self.layout.restore(y.to(x.dtype), x.shape) if by_rows else y
 
     def _quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, moves: bool) -> Tensor:
         """Values on the levels and back; scale and zero point broadcast against `x`."""
@@ -364,15 +377,20 @@ class FakeQuantize(nn.Module):
                 f"(shape {list(x.shape)}, the first at {bad.nonzero()[0].tolist()})"
             )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Let moves to another device pass, and casts to another dtype not: scales are float32 whatever the network is.
+
+        `net.bfloat16()` would leave a scale three significant digits, and a moving average would stand still.
+        """
+
+        def keep(t: Tensor) -> Tensor:
+            moved = fn(t)
+            if t is self.progress and t.is_meta:  # no checkpoint has it
+                return torch.zeros_like(moved)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
     def extra_repr(self) -> str:  # noqa: D102
         relu = ", relu" if self.relu else ""
         return f"{self.scheme.describe()}, [{self.quant_min:g}, {self.quant_max:g}]{relu}, mode={self.mode.value}"
-
-
-@functools.cache
-def _grid(format: str, bits: int, signed: bool, narrow: bool, range: str) -> Grid | None:
-    """Levels other than the integers with a zero point."""
-    if format == "int":
-        return RANGES[range].weight_grid(bits)
-    make = FORMATS[format].grid
-    return None if make is None or FORMATS[format].fitted else make(bits, signed, narrow)

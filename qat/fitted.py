@@ -87,7 +87,7 @@ class Table(Fitted):
 
     def register(self, entries: tuple[int, ...], indices: tuple[int, ...]) -> None:
         """Make room for both."""
-        table = torch.full(entries, torch.nan)
+        table = torch.full(entries, torch.nan, dtype=torch.float32)
         if self.learned:
             self.entries = nn.Parameter(table)
         else:
@@ -102,9 +102,18 @@ class Table(Fitted):
     def forward(self, rows: Tensor, moves: bool) -> Tensor:  # noqa: D102
         if moves:
             self.steps += 1
-            if int(self.steps) % self.refresh == 0:
-                self.indices.copy_(self.assign(rows.detach()))
+            self._refresh(rows.detach())
         return self.look_up(rows, self.entries if moves and self.learned else self.entries.detach())
+
+    @torch.no_grad()
+    def _refresh(self, rows: Tensor) -> None:
+        """Assign anew if it is time to."""
+        due = self.steps % self.refresh == 0
+        if torch.compiler.is_compiling():  # one graph for all steps, in which the branch is taken on the device
+            now, before = lambda rows, _: self.assign(rows), lambda _, indices: indices.clone()
+            self.indices.copy_(torch.cond(due, now, before, (rows, self.indices.clone())))
+        elif bool(due):
+            self.indices.copy_(self.assign(rows))
 
     def values(self) -> Tensor:  # noqa: D102
         return self.entries.detach()

@@ -57,7 +57,8 @@ def set_progress(net: nn.Module, share: float) -> None:
         share: in [0, 1].
     """
     for _, quantizer in quantizers(net):
-        quantizer.progress = share
+        if quantizer.anneals:
+            quantizer.progress.fill_(share)
 
 
 @contextmanager

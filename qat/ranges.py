@@ -8,6 +8,7 @@ gradient of scale and zero point is `qat.numerics.gradients`'; here are the form
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -86,7 +87,7 @@ class Range(nn.Module):
         return None
 
     def _nan(self) -> Tensor:
-        return torch.full(self.options.shape, torch.nan)
+        return torch.full(self.options.shape, torch.nan, dtype=torch.float32)
 
 
 class Fixed(Range):
@@ -98,7 +99,7 @@ class Fixed(Range):
     def __init__(self, options: RangeOptions) -> None:
         super().__init__(options)
         self.register_buffer("scale", self._nan())
-        self.register_buffer("zero_point", torch.zeros(options.shape))
+        self.register_buffer("zero_point", torch.zeros(options.shape, dtype=torch.float32))
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:  # noqa: D102
         self.scale.copy_(scale)
@@ -198,7 +199,7 @@ class Pact(Range):
     def __init__(self, options: RangeOptions) -> None:
         super().__init__(options)
         self.alpha = nn.Parameter(self._nan())
-        self.register_buffer("zero_point", torch.zeros(options.shape))
+        self.register_buffer("zero_point", torch.zeros(options.shape, dtype=torch.float32))
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:  # noqa: D102
         self.alpha.copy_(scale * self.options.quant_max)
@@ -225,7 +226,7 @@ class Tqt(Range):
     def __init__(self, options: RangeOptions) -> None:
         super().__init__(options)
         self.log2_threshold = nn.Parameter(self._nan())
-        self.register_buffer("zero_point", torch.zeros(options.shape))
+        self.register_buffer("zero_point", torch.zeros(options.shape, dtype=torch.float32))
         self.levels = 2 ** math.ceil(math.log2(options.quant_max + 1))
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:  # noqa: D102
@@ -250,8 +251,8 @@ class Dorefa(Range):
 
     def __init__(self, options: RangeOptions) -> None:
         super().__init__(options)
-        self.register_buffer("scale", torch.full(options.shape, 1.0 / options.quant_max))
-        self.register_buffer("zero_point", torch.zeros(options.shape))
+        self.register_buffer("scale", torch.full(options.shape, 1.0 / options.quant_max, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.zeros(options.shape, dtype=torch.float32))
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:
         """The range is a constant."""
@@ -267,11 +268,16 @@ class Dorefa(Range):
     @staticmethod
     def weight_grid(bits: int) -> Grid:  # noqa: D102
         n = 2**bits - 1
+        return Grid(low=-n, high=n, snap=partial(_snap_odd, n=n), bits=bits, levels=partial(_odd, n))
 
-        def snap(v: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
-            return (2 * rounding((v + n) / 2) - n).clamp(-n, n)
 
-        return Grid(low=-n, high=n, snap=snap, bits=bits, levels=lambda: torch.arange(-n, n + 1, 2).float())
+def _snap_odd(v: Tensor, rounding: Callable[[Tensor], Tensor], *, n: int) -> Tensor:
+    """The odd numbers from -n to n."""
+    return (2 * rounding((v + n) / 2) - n).clamp(-n, n)
+
+
+def _odd(n: int) -> Tensor:
+    return torch.arange(-n, n + 1, 2, dtype=torch.float32)
 
 
 def positive(scale: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ def _staircase(quantizer: FakeQuantize, part: str, batches: Sequence[Tensor], po
     gradients = {}
     first, last = one.gradient_strength or GRADIENTS[one.gradient].strengths
     for progress, strength in [(0.0, first), (1.0, last)][: 1 + (first != last)]:
-        drawn.progress = progress
+        drawn.progress.fill_(progress)
         for sign in (1, -1) if one.gradient == "ewgs" else (1,):
             leaf = x.clone().requires_grad_()
             y = drawn(leaf)

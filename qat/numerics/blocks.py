@@ -32,16 +32,14 @@ def _blocks(shape: torch.Size, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]
 
 def _scratch(shape: torch.Size, like: Tensor, count: int) -> list[Tensor]:
     rows, n = _steps(*shape)
-    return [torch.empty(min(rows, shape[0]) * n, device=like.device) for _ in range(count)]
+    return [torch.empty(min(rows, shape[0]) * n, dtype=torch.float32, device=like.device) for _ in range(count)]
 
 
 def _as(scratch: Tensor, block: Tensor) -> Tensor:
     return scratch[: block.numel()].view(block.shape)
 
 
-def forward(
-    x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, *, relu: bool, lsq: bool
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, *, relu: bool, lsq: bool) -> tuple[Tensor, Tensor]:
     """`kernels.forward_ste`, or `forward_lsq`."""
     y, code = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
     scratch = _scratch(x.shape, x, 3)
@@ -62,9 +60,7 @@ def forward(
     return y, code
 
 
-def _code_lsq(
-    x: Tensor, v: Tensor, q: Tensor, c: Tensor, low: Tensor, high: Tensor, relu: bool, code: Tensor
-) -> None:
+def _code_lsq(x: Tensor, v: Tensor, q: Tensor, c: Tensor, low: Tensor, high: Tensor, relu: bool, code: Tensor) -> None:
     """Fill `code`, given `v = x / scale`, rounded and clamped; by arithmetic, as ATen vectorises no selection."""
     step = torch.sub(q, c, out=q).clamp_(-1.0, 1.0)  # how clipped: -1, 0 or 1
     # one step outside stands for all that lies beyond; infinities would have no residual

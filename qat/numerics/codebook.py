@@ -56,7 +56,7 @@ def fit_codebook(
     """
     check_entries(entries)
     check_finite(rows, "fit_codebook")
-    codebook = torch.zeros(rows.shape[0], entries)
+    codebook = torch.zeros(rows.shape[0], entries, dtype=torch.float32)
     if rows.shape[1] == 0:
         return codebook.to(rows.device)
     with one_thread():

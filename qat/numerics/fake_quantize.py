@@ -4,6 +4,7 @@
 is the reference, and the fast one (`qat.numerics.fast`). `fake_quantize_by` takes every format and gradient.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,19 +48,19 @@ class _FakeQuantizeLSQ(torch.autograd.Function):
         v = x.float() / scale
         rounded = ROUNDING[rounding](v)
         q = rounded + zero_point
-        low = torch.maximum(zero_point, zero_point.new_tensor(quant_min)) if relu else quant_min
+        low = zero_point.clamp(min=quant_min) if relu else torch.full_like(zero_point, quant_min)
         below = (x <= 0) if relu else (q < quant_min)
         per_unit = 126 / (0.5 if rounding == "nearest" else 1.0)
         code = (rounded - v).mul_(per_unit).add_(127).round_().clamp_(1, 253)
         code = code.masked_fill_(below, 0).masked_fill_(q > quant_max, 255).to(torch.uint8)
-        ctx.save_for_backward(code, scale, zero_point)
-        ctx.bounds, ctx.per_unit, ctx.grad_scale = (low, quant_max), per_unit, grad_scale
-        return dequantize(q.clamp_(low, quant_max), scale, zero_point).to(x.dtype)
+        ctx.save_for_backward(code, scale, zero_point, low)
+        ctx.quant_max, ctx.per_unit, ctx.grad_scale = quant_max, per_unit, grad_scale
+        return dequantize(torch.maximum(q, low).clamp_(max=quant_max), scale, zero_point).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        code, scale, zero_point = ctx.saved_tensors
-        low, high = ctx.bounds
+        code, scale, zero_point, low = ctx.saved_tensors
+        high = ctx.quant_max
         below, above = code == 0, code == 255
         slope = (code.float() - 127) / ctx.per_unit
         slope = torch.where(below, low - zero_point, torch.where(above, high - zero_point, slope))
@@ -74,7 +75,7 @@ class _FakeQuantizeAny(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, staircase, grad_scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, scale, zero_point, strength, staircase, grad_scale):  # type: ignore[no-untyped-def]
         v = x.float() / scale
         if staircase.relu:
             v = v.clamp(min=0)
@@ -82,13 +83,13 @@ class _FakeQuantizeAny(torch.autograd.Function):
         if staircase.relu:
             inside = inside & (x > 0)
             q = q.clamp(min=0)
-        ctx.save_for_backward(v, q, inside, scale, zero_point)
+        ctx.save_for_backward(v, q, inside, scale, zero_point, strength)
         ctx.staircase, ctx.grad_scale = staircase, grad_scale
         return (q * scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        v, q, inside, scale, zero_point = ctx.saved_tensors
+        v, q, inside, scale, zero_point, strength = ctx.saved_tensors
         staircase = ctx.staircase
         g = grad.float()
         gradient = GRADIENTS[staircase.gradient]
@@ -98,7 +99,7 @@ class _FakeQuantizeAny(torch.autograd.Function):
             inside=inside,
             cell=lambda: (staircase.round(v, zero_point, torch.floor), staircase.round(v, zero_point, torch.ceil)),
             grad=g,
-            strength=staircase.strength,
+            strength=strength,
         )
         slope = gradient.slope(step)
         grad_scale = grad_zero = None
@@ -110,7 +111,7 @@ class _FakeQuantizeAny(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_zero = (g * (slope - 1) * scale).sum_to_size(zero_point.shape) * ctx.grad_scale
         passes = slope if not staircase.relu else torch.where(v > 0, slope, 0.0)
-        return (g * passes).to(grad.dtype), grad_scale, grad_zero, None, None
+        return (g * passes).to(grad.dtype), grad_scale, grad_zero, None, None, None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ class Staircase:
     snap: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
     rounding: str = "nearest"
     gradient: str = "clipped_ste"
-    strength: float = 1.0
+    strength: Tensor | float = 1.0
     noise: bool = False
     relu: bool = False
     residual: bool = True
@@ -208,4 +209,6 @@ def fake_quantize_by(
         staircase: the levels, the rounding and the gradient.
         grad_scale: multiplies the gradients of scale and zero point.
     """
-    return _FakeQuantizeAny.apply(x, scale, zero_point, staircase, grad_scale)
+    strength = torch.as_tensor(staircase.strength, dtype=torch.float32, device=x.device)
+    plain = dataclasses.replace(staircase, strength=1.0)  # a tensor is an argument, so that a compiled step takes any
+    return _FakeQuantizeAny.apply(x, scale, zero_point, strength, plain, grad_scale)

@@ -156,7 +156,7 @@ def usable(x: Tensor, scale: Tensor, rounding: str) -> bool:
 def _floor(relu: bool, device: torch.device) -> Tensor:
     """What a value must exceed for its gradient to pass; made once, as a copy to a GPU would wait for it."""
     with torch.inference_mode(False):
-        return torch.tensor([0.0 if relu else -torch.inf], device=device)
+        return torch.tensor([0.0 if relu else -torch.inf], dtype=torch.float32, device=device)
 
 
 def _forward(

@@ -17,7 +17,6 @@ A quantizer computes `y = scale * q(v)`, `v = x / scale`, where `q` is a stairca
 | noise       | 1 (forward: v + uniform noise of half a step)       | 0       |
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,7 +44,7 @@ class Step:
     inside: Tensor
     cell: Callable[[], tuple[Tensor, Tensor]]
     grad: Tensor
-    strength: float
+    strength: Tensor | float
 
     def width(self) -> tuple[Tensor, Tensor]:
         """Position in the cell, in [0, 1], and the cell's width (0 and 1 where `v` is a level, or beyond the last)."""
@@ -69,14 +68,14 @@ class Gradient:
     noisy: bool = False
     strengths: tuple[float, float] = (1.0, 1.0)
 
-    def strength_at(self, progress: float, strengths: tuple[float, float] | None = None) -> float:
+    def strength_at(self, progress: Tensor, strengths: tuple[float, float] | None = None) -> Tensor | float:
         """The strength at a share of training in [0, 1].
 
-        >>> GRADIENTS["dsq"].strength_at(0.5, (1.0, 16.0))
-        4.0
+        >>> GRADIENTS["dsq"].strength_at(torch.tensor(0.5), (1.0, 16.0))
+        tensor(4.)
         """
         first, last = strengths or self.strengths
-        return first if first == last else first * (last / first) ** min(max(progress, 0.0), 1.0)
+        return first if first == last else first * (last / first) ** progress.clamp(0.0, 1.0)
 
 
 def ste(step: Step) -> Tensor:
@@ -106,8 +105,8 @@ def dsq(step: Step) -> Tensor:
     Source: Gong et al. 2019, "Differentiable Soft Quantization", equations 3 to 6 (the forward is the hard one, 7).
     """
     position, _ = step.width()
-    k = step.strength
-    return clipped_ste(step) * (1 - torch.tanh(k * (position - 0.5)).square()) * (k / (2 * math.tanh(k / 2)))
+    k = torch.as_tensor(step.strength, dtype=torch.float32, device=step.v.device)
+    return clipped_ste(step) * (1 - torch.tanh(k * (position - 0.5)).square()) * (k / (2 * torch.tanh(k / 2)))
 
 
 GRADIENTS: dict[str, Gradient] = {

@@ -134,10 +134,10 @@ def _example(name: str, form: str, dtype: torch.dtype, device: str) -> list[Tens
     What the first compilation sees decides how loops are parallelised, and extents that are equal there must be equal
     ever after.
     """
-    values, scale = _VALUES[form], torch.ones(_SCALE[form], device=device)
+    values, scale = _VALUES[form], torch.ones(_SCALE[form], dtype=torch.float32, device=device)
     x, code = torch.zeros(values, dtype=dtype, device=device), torch.zeros(values, dtype=torch.int8, device=device)
     if name.startswith("forward"):
-        return [x, scale, -scale, 2 * scale, torch.ones(1, device=device)]
+        return [x, scale, -scale, 2 * scale, torch.ones(1, dtype=torch.float32, device=device)]
     if name == "backward_ste":
         return [x, code]
     if form == "cols":

@@ -70,7 +70,7 @@ def fit_product(
         chosen = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(seed))[:sample]
         x = x[chosen.to(x.device)]
     parts = x.reshape(x.shape[0], subspaces, -1).cpu().numpy().astype(np.float64)
-    prototypes = torch.zeros(subspaces, entries, parts.shape[2])
+    prototypes = torch.zeros(subspaces, entries, parts.shape[2], dtype=torch.float32)
     with one_thread():
         for s in range(subspaces):
             points, counts = np.unique(parts[:, s], axis=0, return_counts=True)

@@ -109,22 +109,18 @@ def rounding_penalty(logits: Tensor, beta: float) -> Tensor:
     return (1 - (2 * rectified_sigmoid(logits) - 1).abs().pow(beta)).sum()
 
 
-class _Penalized(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, beta, weight):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(logits)
-        ctx.beta, ctx.weight = beta, weight
-        return logits.clone()
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        with torch.enable_grad():
-            logits = ctx.saved_tensors[0].detach().requires_grad_()
-            (of_penalty,) = torch.autograd.grad(rounding_penalty(logits, ctx.beta), logits)
-        return grad + ctx.weight * of_penalty, None, None
+def _penalty_slope(logits: Tensor, beta: Tensor) -> Tensor:
+    """The derivative of `rounding_penalty` in each logit."""
+    low, high = STRETCH
+    share = torch.sigmoid(logits)
+    stretched = share * (high - low) + low
+    inside = (stretched >= 0) & (stretched <= 1)
+    side = 2 * stretched.clamp(0.0, 1.0) - 1
+    slope = -2 * beta * torch.sign(side) * side.abs().pow(beta - 1) * (high - low) * share * (1 - share)
+    return torch.where(inside, slope, 0.0)
 
 
-def penalized(logits: Tensor, progress: float, weight: float) -> Tensor:
+def penalized(logits: Tensor, progress: Tensor | float, weight: float) -> Tensor:
     """`logits`, whose gradient also has that of `weight * rounding_penalty(logits, beta)`, as if the loss had the term.
 
     The loss stays the user's own. `beta` falls from 20 to 2 after the first fifth of training, which is free of it.
@@ -136,8 +132,9 @@ def penalized(logits: Tensor, progress: float, weight: float) -> Tensor:
 
     Source: Nagel et al. 2020, equation 25, with the annealing of section 3.2 (20 to 2 and a fifth: their code).
     """
-    share = (progress - 0.2) / 0.8
-    return logits if share < 0 else _Penalized.apply(logits, 20.0 + (2.0 - 20.0) * min(share, 1.0), weight)
+    share = (torch.as_tensor(progress, dtype=torch.float32, device=logits.device) - 0.2) / 0.8
+    slope = _penalty_slope(logits.detach(), 20.0 + (2.0 - 20.0) * share.clamp(0.0, 1.0))
+    return with_gradient(logits, torch.where(share < 0, 0.0, weight * slope))
 
 
 def adaptive(v: Tensor, logits: Tensor, soft: bool) -> Tensor:

@@ -1,5 +1,6 @@
 """What every observer is, and what it may be told."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -7,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from qat import processes
 from qat.numerics.formats import Grid
 
 REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -64,9 +66,11 @@ class Observer(nn.Module):
     Attributes:
         reduce: state -> how the states of several observers become one: a key of REDUCE, element by element and in this
             order, or `joint`: the class's own `merge` needs several states together.
+        ordered: the range depends on the order of the batches, so that processes have to take in each batch together.
     """
 
     reduce: ClassVar[dict[str, str]] = {}
+    ordered: ClassVar[bool] = False
 
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__()
@@ -77,15 +81,27 @@ class Observer(nn.Module):
         """Forget everything seen."""
         self._checked = False
 
-    def update(self, x: Tensor, site: int = 0, relu: bool = False) -> None:
+    def update(self, x: Tensor, site: int = 0, relu: bool = False, together: bool = False) -> None:
         """Take in one batch: `x` has shape [rows, values].
 
         Args:
             x: the values.
             site: tells apart several edges that share one range.
             relu: take in `relu(x)`. Observers of extremes do so without a copy of the values.
+            together: take in what all processes of a distributed run have here, each its part of the batch. All of them
+                must call this.
         """
-        self._update(x.clamp(min=0) if relu else x, site)
+        x = x.clamp(min=0) if relu else x
+        if not (together and processes.several()):
+            if x.numel():
+                self._update(x, site)
+            return
+        batch = copy.deepcopy(self)
+        batch.reset()
+        if x.numel():
+            batch._update(x, site)
+        batch.synchronize()
+        self.merge(batch)
 
     def _update(self, x: Tensor, site: int) -> None:
         raise NotImplementedError
@@ -112,6 +128,20 @@ class Observer(nn.Module):
             state = getattr(self, name)
             state.copy_(REDUCE[how](state, getattr(theirs, name)))
 
+    def synchronize(self) -> None:
+        """Merge what every process of a distributed run has seen; afterwards all have the same state."""
+        if not processes.several():
+            return
+        states = {name: processes.gather(getattr(self, name)) for name in self.reduce}
+        everyone = [copy.deepcopy(self) for _ in next(iter(states.values()))]
+        for rank, observer in enumerate(everyone):
+            for name in self.reduce:
+                getattr(observer, name).copy_(states[name][rank])
+        for observer in everyone[1:]:
+            everyone[0].merge(observer)
+        for name in self.reduce:
+            getattr(self, name).copy_(getattr(everyone[0], name))
+
     def _same(self, other: "Observer") -> Self:
         if type(other) is not type(self) or other.options != self.options:
             raise ValueError(
@@ -125,8 +155,11 @@ class Observer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _require(self, seen: Callable[[], Tensor]) -> None:
-        """Raise unless `seen()`. What was seen stays seen, so a GPU is waited for once, not at every step."""
-        if self._checked:
+        """Raise unless `seen()`. What was seen stays seen, so a GPU is waited for once, not at every step.
+
+        A compiled step, which cannot ask, is left unchecked: `set_mode` has asked before.
+        """
+        if self._checked or torch.compiler.is_compiling():
             return
         self._checked = bool(seen())
         if not self._checked:

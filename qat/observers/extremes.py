@@ -3,14 +3,26 @@
 import torch
 from torch import Tensor
 
+from qat import processes
 from qat.observers.base import Observer, ObserverOptions, row_range
 
 
 class Extremes(Observer):
     """Base of observers that need no more of a batch than its range."""
 
-    def update(self, x: Tensor, site: int = 0, relu: bool = False) -> None:  # noqa: D102
-        low, high = Extremes.measure(self, x)
+    def update(self, x: Tensor, site: int = 0, relu: bool = False, together: bool = False) -> None:  # noqa: D102
+        together = together and processes.several()
+        if x.numel():
+            low, high = Extremes.measure(self, x)
+        elif together:  # the other processes wait
+            low, high = (x.new_full(x.shape[:1], end, dtype=torch.float32) for end in (torch.inf, -torch.inf))
+        else:
+            return
+        if together:
+            sound = low.isfinite() & high.isfinite()
+            ends = torch.where(sound, torch.stack([-low, high]), -torch.inf)
+            low, high = processes.largest(ends)
+            low = -low
         if relu:  # the range of relu(x) is relu of the range
             low, high = low.clamp(min=0), high.clamp(min=0)
         self._take(low, high, site)
@@ -33,8 +45,8 @@ class MinMax(Extremes):
 
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__(options)
-        self.register_buffer("low", torch.empty(options.rows))
-        self.register_buffer("high", torch.empty(options.rows))
+        self.register_buffer("low", torch.empty(options.rows, dtype=torch.float32))
+        self.register_buffer("high", torch.empty(options.rows, dtype=torch.float32))
         self.reset()
 
     def reset(self) -> None:  # noqa: D102
@@ -65,7 +77,7 @@ class AbsMax(Extremes):
 
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__(options)
-        self.register_buffer("largest", torch.empty(options.rows))
+        self.register_buffer("largest", torch.empty(options.rows, dtype=torch.float32))
         self.reset()
 
     def reset(self) -> None:  # noqa: D102
@@ -93,20 +105,22 @@ class Ema(Extremes):
     joined by `range()`: averaging them together would clip the larger one.
 
     A moving average depends on the order of the batches, so several observers cannot be merged into the one that saw
-    everything; `merge` takes the mean of both averages, as is usual for running statistics of several processes.
+    everything; `merge` takes the mean of both averages, as is usual for running statistics of several processes. In a
+    distributed run each batch's extremes are exchanged before they are averaged, as if one process saw all of it.
 
     Source: Jacob et al. 2018, section 3.1.
     """
 
     reduce = {"low": "mean", "high": "mean"}  # noqa: RUF012
+    ordered = True
 
     low: Tensor
     high: Tensor
 
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__(options)
-        self.register_buffer("low", torch.empty(options.sites, options.rows))
-        self.register_buffer("high", torch.empty(options.sites, options.rows))
+        self.register_buffer("low", torch.empty(options.sites, options.rows, dtype=torch.float32))
+        self.register_buffer("high", torch.empty(options.sites, options.rows, dtype=torch.float32))
         self.reset()
 
     def reset(self) -> None:  # noqa: D102

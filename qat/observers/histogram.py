@@ -26,7 +26,7 @@ class Histogram(Observer):
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__(options)
         self.register_buffer("counts", torch.zeros(options.rows, BINS, dtype=torch.float64))
-        self.register_buffer("limit", torch.zeros(options.rows))
+        self.register_buffer("limit", torch.zeros(options.rows, dtype=torch.float32))
 
     def reset(self) -> None:  # noqa: D102
         super().reset()
@@ -36,14 +36,14 @@ class Histogram(Observer):
     def _update(self, x: Tensor, site: int) -> None:
         x = x.float()
         largest = x.abs().amax(dim=1)
-        if not bool(torch.isfinite(largest).all()):  # whoever trains is told by the loss; ranges stay sound
-            return
-        needed = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest)) + 1).clamp(max=2.0**127), 0.0)
+        sound = torch.isfinite(largest).all()  # else nothing counts: whoever trains is told by the loss
+        needed = torch.exp2(torch.floor(torch.log2(largest)) + 1).clamp(max=2.0**127)
+        needed = torch.where((largest > 0) & sound, needed, 0.0)
         self._grow(torch.maximum(self.limit, needed))
         span = torch.where(self.limit > 0, self.limit, 1.0).unsqueeze(1)
         # floor before the shift: x / span + 1 would round small values into a neighbour's bin
         index = (torch.floor(x / span * (BINS // 2)).long() + BINS // 2).clamp_(0, BINS - 1)
-        self.counts.scatter_add_(1, index, torch.ones_like(x, dtype=self.counts.dtype))
+        self.counts.scatter_add_(1, index, sound.to(self.counts.dtype).expand(x.shape))
 
     def merge(self, other: Observer) -> None:  # noqa: D102
         theirs = copy.deepcopy(self._same(other))
@@ -53,15 +53,12 @@ class Histogram(Observer):
         super().merge(theirs)
 
     def _grow(self, limit: Tensor) -> None:
-        for row in torch.nonzero(limit > self.limit).flatten().tolist():
-            counts = self.counts[row]
-            if self.limit[row] == 0:  # only zeros so far: they sit in the middle bin, whatever the limit
-                self.limit[row] = limit[row]
-            while self.limit[row] < limit[row] and self.limit[row] > 0:
-                merged = counts.reshape(BINS // 2, 2).sum(dim=1)
-                counts.zero_()
-                counts[BINS // 4 : BINS // 4 + BINS // 2] = merged
-                self.limit[row] *= 2
+        """Widen to a limit that is no smaller, a power of two: so many neighbours become one bin."""
+        ratio = torch.where(self.limit > 0, limit / self.limit, 1.0)  # only zeros so far: in the middle, whatever it is
+        bins = torch.arange(-(BINS // 2), BINS // 2, dtype=torch.float32, device=limit.device)
+        index = torch.floor(bins / ratio.unsqueeze(1)).long() + BINS // 2
+        self.counts.copy_(torch.zeros_like(self.counts).scatter_add_(1, index, self.counts))
+        self.limit.copy_(limit)
 
     def _bounds(self, row: int) -> tuple[Tensor, Tensor]:
         """Left edges and right edges of the bins, float64, shape [BINS] each."""
@@ -83,23 +80,23 @@ class Percentile(Histogram):
     Source: Wu et al. 2020, "Integer Quantization for Deep Learning Inference", section 5.
     """
 
-    def _row_range(self, row: int) -> tuple[Tensor, Tensor]:
-        left, right = self._bounds(row)
-        total = torch.cumsum(self.counts[row], 0)
-        low_percent, high_percent = self.options.percentiles
-        width = right[0] - left[0]
+    def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
+        self._require(lambda: (self.counts.sum(dim=1) > 0).all())
+        low, high = self.options.percentiles
+        return self._at(low), self._at(high)
 
-        def at(percent: float) -> Tensor:
-            target = total[-1] * (percent / 100)
-            i = int(torch.searchsorted(total, target.clamp(min=1e-9)).clamp(max=BINS - 1))
-            before = total[i] - self.counts[row, i]
-            return left[i] + width * ((target - before) / self.counts[row, i].clamp(min=1)).clamp(0, 1)
-
-        return at(low_percent), at(high_percent)
+    def _at(self, percent: float) -> Tensor:
+        """The percentile of each row, shape [rows]."""
+        total = torch.cumsum(self.counts, 1)
+        target = total[:, -1:] * (percent / 100)
+        i = torch.searchsorted(total, target.clamp(min=1e-9)).clamp(max=BINS - 1)
+        held = self.counts.gather(1, i)
+        inside = ((target - (total.gather(1, i) - held)) / held.clamp(min=1)).clamp(0, 1)
+        return ((i - BINS // 2 + inside) / (BINS // 2) * self.limit.unsqueeze(1)).squeeze(1).float()
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         ordered = x.float().sort(dim=1).values
-        position = torch.tensor(self.options.percentiles, device=x.device) / 100 * (x.shape[1] - 1)
+        position = torch.tensor(self.options.percentiles, dtype=torch.float32, device=x.device) / 100 * (x.shape[1] - 1)
         below = position.floor().long()
         above = position.ceil().long()
         low, high = torch.lerp(ordered[:, below], ordered[:, above], (position - below).float()).unbind(dim=1)

@@ -29,16 +29,16 @@ class Lp(Histogram):
 
     def _row_range(self, row: int) -> tuple[Tensor, Tensor]:
         left, right = self._bounds(row)
-        filled = self.counts[row] > 0
-        centres = ((left + right) / 2)[filled].float().unsqueeze(0)
-        low, high = self._search(centres, self.counts[row][filled].float().unsqueeze(0), left[filled][:1].float(),
-                                 right[filled][-1:].float())  # fmt: skip
+        counts = self.counts[row]
+        first = torch.where(counts > 0, left, torch.inf).amin(dim=0, keepdim=True).float()
+        last = torch.where(counts > 0, right, -torch.inf).amax(dim=0, keepdim=True).float()
+        low, high = self._search(((left + right) / 2).float().unsqueeze(0), counts.float().unsqueeze(0), first, last)
         return low[0], high[0]
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         x = x.float()
         low, high = row_range(x)
-        return self._search(x, torch.ones(1, 1, device=x.device), low, high)
+        return self._search(x, torch.ones(1, 1, dtype=torch.float32, device=x.device), low, high)
 
     def _search(self, x: Tensor, weight: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         best = (low, high)

@@ -152,7 +152,7 @@ class _Reconstruction:
         quantizer.train()
         quantizer.mode = Mode.quantize
         for step in range(steps):
-            quantizer.progress = step / steps
+            quantizer.progress.fill_(step / steps)
             x, target = self.data[int(torch.multinomial(sizes, 1, generator=generator))]
             chosen = torch.randint(len(target), (min(batch_size, len(target)),), generator=generator).to(target.device)
             with torch.enable_grad():
@@ -223,12 +223,13 @@ def _inputs(net: nn.Module, layer: QuantizedLayer, calls: int, batch: Inputs) ->
 @contextmanager
 def _modes_kept(net: nn.Module) -> Iterator[None]:
     """Afterwards every quantizer is in the mode, and as far in training, as it was."""
-    before = [(quantizer, quantizer.mode, quantizer.progress) for _, quantizer in quantizers(net)]
+    before = [(quantizer, quantizer.mode, quantizer.progress.clone()) for _, quantizer in quantizers(net)]
     try:
         yield
     finally:
         for quantizer, mode, progress in before:
-            quantizer.mode, quantizer.progress = mode, progress
+            quantizer.mode = mode
+            quantizer.progress.copy_(progress)
 
 
 @contextmanager

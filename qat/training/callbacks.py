@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qat.layers import weights_of
 from qat.modes import quantizers
+from qat.processes import alone
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ def first_non_finite(module: L.LightningModule, batch: Any) -> str:
     # Quantized layers have children too; an inner layer's hook runs before the hook of what contains it.
     handles = [layer.register_forward_hook(watch(name)) for name, layer in module.named_modules() if name]
     try:
-        module(inputs)
+        with alone():  # the other processes may have found nothing
+            module(inputs)
     finally:
         for handle in handles:
             handle.remove()

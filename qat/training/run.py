@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from torch import fx, nn
+from torch import distributed, fx, nn
 
 from qat.export.checkpoint import load_checkpoint
 from qat.export.files import write_atomically
@@ -144,7 +144,10 @@ def is_main_process() -> bool:
 
 def main_process_only() -> None:
     """After the last fit, end every process but the first: the others were there to train."""
-    if not is_main_process():
+    main = is_main_process()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()  # else the first would wait for the others when it calibrates
+    if not main:
         sys.exit(0)
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -41,6 +42,7 @@ class QATSchedule(L.Callback):
         for name, at in vars(self).items():
             if at is not None and (at < 0 or (isinstance(at, float) and at > 1)):
                 raise ValueError(f"QATSchedule.{name}={at}: give a step (int) or a share of training in [0.0, 1.0]")
+        self._paused = False
 
     def mode_at(self, step: int, total: int) -> Mode:
         """The mode at a step of `total`."""
@@ -78,6 +80,18 @@ class QATSchedule(L.Callback):
         if self.batch_norm_frozen_at(trainer.global_step, _total(trainer)):
             for norm in _batch_norms(pl_module):
                 norm.eval()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ranges come from training data: what is validated on is not observed."""
+        self._paused = get_mode(pl_module) is Mode.observe and trainer.state.fn == TrainerFn.FITTING
+        if self._paused:
+            set_mode(pl_module, Mode.float)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Observe again."""
+        if self._paused:
+            set_mode(pl_module, Mode.observe)
+        self._paused = False
 
     def _apply(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         step, total = trainer.global_step, _total(trainer)

@@ -112,11 +112,11 @@ def test_dsq_tends_to_ste_and_to_the_staircase() -> None:
 
 def test_strength_moves_geometrically() -> None:
     gradient = GRADIENTS["dsq"]
-    strengths = [gradient.strength_at(p, (1.0, 16.0)) for p in (-1.0, 0.0, 0.25, 0.5, 1.0, 2.0)]
+    strengths = [float(gradient.strength_at(torch.tensor(p), (1.0, 16.0))) for p in (-1.0, 0.0, 0.25, 0.5, 1.0, 2.0)]
     assert strengths == pytest.approx([1, 1, 2, 4, 16, 16])
-    assert gradient.strength_at(0.0) == gradient.strengths[0]
-    assert gradient.strength_at(1.0) == gradient.strengths[1]
-    assert GRADIENTS["ewgs"].strength_at(0.3) == pytest.approx(0.02)
+    assert gradient.strength_at(torch.tensor(0.0)) == gradient.strengths[0]
+    assert gradient.strength_at(torch.tensor(1.0)) == gradient.strengths[1]
+    assert GRADIENTS["ewgs"].strength_at(torch.tensor(0.3)) == pytest.approx(0.02)
 
 
 def test_noise_is_uniform_over_a_step_and_clipped() -> None:

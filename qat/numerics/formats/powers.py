@@ -100,7 +100,7 @@ def snap_table(v: Tensor, round: Round, *, magnitudes: tuple[float, ...], low: f
     size = clipped.abs().contiguous()  # bucketize warns of other layouts
     if round is ROUNDING["logarithmic"]:
         middles = [math.sqrt(a * b) if a else b * 0.5**0.5 for a, b in pairwise(magnitudes)]
-        index = torch.bucketize(size, torch.tensor(middles, device=v.device), right=True)
+        index = torch.bucketize(size, torch.tensor(middles, dtype=torch.float32, device=v.device), right=True)
     else:
         below = torch.bucketize(size, table, right=True).sub_(1).clamp_(max=len(magnitudes) - 2)
         # float64: in float32, an index of 100 leaves the fraction 17 bits, and misses which side of a half it is
