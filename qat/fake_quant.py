@@ -14,10 +14,11 @@ from qat.numerics.affine import SMALLEST_SCALE, choose_qparams
 from qat.numerics.fake_quantize import Staircase, fake_quantize, fake_quantize_by
 from qat.numerics.formats import FORMATS, Format, Grid
 from qat.numerics.gradients import GRADIENTS
-from qat.numerics.granularity import Layout
+from qat.numerics.granularity import Layout, in_order_of
 from qat.numerics.rounding import SETTLED, adaptive, penalized, rectified_logits
 from qat.observers import OBSERVERS, ObserverOptions
 from qat.ranges import RANGES, RangeOptions
+from qat.recompute import recomputing
 from qat.scheme import Granularity, TensorScheme
 
 
@@ -224,7 +225,7 @@ class FakeQuantize(nn.Module):
         In a distributed run processes are in step while they train, and take in their parts of a batch together. What
         they observe in eval mode (calibration) is merged afterwards, unless its order matters.
         """
-        if self.dynamic or self.fitted is not None:
+        if self.dynamic or self.fitted is not None or recomputing():
             return
         together = self.training or self.observer.ordered
         self.observer.update(self.rows(x), site, relu=self.relu, together=together)
@@ -319,8 +320,8 @@ class FakeQuantize(nn.Module):
             return torch.relu(x) if self.relu else x
         moves = self.training and self.mode is Mode.quantize
         if self.fitted is not None:
-            return self.layout.restore(self.fitted(self.rows(x), moves), x.shape)
-        if self.range.follows and moves:
+            return in_order_of(x, self.layout.restore(self.fitted(self.rows(x), moves), x.shape))
+        if self.range.follows and moves and not recomputing():
             self.observe(x, site)
             self.set_range_from_observer()
         scale, zero_point = self.qparams(x)
@@ -330,7 +331,7 @@ class FakeQuantize(nn.Module):
         values = self.range.transform(self.rows(x)) if by_rows else x
         layout = dataclasses.replace(self.layout, kind="rows") if by_rows else self.layout
         y = self._quantize(values, layout.broadcast(scale, x), layout.broadcast(zero_point, x), moves)
-        return self.layout.restore(y.to(x.dtype), x.shape) if by_rows else y
+        return in_order_of(x, self.layout.restore(y.to(x.dtype), x.shape)) if by_rows else y
 
     def _quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, moves: bool) -> Tensor:
         """Values on the levels and back; scale and zero point broadcast against `x`."""

@@ -14,6 +14,7 @@ from qat.numerics.codebook import assign, codebook_ste, fit_codebook
 from qat.numerics.formats import binary, ternary
 from qat.numerics.product import ProductCodebook, encode, fit_product, product_ste
 from qat.numerics.rounding import straight_through
+from qat.recompute import recomputing
 
 
 class Fitted(nn.Module):
@@ -100,7 +101,7 @@ class Table(Fitted):
         return not bool(self.entries.isnan().any())
 
     def forward(self, rows: Tensor, moves: bool) -> Tensor:  # noqa: D102
-        if moves:
+        if moves and not recomputing():
             self.steps += 1
             self._refresh(rows.detach())
         return self.look_up(rows, self.entries if moves and self.learned else self.entries.detach())

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "qat"
 # From the top of the house to the bottom: a module imports only from its own line or from lines above.
 ORDER = [
     "qat.processes",
+    "qat.recompute",
     "qat.numerics.rounding",
     "qat.numerics.kernels",
     "qat.numerics.blocks",

@@ -55,6 +55,14 @@ def swap_channels(weight: Tensor, groups: int) -> Tensor:
     return grouped.transpose(1, 2).reshape(groups * columns, rows // groups, *kernel)
 
 
+def in_order_of(x: Tensor, y: Tensor) -> Tensor:
+    """`y` in the memory format of `x`, where that is channels last: going through rows loses it."""
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if order is None or x.is_contiguous() or not x.is_contiguous(memory_format=order):
+        return y
+    return y.contiguous(memory_format=order)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How a tensor is cut into rows that share a scale.

@@ -17,7 +17,9 @@ SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fixed": ({"range": "fixed"}, {"observer": "percentile"}),
     "running": ({}, {"range": "running", "observer": "ema"}),
     "learned": ({"range": "learned", "granularity": CHANNEL}, {"range": "learned"}),
-    "dynamic": ({"granularity": GROUP, "group_size": 3, "allow_padding": True}, {"range": "dynamic", "granularity": TOKEN}),
+    "dynamic": (
+        {"granularity": GROUP, "group_size": 3, "allow_padding": True}, {"range": "dynamic", "granularity": TOKEN}
+    ),
     "running minmax": ({}, {"range": "running"}),
     "running percentile": ({}, {"range": "running", "observer": "percentile"}),
     "running sigma": ({}, {"range": "running", "observer": "sigma"}),
@@ -29,7 +31,9 @@ SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stochastic": ({"rounding": "stochastic"}, {}),
     "float8": ({"format": "e4m3fn", "bits": 8}, {"format": "e4m3fn"}),
     "codebook": ({"format": "codebook", "range": "learned", "granularity": CHANNEL, "refresh": 2}, {}),
-    "product": ({"format": "product", "bits": 2, "range": "learned", "granularity": GROUP, "group_size": 1, "refresh": 2}, {}),
+    "product": (
+        {"format": "product", "bits": 2, "range": "learned", "granularity": GROUP, "group_size": 1, "refresh": 2}, {}
+    ),
 }  # fmt: skip
 QUICK = ("fixed", "running", "learned", "dynamic")
 """The kinds of range, in every mode; the rest in training alone."""
@@ -71,7 +75,9 @@ def check(name: str, mode: str, backend: str) -> None:
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
     assert counter.frame_count == 1
     for key, value in net.state_dict().items():
-        assert torch.allclose(twin.state_dict()[key].double(), value.double(), rtol=1e-5, atol=1e-5, equal_nan=True), key
+        assert torch.allclose(twin.state_dict()[key].double(), value.double(), rtol=1e-5, atol=1e-5, equal_nan=True), (
+            key
+        )
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)

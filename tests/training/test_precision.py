@@ -92,7 +92,9 @@ def test_quantizers_are_born_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("observer", OBSERVERS)
 def test_observers_see_float32(observer: str) -> None:
-    config = QuantConfig(weight=TensorScheme(bits=8, range="dynamic"), activation=TensorScheme(bits=8, observer=observer))
+    config = QuantConfig(
+        weight=TensorScheme(bits=8, range="dynamic"), activation=TensorScheme(bits=8, observer=observer)
+    )
     net = qat.prepare(Small(), config, torch.randn(2, 2, 6, 6))
     x = torch.randn(8, 2, 6, 6).bfloat16()
     ranges = []
@@ -180,7 +182,7 @@ def test_half_precision_with_loss_scaling_on_a_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["running", "learned"])
 def test_lightning_trains_in_half_precision(name: str) -> None:
-    net, module = fit(name, "16-mixed", "gpu")
+    _, module = fit(name, "16-mixed", "gpu")
     _, reference = fit(name, "32-true", "gpu")
     assert module.dtypes == {torch.float16}
     assert module.losses == pytest.approx(reference.losses, rel=0.05)
