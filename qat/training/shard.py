@@ -22,7 +22,8 @@ def shard(net: nn.Module, **options: Any) -> nn.Module:
     Args:
         net: a prepared network; it is changed.
         options: of `torch.distributed.fsdp.fully_shard` (`mesh`, `reshard_after_forward`, ...). In Lightning, call
-            `shard(self.net, mesh=self.device_mesh["data_parallel"])` in `configure_model`, with ModelParallelStrategy.
+            `shard(self.net, mesh=self.device_mesh["data_parallel"])` in `configure_model`, with
+            `ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)`.
             A `MixedPrecisionPolicy(param_dtype=...)` casts learned scales too: prefer autocast (`bf16-mixed`).
 
     Returns:

@@ -123,10 +123,11 @@ def with_lightning(kind: str, rank: int) -> dict[str, Any]:
     net = prepared(kind)
     qat.calibrate(net, [share(tokens(i), rank) for i in range(3)])
     module = Module(net.train(), rank)
+    strategy = ModelParallelStrategy(data_parallel_size=WORLD, tensor_parallel_size=1)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=WORLD,
-        strategy=ModelParallelStrategy(),
+        strategy=strategy,
         max_steps=STEPS,
         barebones=True,
         use_distributed_sampler=False,
@@ -138,7 +139,8 @@ def with_lightning(kind: str, rank: int) -> dict[str, Any]:
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "GROUP_RANK": "0",
-                   "LOCAL_WORLD_SIZE": str(WORLD), "TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
+                   "LOCAL_WORLD_SIZE": str(WORLD), "TORCHELASTIC_RUN_ID": "test",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # fmt: skip
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD)
     result: dict[str, Any] = {kind: train(kind, rank) for kind in RANGES}
     result["lightning"] = with_lightning("learned", rank)
