@@ -5,18 +5,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat import processes
 from qat.fake_quant import Mode
 from qat.layers import weights_of
 from qat.modes import eval_mode, quantizers, set_mode, watch
-
-Inputs = Tensor | tuple[Tensor, ...]
+from qat.record import run
+from qat.structures import tensors
 
 
 @torch.no_grad()
-def calibrate(net: nn.Module, batches: Iterable[Inputs]) -> None:
+def calibrate(net: nn.Module, batches: Iterable[Any]) -> None:
     """Set every range from data and leave the network in mode `quantize`.
 
     In a distributed run every process calls it with its share of the batches, and all get the ranges of one process
@@ -25,8 +25,8 @@ def calibrate(net: nn.Module, batches: Iterable[Inputs]) -> None:
 
     Args:
         net: a prepared network. It runs in eval mode (BatchNorm statistics do not move).
-        batches: inputs, each a tensor or a tuple of the network's arguments. Training data without augmentation;
-            a few hundred samples do.
+        batches: inputs, each a tensor, a tuple of the network's arguments or a dict of its keyword arguments. Training
+            data without augmentation; a few hundred samples do.
 
     Raises:
         ValueError: no batches, or NaN or infinity in a batch (names the batch), a weight or an activation (names the
@@ -44,10 +44,9 @@ def calibrate(net: nn.Module, batches: Iterable[Inputs]) -> None:
         with eval_mode(net), _told(device):
             count = 0
             for batch in _in_step(batches, device) if ordered else batches:
-                inputs = batch if isinstance(batch, tuple) else (batch,)
-                _check_finite(inputs, count)
+                _check_finite(batch, count)
                 watch(net)
-                net(*inputs)
+                run(net, batch)
                 count += 1
         if not processes.agree(count > 0, device)[1]:
             raise ValueError("calibration needs at least one batch of inputs, got none")
@@ -81,7 +80,7 @@ def _told(device: torch.device) -> Iterator[None]:
         raise RuntimeError("calibration failed in another process; see its message")
 
 
-def _in_step(batches: Iterable[Inputs], device: torch.device) -> Iterator[Inputs]:
+def _in_step(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """The batches, as long as every process has one."""
     iterator, end = iter(batches), object()
     while True:
@@ -97,8 +96,8 @@ def _in_step(batches: Iterable[Inputs], device: torch.device) -> Iterator[Inputs
         yield batch
 
 
-def _check_finite(inputs: tuple[Tensor, ...], count: int) -> None:
-    for x in inputs:
+def _check_finite(batch: Any, count: int) -> None:
+    for x in tensors(batch):
         bad = int((~torch.isfinite(x)).sum())
         if bad:
             raise ValueError(f"calibration batch {count} holds {bad} non-finite values")

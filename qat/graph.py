@@ -87,24 +87,34 @@ NEAREST, AVERAGED = ("nearest", "nearest-exact"), ("linear", "bilinear", "trilin
 
 
 class PreparedNetwork(fx.GraphModule):
-    """A GraphModule whose copies keep what a GraphModule's lose: `meta`, and modules that `forward` does not call."""
+    """A GraphModule whose copies keep what a GraphModule's lose: modules that `forward` does not call, attributes."""
+
+    def adopt(self, attributes: dict[str, Any]) -> None:
+        """Take over public data that other code may read (`block.out_channels`)."""
+        data = {k: v for k, v in attributes.items() if not k.startswith("_") and not callable(v)}
+        vars(self).update({k: v for k, v in data.items() if not hasattr(self, k)})
 
     def __reduce__(self) -> Any:
-        return _unpickle, (super().__reduce__(), self.meta, self._modules)
+        attributes = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("training", "graph")}
+        return _unpickle, (super().__reduce__(), attributes, self._modules)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PreparedNetwork":
         result: Any = super().__deepcopy__(memo)
         result._modules = copy.deepcopy(self._modules, memo)
         bind_functional(result)
+        result.adopt(copy.deepcopy({k: v for k, v in vars(self).items() if not k.startswith("_")}, memo))
         return result
 
 
-def _unpickle(reduced: tuple[Any, ...], meta: dict[str, Any], modules: dict[str, nn.Module | None]) -> PreparedNetwork:
+def _unpickle(
+    reduced: tuple[Any, ...], attributes: dict[str, Any], modules: dict[str, nn.Module | None]
+) -> PreparedNetwork:
     module = reduced[0](*reduced[1])
     prepared = PreparedNetwork(module, module.graph)
-    prepared.meta.update(meta)
+    prepared.meta.update(attributes.pop("meta"))
     prepared._modules = modules
     bind_functional(prepared)
+    prepared.adopt(attributes)
     return prepared
 
 
@@ -327,7 +337,7 @@ class Graph:
         Behind a linear layer on sequences, BatchNorm1d normalises the steps of the sequence, not the layer's outputs.
         """
         users = list(node.users)
-        ranks = self.module.meta.get("qat", {}).get("ranks", {})
+        ranks = self.module.meta.get("ranks", {})
         layer = self.submodule(node)
         if not isinstance(layer, QuantizedLayer) or not layer.biased:
             return None

@@ -4,9 +4,10 @@ No weight is quantized a second time: BatchNorm is folded into scales and biases
 only reader of an operation is made in the same step, so that a layer takes integers and returns integers.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,10 @@ from qat.graph import IDENTITIES, Graph, Kind, tensor_list
 from qat.layers import Functional, QuantizedLayer
 from qat.lower_layers import float_layer, grid_of, integer_layer, look_up, real_layer
 from qat.modes import quantizers
+from qat.parts import graphs
 from qat.results import RECURRENT, is_padded
 from qat.runtime import operations as ops
+from qat.runtime.foreign import Foreign
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import RuntimeLayer
 from qat.runtime.matmul import IntegerMatmul
@@ -31,16 +34,26 @@ from qat.runtime.outer import Outer
 from qat.runtime.stored import Simulate
 from qat.scheme import QuantConfig
 from qat.sizes import Sizes
+from qat.split import join
 
 
-def lower(prepared: fx.GraphModule) -> IntegerNetwork:
+@overload
+def lower(prepared: fx.GraphModule) -> IntegerNetwork: ...
+
+
+@overload
+def lower(prepared: nn.Module) -> nn.Module: ...
+
+
+def lower(prepared: nn.Module) -> nn.Module:
     """Build the integer network that computes what `prepared` simulates in eval mode.
 
     Args:
         prepared: a calibrated network from `qat.prepare`. It is not changed.
 
     Returns:
-        A network of integer layers, sharing nothing with `prepared`.
+        An `IntegerNetwork`, sharing nothing with `prepared`. Of a network that was not recorded as a whole: a copy of
+        it, of its own class, with an `IntegerNetwork` in place of each part.
 
     Raises:
         RuntimeError: a quantizer has no range yet, or is in a mode that simulates nothing.
@@ -55,12 +68,22 @@ def lower(prepared: fx.GraphModule) -> IntegerNetwork:
                 f"quantizer '{name}': a network in mode 'float' or 'observe' cannot be lowered; "
                 f"qat.set_mode(net, 'quantize') first"
             )
-    return _Lowering(prepared).run()
+    return _lowered(prepared, "", graphs(prepared))
+
+
+def _lowered(module: nn.Module, path: str, parts: dict[str, fx.GraphModule]) -> nn.Module:
+    if path in parts:
+        graph = parts[path]
+        opaque = graph.meta.get("opaque", ())
+        return _Lowering(graph, {n: _lowered(graph.get_submodule(n), join(path, n), parts) for n in opaque}).run()
+    children = {id(child): _lowered(child, join(path, name), parts) for name, child in module.named_children()}
+    return copy.deepcopy(module, dict(children)).eval()
 
 
 @dataclass
 class _Lowering:
     prepared: fx.GraphModule
+    opaque: dict[str, nn.Module] = field(default_factory=dict)  # what no recording shows, lowered: by path
     graph: Graph = field(init=False)
     sizes: Sizes = field(init=False)
     nodes: list[Node] = field(default_factory=list)
@@ -338,6 +361,9 @@ def _concat(lowering: _Lowering, node: fx.Node) -> None:
 def _other(lowering: _Lowering, node: fx.Node) -> None:
     if node.target is pad_packed_sequence or is_padded(node):
         lower_recurrent.padded(lowering, node)
+        return
+    if node.op == "call_module" and node.target in lowering.opaque:
+        lowering.real_operation(node, Foreign(lowering.opaque[str(node.target)]), node.all_input_nodes)
         return
     lowering.real_operation(node, *lower_calls.function(lowering.graph, lowering.sizes, node))
 

@@ -1,81 +1,68 @@
 """Float network + QuantConfig -> prepared network: structure only, once, before the optimizer exists."""
 
 import copy
-import difflib
-import fnmatch
-import inspect
-import itertools
-import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import dataclasses
+import logging
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from qat.calls import CALLS
-from qat.decompose import decompose_attention, decompose_extremes
-from qat.fake_quant import FakeQuantize
-from qat.functional import insert_functional
-from qat.graph import Graph, Kind, bind_functional
-from qat.inside import INSIDE
-from qat.layers import SWAPS, Functional, type_name
+from qat.choices import Choice, choose
+from qat.layers import SWAPS, QuantizedLayer
 from qat.layers.tied import share_weight_quantizers
-from qat.modes import eval_mode, quantizers
-from qat.scheme import Granularity, LayerRule, QuantConfig, TensorScheme, override
+from qat.modes import quantizers
+from qat.place import place
+from qat.record import Call, arguments, record
+from qat.scheme import QuantConfig
+from qat.split import Part, Parts, join, split
+from qat.structures import map_tensors, tensors
+from qat.subclass import is_lightning, prepared_class, with_graph
 from qat.targets import check_target
-from qat.tracing import trace
 
-QUANTIZERS = "quantizers"
-"""Where activation quantizers live in a prepared network."""
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which schemes a layer got, and why."""
-
-    weight: TensorScheme
-    activation: TensorScheme
-    reason: str
-
-
-def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[Tensor, ...]) -> fx.GraphModule:
+def prepare(net: nn.Module, config: QuantConfig, example_inputs: Any = None) -> nn.Module:
     """Put quantizers into a network. They pass values through until `calibrate` and `set_mode`.
 
+    What torch.fx can record gets a quantizer on every tensor edge that a quantized operation reads. Where it cannot
+    follow the code, layers are quantized at their own weights and inputs; the log and `qat.report` say where, and why.
+
     Args:
-        net: any network that torch.fx can trace. It is not changed; the result shares its parameters and buffers under
+        net: any network, or a LightningModule. It is not changed; the result shares its parameters and buffers under
             the same names, so a float checkpoint loads into either and training one trains the other.
         config: what to quantize and how.
-        example_inputs: one input, or a tuple of inputs, with a batch dimension; the traced network is run on them once
-            and must compute what `net` computes.
+        example_inputs: an input, a tuple of positional arguments or a dict of keyword arguments, tensors with a batch
+            dimension (or lists, dicts and dataclasses of them); the network is run on them. A LightningModule may have
+            `example_input_array` instead.
 
     Returns:
-        A module with `net`'s parameters plus quantizers: `LAYER.weight_quantizer` for weights, `quantizers.EDGE` for
-        activations. `prepared.meta["qat"]` holds the configuration and the reasons (`qat.report` prints them).
+        A `torch.fx.GraphModule` of the network if it can be recorded as a whole, else a network of its own class; of a
+        LightningModule always one of a class derived from its own. It has `net`'s parameters plus quantizers:
+        `LAYER.weight_quantizer` for weights, `quantizers.EDGE` (or `LAYER.input_quantizer`) for activations.
+        `prepared.meta["qat"]` holds the configuration and the reasons (`qat.report` prints them).
 
     Raises:
         ValueError: the configuration does not fit the network or the target (a rule that matches nothing, a group
-            size that does not divide), or the network cannot be traced.
+            size that does not divide), or `config.graph` is `required` and the network cannot be recorded.
     """
     config.validate()
     check_target(config)
-    prepared = trace(net)
-    shapes = _check_same(net, prepared, example_inputs)
-    if decompose_attention(prepared, shapes) | decompose_extremes(prepared) | insert_functional(prepared):
-        bind_functional(prepared)
-        shapes = _shapes(prepared, example_inputs)
-    ranks = {str(node.target): len(shape) for node, shape in shapes.items() if node.op == "call_module"}
-    _drop_in_place(prepared)
-    choices = choose(Graph(prepared), config)
-    for name, choice in choices.items():
-        if choice.weight.quantized:
-            module = prepared.get_submodule(name)
-            prepared.set_submodule(name, SWAPS[type(module)].from_float(module, choice.weight, name, choice.activation))
-    bind_functional(prepared)
-    ties = share_weight_quantizers((str(node.target), layer) for node, layer in Graph(prepared).layers())
-    _place(prepared, config, choices, shapes)
-    _tell_recurrent_layers(Graph(prepared))
+    args, kwargs = arguments(net, example_inputs)
+    calls = record(net, args, kwargs)
+    parts = split(net, calls, config.graph)
+    for path, reason in parts.untraced.items():
+        log.warning("Layers within '%s' are quantized at their own inputs: %s", path or type(net).__name__, reason)
+    choices = choose({k: v for at, part in parts.found.items() for k, v in part.layers(at).items()}, config)
+    build = _Build(net, config, parts, choices)
+    prepared = build.module("")
+    build.tie(prepared)
+    if config.enabled and not any(True for _ in quantizers(prepared)):
+        reasons = [*parts.untraced.values(), *(f"{k}: {v}" for k, v in parts.left_out.items())]
+        if reasons or not choices:
+            why = "; ".join(dict.fromkeys(reasons)) or "it has no quantizable layer"
+            raise ValueError(f"nothing in {type(net).__name__} can be quantized: {why}")
     device = next((p.device for p in net.parameters()), torch.device("cpu"))
     for _, quantizer in quantizers(prepared):
         quantizer.to(device)
@@ -83,275 +70,101 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Tensor | tuple[
     for module in prepared.modules():
         if module not in own:  # what is shared with the float network keeps its mode
             module.training = net.training
-    reasons = {
-        name: f"{choice.reason}, {ties[name]}" if name in ties else choice.reason for name, choice in choices.items()
+    about = {
+        "config": config,
+        "reasons": {k: ", ".join(filter(None, [v.reason, build.notes.get(k)])) for k, v in choices.items()},
+        "inputs": _described(parts.found[""].call if "" in parts.found else calls[""], net),
+        "untraced": parts.untraced,
+        "left_out": parts.left_out,
     }
-    examples = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    inputs = [(list(x.shape), x.dtype) for x in examples]
-    prepared.meta["qat"] = {"config": config, "reasons": reasons, "ranks": ranks, "inputs": inputs}
+    vars(prepared).setdefault("meta", {})["qat"] = about
     return prepared
 
 
-def choose(graph: Graph, config: QuantConfig) -> dict[str, Choice]:
-    """Decide the schemes of every quantizable layer, by module path, in order of execution.
-
-    Raises:
-        ValueError: a rule that matches no layer; names it and the nearest module paths.
-    """
-    order = list(dict.fromkeys(str(n.target) for n in graph.nodes if type(graph.submodule(n)) in SWAPS))
-    paths = [_path(name, graph.modules[name]) for name in order]
-    used: set[int] = set()
-    choices = {}
-    for name, path in zip(order, paths, strict=True):
-        kind, ends = type_name(graph.modules[name]), (name == order[0], name == order[-1])
-        matched = [i for i, rule in enumerate(config.rules) if _matches(rule, path, kind, ends)]
-        used.update(matched)
-        weight, activation, reason = config.weight, config.activation, "default"
-        if matched:
-            rule = config.rules[matched[0]]
-            weight = override(weight, rule.weight, f"quant.rules[{matched[0]}].weight")
-            activation = override(activation, rule.activation, f"quant.rules[{matched[0]}].activation")
-            reason = f"rule '{rule.match}'"
-        choices[name] = Choice(weight=weight, activation=activation, reason=reason)
-    for i, rule in enumerate(config.rules):
-        if i not in used:
-            close = difflib.get_close_matches(rule.match, paths, n=3, cutoff=0.3)
-            types = sorted({type_name(graph.modules[name]) for name in order})
-            raise ValueError(
-                f"quant.rules[{i}].match='{rule.match}' matches no layer. Nearest module paths: "
-                f"{', '.join(close) or ', '.join(paths[:5]) or 'none, the network has no quantizable layer'}; "
-                f"types: {', '.join('type:' + t for t in types)}; 'first' and 'last' are valid too"
-            )
-    return choices
+def _described(call: Call, net: nn.Module) -> dict[str, Any]:
+    """Parameter -> what the example gave it, tensors without their values."""
+    described: dict[str, Any] = map_tensors(lambda t: torch.empty_like(t, device="meta"), call.bound(net))
+    return described
 
 
-def _path(name: str, module: nn.Module) -> str:
-    """What rules match: a layer's module path, or the path of the parameter that a function is called with."""
-    return module.path if isinstance(module, Functional) else name
+@dataclasses.dataclass
+class _Build:
+    """Puts the parts together again."""
 
+    net: nn.Module
+    config: QuantConfig
+    parts: Parts
+    choices: dict[str, Choice]
+    made: dict[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)  # float module -> prepared one
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # path of a layer -> more about its scheme
 
-def _matches(rule: LayerRule, path: str, kind: str, ends: tuple[bool, bool]) -> bool:
-    if rule.match in ("first", "last"):
-        return ends[rule.match == "last"]
-    if rule.match.startswith("type:"):
-        return fnmatch.fnmatchcase(kind, rule.match.removeprefix("type:"))
-    return fnmatch.fnmatchcase(path, rule.match)
+    def module(self, path: str) -> nn.Module:
+        """The prepared form of the module at `path`; the module itself where nothing in it is quantized."""
+        net = self.net.get_submodule(path)
+        if net not in self.made:
+            part = self.parts.found.get(path)
+            if part is None:
+                self.made[net] = self.shell(net, path)
+            else:
+                self.made[net] = self.layer(part, path) if part.traced is None else self.recorded(part, path)
+        return self.made[net]
 
+    def layer(self, part: Part, path: str) -> nn.Module:
+        """A single layer, with a quantizer for its input."""
+        choice = self.choices[path]
+        if not choice.weight.quantized:
+            return part.net
+        layer = SWAPS[type(part.net)].from_float(part.net, choice.weight, path, choice.activation)
+        scheme = self.config.input if part.call.from_outside and choice.reason == "default" else choice.activation
+        inputs = [t for t in tensors(part.call.bound(part.net)) if t.is_floating_point()]
+        inputs = inputs if isinstance(part.net, nn.Bilinear) else inputs[:1]  # not states, nor factors of a bag
+        if scheme.quantized and inputs:
+            layer.quantize_input(scheme, inputs[0], path, len(inputs))
+        return layer
 
-def _place(
-    prepared: fx.GraphModule, config: QuantConfig, choices: dict[str, Choice], shapes: dict[fx.Node, torch.Size]
-) -> None:
-    """Insert activation quantizers."""
-    graph = Graph(prepared)
-    requests = _requests(graph, config, choices, shapes)
-    while passing := _relus_behind_quantizers(graph, requests):
-        graph.passing_relus |= passing
-        requests = _requests(graph, config, choices, shapes)
-    taken: set[str] = set()
-    placed: list[tuple[fx.Node, bool, int, str, FakeQuantize]] = []
-    for edges, scheme in requests:
-        relu = all(graph.kind(edge) is Kind.relu for edge in edges)
-        nonnegative = all(graph.nonnegative(edge) for edge in edges)
-        _check_axis(graph, edges, scheme, shapes)
-        quantizer = FakeQuantize(
-            scheme, nonnegative=nonnegative, relu=relu, sites=len(edges), activation=shapes[edges[0]]
-        )
-        quantizer.name = graph.name(edges[0])
-        base = quantizer.name.replace(".", "_")
-        names = (f"{QUANTIZERS}.{base}" if i == 1 else f"{QUANTIZERS}.{base}_{i}" for i in itertools.count(1))
-        name = next(name for name in names if name not in taken)
-        taken.add(name)
-        placed += [(edge, relu, site, name, quantizer) for site, edge in enumerate(edges)]
-    for edge, relu, site, name, quantizer in placed:
-        prepared.add_submodule(name, quantizer)
-        with prepared.graph.inserting_after(edge):
-            args = (edge, site) if quantizer.sites > 1 else (edge,)
-            node = prepared.graph.call_module(name, args)
-            node.meta = dict(edge.meta)
-        for reader in [user for user in edge.users if user is not node]:
-            reader.replace_input_with(edge, node)
-        if relu:
-            node.replace_input_with(edge, edge.all_input_nodes[0])
-            prepared.graph.erase_node(edge)
-    prepared.graph.lint()
-    prepared.recompile()
+    def recorded(self, part: Part, path: str) -> nn.Module:
+        """A recorded network with quantizers on its edges."""
+        traced, config = part.traced, self.config
+        assert traced is not None
+        if not part.call.from_outside:  # what it reads was made by the network
+            config = dataclasses.replace(config, input=config.activation)
+        inside = {name: self.choices[join(path, name)] for name in part.layers("")}
+        traced.meta["qat"] = {
+            "config": config,
+            "reasons": {name: choice.reason for name, choice in inside.items()},
+            "inputs": _described(part.call, part.net),
+        }
+        traced.meta["opaque"] = part.opaque
+        notes = place(traced, config, inside, part.shapes, f"{path}." if path else "")
+        self.notes |= {join(path, name): note for name, note in notes.items()}
+        for name in part.opaque:
+            traced.set_submodule(name, self.module(join(path, name)))
+        if is_lightning(part.net):
+            shell = self.copied(part.net, {child: traced.get_submodule(n) for n, child in part.net.named_children()})
+            return with_graph(shell, traced, prepare)
+        return traced
 
+    def tie(self, prepared: nn.Module) -> None:
+        """Let layers in different parts that hold one weight share its quantizer."""
+        if list(self.parts.found) != [""]:
+            layers = ((k, m) for k, m in prepared.named_modules() if isinstance(m, QuantizedLayer))
+            self.notes |= share_weight_quantizers(layers)
 
-def _tell_recurrent_layers(graph: Graph) -> None:
-    """Let recurrent layers know the grids of their inputs, one a call, so that their sums are exact in evaluation."""
-    for node, layer in graph.recurrent():
-        quantizer = graph.quantizer_of(graph.operands(node)[0])
-        if quantizer is not None and quantizer not in layer.sources:
-            layer.sources = (*layer.sources, quantizer)
+    def shell(self, net: nn.Module, path: str) -> nn.Module:
+        """A module whose own code runs as it is, with prepared children."""
+        children = {child: self.module(join(path, name)) for name, child in net.named_children()}
+        if all(child is made for child, made in children.items()) and path:
+            return net
+        shell = self.copied(net, children)
+        if is_lightning(shell):
+            shell.__class__ = prepared_class(type(shell), prepare)
+        return shell
 
-
-def _requests(
-    graph: Graph, config: QuantConfig, choices: dict[str, Choice], shapes: dict[fx.Node, torch.Size]
-) -> list[tuple[list[fx.Node], TensorScheme]]:
-    """Which edges need a quantizer, edges that share one together, each with its scheme (the widest one asked for)."""
-    wanted: dict[fx.Node, TensorScheme] = {}
-    shared: dict[fx.Node, list[fx.Node]] = {}
-    weights = graph.held_for_layers()
-    for node in graph.nodes:
-        kind = graph.kind(node)
-        scheme = choices[str(node.target)].activation if kind is Kind.layer else config.activation
-        reads = kind in (Kind.layer, Kind.add, Kind.arithmetic, Kind.average) and node not in weights
-        if not reads or not scheme.quantized:
-            continue
-        for arg in graph.operands(node):
-            # numbers and masks have no grid; what a recurrent layer makes is on one already
-            sources = [s for s in graph.sources(arg) if s in shapes and graph.given_grid(s) is None]
-            group = list(dict.fromkeys(member for s in sources for member in shared.get(s, [s])))
-            shared |= dict.fromkeys(group, group)
-            for source in sources:
-                asked = config.input if graph.kind(source) is Kind.input else scheme
-                if asked.quantized and (source not in wanted or (asked.bits or 0) > (wanted[source].bits or 0)):
-                    wanted[source] = asked
-    result = []
-    for node in graph.nodes:
-        members = [member for member in shared.get(node, []) if member in wanted]
-        if members and members[0] is node:
-            result.append((members, max((wanted[m] for m in members), key=lambda s: s.bits or 0)))
-    return result
-
-
-def _relus_behind_quantizers(graph: Graph, requests: list[tuple[list[fx.Node], TensorScheme]]) -> set[fx.Node]:
-    """ReLUs whose input is quantized already (something else reads it too): they clamp integers and keep the scale."""
-    edges = {edge for members, _ in requests for edge in members}
-    return {
-        edge
-        for edge in edges
-        if graph.kind(edge) is Kind.relu
-        and all(s in edges or graph.given_grid(s) is not None for s in graph.sources(edge.all_input_nodes[0]))
-    }
-
-
-_OUT_OF_PLACE: dict[Any, Any] = {
-    torch.relu_: torch.relu,
-    nn.functional.relu_: nn.functional.relu,
-    "relu_": "relu",
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    **{f"{key}_": key for key in CALLS if isinstance(key, str)},
-    **{getattr(torch, f"{key}_"): getattr(torch, key) for key in CALLS
-       if isinstance(key, str) and hasattr(torch, f"{key}_") and hasattr(torch, key)},
-    **{getattr(nn.functional, f"{key}_"): getattr(nn.functional, key)
-       for key in ("leaky_relu", "elu", "hardtanh") if hasattr(nn.functional, f"{key}_")},
-}  # fmt: skip
-
-
-_POSITIONAL: dict[Any, tuple[str, ...]] = {
-    function: tuple(inspect.signature(function).parameters)
-    for function in (nn.functional.leaky_relu, nn.functional.elu, nn.functional.silu, nn.functional.mish,
-                     nn.functional.hardswish, nn.functional.hardsigmoid, nn.functional.hardtanh, nn.functional.relu6)
-}  # fmt: skip
-
-
-def _drop_in_place(prepared: fx.GraphModule) -> None:
-    """Make in-place operations return a new tensor, and let later readers of the overwritten tensor read that one."""
-    graph = Graph(prepared)
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        module = graph.submodule(node)
-        in_place = node.target in _OUT_OF_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False)
-        if node.target is operator.iadd:
-            node.target = operator.add  # the traced result is what later code reads
-        names = _POSITIONAL.get(node.target, ())
-        if "inplace" in names and len(node.args) > names.index("inplace"):
-            in_place = in_place or bool(node.args[names.index("inplace")])
-            node.args = node.args[: names.index("inplace")]
-        if not in_place:
-            continue
-        node.target = _OUT_OF_PLACE.get(node.target, node.target)
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-        if module is not None:
-            module = copy.copy(module)  # the original keeps its setting
-            setattr(module, "inplace", False)  # noqa: B010 (nn.Module types attributes as tensors)
-            prepared.set_submodule(str(node.target), module)
-        overwritten = node.all_input_nodes[0]
-        for reader in [user for user in overwritten.users if position[user] > position[node]]:
-            reader.replace_input_with(overwritten, node)
-    prepared.recompile()
-
-
-def _check_axis(graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes: dict[fx.Node, torch.Size]) -> None:
-    """Refuse channels and groups that an activation does not have, or that its edges do not share."""
-    if scheme.granularity not in (Granularity.channel, Granularity.group):
-        return
-    axis, sizes = 1 if scheme.axis is None else scheme.axis, set()
-    for edge in edges:
-        shape, name = shapes[edge], graph.name(edge)
-        if not -len(shape) <= axis < len(shape):
-            raise ValueError(
-                f"quant.activation.axis={axis}: the tensor '{name}' has {len(shape)} dimensions {list(shape)}"
-            )
-        size = shape[axis]
-        sizes.add(size)
-        if scheme.group_size and size % scheme.group_size and not scheme.allow_padding:
-            raise ValueError(
-                f"quant.activation.group_size={scheme.group_size} does not divide the {size} channels of the tensor "
-                f"'{name}' (shape {list(shape)}, axis {axis}); give a divisor of {size}, exempt the layer "
-                f"by a rule, or set quant.activation.allow_padding=true"
-            )
-    if scheme.granularity is Granularity.channel and len(sizes) > 1:
-        names = ", ".join(f"'{graph.name(edge)}'" for edge in edges)
-        raise ValueError(
-            f"quant.activation.granularity=channel: {names} share a scale, because they are concatenated, and have "
-            f"{sorted(sizes)} channels; use granularity=tensor there, by a rule"
-        )
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of every tensor of real numbers."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[fx.Node, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one operation."""
-        result = super().run_node(n)
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.shapes[n] = result.shape
-        return result
-
-
-@torch.no_grad()
-def _shapes(prepared: fx.GraphModule, example_inputs: Tensor | tuple[Tensor, ...]) -> dict[fx.Node, torch.Size]:
-    """The shape of every tensor."""
-    interpreter = _Shapes(prepared)
-    with eval_mode(prepared):
-        interpreter.run(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
-    return interpreter.shapes
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Torch's attention modules compute as they are written; their fast path makes zeros of what is padding."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@torch.no_grad()
-def _check_same(
-    net: nn.Module, prepared: fx.GraphModule, example_inputs: Tensor | tuple[Tensor, ...]
-) -> dict[fx.Node, torch.Size]:
-    """Run both on the example; returns the shape of every tensor."""
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    interpreter = _Shapes(prepared)
-    in_steps = any(type(module) in INSIDE for module in net.modules())
-    tolerance = 1e-4 if in_steps else 0.0  # sums in another order
-    with eval_mode(net, prepared), _without_fast_path():
-        expected, got = net(*inputs), interpreter.run(*inputs)
-    try:
-        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-    except AssertionError as error:
-        raise ValueError(
-            f"the traced {type(net).__name__} does not compute what the network computes: {error}"
-        ) from None
-    return interpreter.shapes
+    def copied(self, net: nn.Module, children: dict[nn.Module, nn.Module]) -> nn.Module:
+        """A copy that shares parameters, buffers and what `children` does not replace."""
+        memo: dict[int, Any] = {id(child): made for child, made in children.items()}
+        memo |= {id(t): t for t in (*net.parameters(recurse=False), *net.buffers(recurse=False))}
+        for name, child in net.named_modules():
+            if name and child not in children:
+                memo.setdefault(id(child), child)
+        return copy.deepcopy(net, memo)

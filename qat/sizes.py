@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from qat.graph import Graph, Kind
 from qat.modes import eval_mode
+from qat.structures import map_tensors, tensors
 
 
 class Sizes:
@@ -35,8 +36,7 @@ class Sizes:
 
     def is_batch(self, node: fx.Node) -> bool:
         """Whether a size is the batch size itself."""
-        inputs = self.prepared.meta["qat"]["inputs"]
-        batch = inputs[0][0][0]
+        batch = next(tensors(self.prepared.meta["qat"]["inputs"])).shape[0]
         return [run[node] for run in self.runs] == [batch, 2 * batch]
 
     @property
@@ -48,10 +48,14 @@ class Sizes:
         return self._runs
 
     def _run(self, factor: int) -> dict[fx.Node, Any]:
-        inputs = self.prepared.meta["qat"]["inputs"]
+        inputs: dict[str, Any] = self.prepared.meta["qat"]["inputs"]
         device = next((t.device for t in self.prepared.state_dict().values()), torch.device("cpu"))
         noter = _Noter(self.prepared)
-        noter.run(*(torch.zeros(shape[0] * factor, *shape[1:], dtype=dtype, device=device) for shape, dtype in inputs))
+
+        def example(t: Tensor) -> Tensor:
+            return torch.zeros(t.shape[0] * factor, *t.shape[1:], dtype=t.dtype, device=device)
+
+        noter.run(*map_tensors(example, list(inputs.values())))
         return noter.noted
 
 

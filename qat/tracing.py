@@ -7,10 +7,11 @@ branch is refused.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,6 +54,18 @@ class ByMode(nn.Module):
         return self.train_value if self.training else self.eval_value
 
 
+class UntraceableError(ValueError):
+    """A network that cannot be recorded.
+
+    Attributes:
+        culprit: path of the innermost module whose own code stopped the recording, "" for the network's.
+    """
+
+    def __init__(self, message: str, culprit: str = "") -> None:
+        super().__init__(message)
+        self.culprit = culprit
+
+
 class _Tracer(fx.Tracer):
     """Records, and takes quantized layers, quantizers and the modules in `whole` as single operations."""
 
@@ -62,6 +75,7 @@ class _Tracer(fx.Tracer):
         super().__init__(autowrap_functions=PACKING)
         self._autowrap_search.append(torch.nn.utils.rnn)  # where `nn.utils.rnn.pack_padded_sequence(...)` finds them
         self.whole = whole or set()
+        self.culprit: str | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         single = isinstance(m, Quantized | FakeQuantize) or module_qualified_name in self.whole
@@ -71,33 +85,47 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record a call of a module, or what is inside it."""
         inside = INSIDE.get(type(m))
-        return super().call_module(m, forward if inside is None else partial(inside, m), args, kwargs)
+        try:
+            return super().call_module(m, forward if inside is None else partial(inside, m), args, kwargs)
+        except Exception:
+            if self.culprit is None:
+                self.culprit = self.path_of_module(m)
+            raise
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         """What computes the network itself, and its inputs."""
         return super().create_args_for_root(INSIDE.get(type(self.root), root_fn), is_module, concrete_args)
 
 
-def trace(net: nn.Module) -> fx.GraphModule:
+def trace(
+    net: nn.Module, opaque: Iterable[str] = (), fixed: Mapping[str, Any] = MappingProxyType({})
+) -> fx.GraphModule:
     """Record `net` as a graph. Parameters and submodules are shared with `net`, which is not changed.
 
+    Args:
+        net: the network.
+        opaque: paths of submodules to take as single operations.
+        fixed: parameters of `forward` that are no tensors, and their values: the graph has them built in.
+
     Raises:
-        ValueError: the network cannot be traced, or takes another path in training than in evaluation; says why and at
-            which line of its code.
+        UntraceableError: the network cannot be traced, or takes another path in training than in evaluation; says why
+            and at which line of its code.
     """
     whole = {  # often they cannot be traced while they train
         name
         for name, module in net.named_modules()
         if name and not any(module.children()) and not any(module.state_dict()) and _is_identity_in_eval(module)
     }
+    taken = set(opaque)
     before = set(vars(net))
     while True:
-        train, evaluation = _record(net, True, whole), _record(net, False, whole)
+        train, evaluation = (_record(net, training, whole | taken, fixed) for training in (True, False))
         branch = _branch(train, evaluation)
         if branch is None:
             break
         whole.add(_passing_scope(net, *branch))
     traced = PreparedNetwork(net, evaluation, type(net).__name__)
+    traced.adopt(vars(net))
     traced.meta["identity_in_eval"] = sorted(whole)
     for name in set(vars(net)) - before:  # tensors made in forward, which the trace left behind
         delattr(net, name)
@@ -106,7 +134,7 @@ def trace(net: nn.Module) -> fx.GraphModule:
     erase_unread(traced.graph)
     traced.recompile()
     for name, module in net.named_modules():  # what forward does not call belongs to a float checkpoint, too
-        if name and not _has(traced, name):
+        if name and not has(traced, name):
             traced.add_submodule(name, module)
     _add_unread_tensors(net, traced)
     return traced
@@ -124,19 +152,30 @@ def _add_unread_tensors(net: nn.Module, traced: fx.GraphModule) -> None:
                 target.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
 
 
-def _record(net: nn.Module, training: bool, whole: set[str]) -> fx.Graph:
+def _record(net: nn.Module, training: bool, whole: set[str], fixed: Mapping[str, Any]) -> fx.Graph:
+    tracer = _Tracer(whole)
     try:
         with _mode(net, training):
-            graph = _Tracer(whole).trace(net)
+            graph = tracer.trace(net, dict(fixed) or None)
     except Exception as error:  # whatever the network's own code raises when it meets a symbolic tensor
         where = _last_user_line(error)
-        raise ValueError(
+        raise UntraceableError(
             f"qat cannot trace {type(net).__name__}{where}: {error}. Control flow that depends on the values of "
-            f"tensors cannot be recorded; move it out of forward, or prepare the traceable submodules one by one."
+            f"tensors cannot be recorded; move it out of forward, into a submodule of its own.",
+            tracer.culprit or "",
         ) from error
     for node in graph.nodes:  # else the generated code asks for a wrapping that later traces trip over
         node.meta.pop("is_wrapped", None)
+    for node in graph.nodes:  # fx leaves of a fixed parameter an input that only assertions read
+        if node.op == "placeholder" and str(node.target).rpartition("_")[0] in fixed:
+            _erase_with_readers(graph, node)
     return graph
+
+
+def _erase_with_readers(graph: fx.Graph, node: fx.Node) -> None:
+    for reader in list(node.users):
+        _erase_with_readers(graph, reader)
+    graph.erase_node(node)
 
 
 @contextmanager
@@ -192,7 +231,7 @@ def _passing_scope(net: nn.Module, a: fx.Node | None, b: fx.Node | None) -> str:
             if path and _is_identity_in_eval(net.get_submodule(path)):
                 return str(path)
     where = next((line for line in map(_line_of, (a, b)) if line), "")
-    raise ValueError(
+    raise UntraceableError(
         f"{type(net).__name__} takes another path in training than in evaluation{where}. A trace holds one path: put "
         f"the branch into an nn.Module of its own that returns its input when it is not training (as nn.Dropout does), "
         f"or pass self.training as an argument (F.dropout(x, p, training=self.training))"
@@ -259,13 +298,14 @@ def _merged(traced: fx.GraphModule, node: fx.Node, train: Any, evaluation: Any) 
         return type(evaluation)(parts)
     if isinstance(evaluation, slice) or (type(train) is type(evaluation) and train == evaluation):
         return evaluation
-    name = next(n for i in range(len(traced.graph.nodes)) if not _has(traced, n := f"{MODES}.{node.name}_{i}"))
+    name = next(n for i in range(len(traced.graph.nodes)) if not has(traced, n := f"{MODES}.{node.name}_{i}"))
     traced.add_submodule(name, ByMode(train, evaluation))
     with traced.graph.inserting_before(node):
         return traced.graph.call_module(name, ())
 
 
-def _has(net: nn.Module, name: str) -> bool:
+def has(net: nn.Module, name: str) -> bool:
+    """Whether there is a submodule of that path."""
     try:
         net.get_submodule(name)
     except AttributeError:

@@ -5,6 +5,7 @@ One small network an operation. `inside` says what the integer network must hold
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -599,13 +600,14 @@ def test_a_branch_on_the_mode_is_refused_with_its_line() -> None:
     with pytest.raises(
         ValueError, match=r"another path in training.*test_operations\.py:\d+.*an nn\.Module of its own"
     ):
-        qat.prepare(Modal(run), config(8), torch.randn(2, 3, 8, 8))
+        qat.prepare(Modal(run), dataclasses.replace(config(8), graph="required"), torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize("p", [0.3, 1.0])
 def test_dropout_in_evaluation_is_refused(p: float) -> None:
+    required = dataclasses.replace(config(8), graph="required")
     with pytest.raises(ValueError, match=r"in evaluation, too.*training=self\.training"):
-        qat.prepare(Modal(lambda s, y: F.dropout(y, p)), config(8), torch.randn(2, 3, 8, 8))
+        qat.prepare(Modal(lambda s, y: F.dropout(y, p)), required, torch.randn(2, 3, 8, 8))
 
 
 # ---- what stays float ------------------------------------------------------------------------------------------------

@@ -598,7 +598,10 @@ def test_a_network_whose_trace_computes_something_else_is_refused() -> None:
             return self.a(x) * self.calls
 
     with pytest.raises(ValueError, match="traced Counts does not compute what the network computes"):
-        prepared(Counts())
+        prepared(Counts(), graph="required")
+    layerwise = prepared(Counts())  # its layers are quantized one by one
+    assert isinstance(layerwise, Counts)
+    assert isinstance(layerwise.a, QuantConv2d)
 
 
 def test_layers_are_the_quantized_ones() -> None:

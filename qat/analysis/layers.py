@@ -1,21 +1,24 @@
 """What was quantized, how, and what was not and why: one row a layer and edge."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from qat.calls import CALLS
 from qat.fake_quant import FakeQuantize
 from qat.fitted import Product
 from qat.functional import computed_weight
 from qat.graph import Graph, Kind
-from qat.layers import SWAPS, Quantized, QuantizedRecurrent, Weight, type_name
+from qat.layers import SWAPS, Quantized, Weight, type_name
 from qat.modes import quantizers
+from qat.parts import graphs
+from qat.split import join
 
 
 @torch.no_grad()
-def layer_table(prepared: fx.GraphModule) -> list[dict[str, Any]]:
+def layer_table(prepared: nn.Module) -> list[dict[str, Any]]:
     """One row for every quantizable layer and every quantized edge.
 
     Args:
@@ -25,8 +28,8 @@ def layer_table(prepared: fx.GraphModule) -> list[dict[str, Any]]:
         Rows with `name`, `kind`, `scheme`, `reason`, `shape`, `parameters`, `bits`, `bytes`, `scale_min`, `scale_max`,
         `sqnr_db` (signal to quantization noise of the weight); what does not apply is None.
     """
-    graph = Graph(prepared)
-    reasons: dict[str, str] = prepared.meta["qat"]["reasons"]
+    about: dict[str, Any] = vars(prepared)["meta"]["qat"]
+    reasons: dict[str, str] = about["reasons"]
     rows: list[dict[str, Any]] = []
     for name, module in prepared.named_modules():
         kind, reason = type_name(module), reasons.get(name, "")
@@ -35,12 +38,7 @@ def layer_table(prepared: fx.GraphModule) -> list[dict[str, Any]]:
         elif type(module) in SWAPS and name in reasons:
             kept = [(key, getattr(module, key)) for key in _weight_names(module)]
             rows += [_row(_path(name, key), kind, "float", f"stays float: {reason}", p, 32) for key, p in kept]
-    edges = {str(node.target): node for node in graph.nodes if graph.kind(node) is Kind.quantizer}
-    recurrent = [module for module in prepared.modules() if isinstance(module, QuantizedRecurrent)]
-    inside = {quantizer for layer in recurrent for quantizer in layer.activation_quantizers()}
-    for name, quantizer in quantizers(prepared):
-        if name in edges or quantizer in inside:
-            rows.append(_edge_row(name, quantizer))
+    rows += [_edge_row(name, quantizer) for name, quantizer in quantizers(prepared) if quantizer.shape is None]
     return rows
 
 
@@ -99,18 +97,37 @@ INTEGER_ARITHMETIC = ("matmul", "mul")
 """Arithmetic of two tensors that has an integer form: the runtime's, or an engine's from the exported pattern."""
 
 
-def float_islands(prepared: fx.GraphModule) -> list[dict[str, str]]:
+def float_islands(prepared: nn.Module) -> list[dict[str, str]]:
     """Operations that the integer network computes in float: from dequantized values, requantized where they are read.
 
     Returns:
-        Rows with `name` (of the tensor), `operation` and `reason`.
+        Rows with `name` (of the tensor, layer or module), `operation` and `reason`.
     """
-    graph = Graph(prepared)
+    about: dict[str, Any] = vars(prepared)["meta"]["qat"]
+    rows = [
+        {"name": path or type(prepared).__name__, "operation": "forward", "reason": f"its code is not recorded: {why}"}
+        for path, why in about["untraced"].items()
+    ]
+    rows += [
+        {"name": path, "operation": type(prepared.get_submodule(path)).__name__, "reason": why}
+        for path, why in about["left_out"].items()
+    ]
+    for path, recorded in graphs(prepared).items():
+        rows += [
+            row | {"name": join(path, row["name"])}
+            for row in _islands(Graph(recorded), recorded.meta.get("opaque", ()))
+        ]
+    return rows
+
+
+def _islands(graph: Graph, opaque: Sequence[str]) -> list[dict[str, str]]:
     rows, weights = [], graph.held_for_layers()
     for node in graph.nodes:
         if node in weights:
             continue
         kind, key = graph.kind(node), graph.key(node)
+        if node.target in opaque:  # its own parts are listed
+            continue
         known = CALLS.get(key)
         operation = getattr(key, "__name__", str(key)) if known is None else known.name
         reason = f"no integer form: {operation} is computed in float"
@@ -131,7 +148,7 @@ def float_islands(prepared: fx.GraphModule) -> list[dict[str, str]]:
     return rows
 
 
-def report(prepared: fx.GraphModule) -> str:
+def report(prepared: nn.Module) -> str:
     """A table of every layer and edge as text: scheme, why, shape, parameters, size; then what is computed in float.
 
     >>> import qat

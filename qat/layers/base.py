@@ -67,6 +67,26 @@ class Quantized(nn.Module):
     def _add_quantizers(self, scheme: TensorScheme, name: str, activation: TensorScheme | None) -> None:
         raise NotImplementedError
 
+    def quantize_input(self, scheme: TensorScheme, example: Tensor, name: str, sites: int = 1) -> None:
+        """Give the layer a quantizer of its own for what it reads, where no graph shows who made it.
+
+        Args:
+            scheme: of the activation.
+            example: what the layer reads, batch included.
+            name: the layer's module path, for messages.
+            sites: how many inputs it has; they share the scale.
+        """
+        self.input_quantizer = FakeQuantize(scheme, activation=example.shape, sites=sites)
+        self.input_quantizer.name = f"{name}.input"
+
+    def read(self, input: Tensor, site: int = 0) -> Tensor:
+        """The input as the layer computes with it: fake-quantized by the layer's own quantizer, if it has one."""
+        quantizer = self._modules.get("input_quantizer")
+        if quantizer is None:
+            return input
+        result: Tensor = quantizer(input, site) if site else quantizer(input)
+        return result
+
     def weights(self) -> Iterator[Weight]:
         """The layer's weights with their quantizers."""
         raise NotImplementedError

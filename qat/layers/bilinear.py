@@ -21,4 +21,4 @@ class QuantBilinear(QuantizedLayer, nn.Bilinear):  # type: ignore[misc]
         return weight.reshape(self.weight.shape)
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:  # noqa: D102
-        return F.bilinear(input1, input2, self.quantized_weight(), self.bias)
+        return F.bilinear(self.read(input1), self.read(input2, 1), self.quantized_weight(), self.bias)

@@ -9,18 +9,18 @@ class QuantConv1d(QuantizedLayer, nn.Conv1d):  # type: ignore[misc]
     """`nn.Conv1d` with a fake-quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
-        return self._conv_forward(input, self.quantized_weight(), self.bias)
+        return self._conv_forward(self.read(input), self.quantized_weight(), self.bias)
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """`nn.Conv2d` with a fake-quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
-        return self._conv_forward(input, self.quantized_weight(), self.bias)
+        return self._conv_forward(self.read(input), self.quantized_weight(), self.bias)
 
 
 class QuantConv3d(QuantizedLayer, nn.Conv3d):  # type: ignore[misc]
     """`nn.Conv3d` with a fake-quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
-        return self._conv_forward(input, self.quantized_weight(), self.bias)
+        return self._conv_forward(self.read(input), self.quantized_weight(), self.bias)

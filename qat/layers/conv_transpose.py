@@ -40,8 +40,8 @@ class _Transposed(QuantizedLayer):
             input, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation
         )
         return CONVOLVE[dims](
-            input, self.quantized_weight(), self.bias, layer.stride, layer.padding, output_padding, layer.groups,
-            layer.dilation,
+            self.read(input), self.quantized_weight(), self.bias, layer.stride, layer.padding, output_padding,
+            layer.groups, layer.dilation,
         )  # fmt: skip
 
 

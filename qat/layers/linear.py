@@ -10,4 +10,4 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` with a fake-quantized weight."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
-        return F.linear(input, self.quantized_weight(), self.bias)
+        return F.linear(self.read(input), self.quantized_weight(), self.bias)

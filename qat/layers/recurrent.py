@@ -96,6 +96,10 @@ class QuantizedRecurrent(Quantized):
                 )
                 self._add(key + self.suffix(cell), quantizer, name)
 
+    def quantize_input(self, scheme: TensorScheme, example: Tensor, name: str, sites: int = 1) -> None:  # noqa: D102
+        super().quantize_input(scheme, example, name, sites)
+        self.sources = (self.input_quantizer,)
+
     def _add(self, key: str, quantizer: FakeQuantize, name: str) -> None:
         quantizer.name = f"{name}.{key}"
         self.add_module(f"{key}_quantizer", quantizer)
@@ -241,8 +245,11 @@ class _Sequences(QuantizedRecurrent):
         pair = len(STATES[self.form.kind]) > 1
         initial: State = () if hx is None else tuple(hx) if pair else (hx,)
         _check(layer, input, initial)
-        output, last = recur(self.form, self._cells(), input, initial, self._between)
+        output, last = recur(self.form, self._cells(), self._read(input), initial, self._between)
         return output, last if pair else last[0]
+
+    def _read(self, input: Tensor | PackedSequence) -> Tensor | PackedSequence:
+        return input._replace(data=self.read(input.data)) if isinstance(input, PackedSequence) else self.read(input)
 
     def _between(self, x: Tensor) -> Tensor:
         return F.dropout(x, float(self.dropout), self.training)  # type: ignore[arg-type]
@@ -272,7 +279,7 @@ class _OneStep(QuantizedRecurrent):
         pair = len(STATES[self.form.kind]) > 1
         initial: State = () if hx is None else tuple(hx) if pair else (hx,)
         alone = input.dim() == 1
-        steps = input.reshape(1, -1, input.shape[-1])
+        steps = self.read(input).reshape(1, -1, input.shape[-1])
         initial = tuple(state.reshape(1, -1, state.shape[-1]) for state in initial)
         _, last = recur(self.form, self._cells(), steps, initial)
         last = tuple(state[0, 0] if alone else state[0] for state in last)

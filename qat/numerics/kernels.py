@@ -19,6 +19,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,8 @@ def compiled(name: str, form: str, dtype: torch.dtype, device: str, threads: int
         device: its type.
         threads: on a CPU, how many share the work.
     """
-    arguments, options = _example(name, form, dtype, device), {"config_patches": {"cpp.threads": threads}}
+    arguments: list[Any] = [*_example(name, form, dtype, device)]
+    options = {"config_patches": {"cpp.threads": threads}}
     try:
         with torch.inference_mode(False), torch.no_grad():
             graph = make_fx(KERNELS[name, form], tracing_mode="symbolic")(*arguments)

@@ -14,6 +14,8 @@ from qat.fake_quant import FakeQuantize, Mode
 from qat.graph import Graph, Kind
 from qat.layers import QuantizedLayer
 from qat.modes import eval_mode, quantizers, set_mode
+from qat.parts import graphs
+from qat.record import run
 
 log = logging.getLogger(__name__)
 Inputs = tuple[Tensor, ...]
@@ -39,8 +41,8 @@ class RoundingResult:
 
 
 def learn_rounding(
-    prepared: fx.GraphModule,
-    batches: Iterable[Tensor | tuple[Tensor, ...]],
+    prepared: nn.Module,
+    batches: Iterable[Any],
     *,
     steps: int = 1000,
     lr: float = 0.01,
@@ -75,14 +77,16 @@ def learn_rounding(
 
     Source: Nagel et al. 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization", section 3.3, equation 25.
     """
-    inputs = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-    calls: dict[QuantizedLayer, list[fx.Node]] = {}
-    graph = Graph(prepared)
+    inputs = list(batches)
+    calls: dict[QuantizedLayer, tuple[Graph, list[fx.Node]]] = {}
     first: dict[FakeQuantize, QuantizedLayer] = {}  # of layers that share a weight, the first one learns
-    for node, layer in graph.layers():
-        quantizer = layer.weight_quantizer
-        if quantizer.adapts and layer.biased and first.setdefault(quantizer, layer) is layer:
-            calls.setdefault(layer, []).append(node)  # of a table that is looked up, nearest is the best
+    for graph in map(Graph, graphs(prepared).values()):
+        for node, layer in graph.layers():
+            quantizer = layer.weight_quantizer
+            if quantizer.adapts and layer.biased and first.setdefault(quantizer, layer) is layer:
+                calls.setdefault(layer, (graph, []))[1].append(
+                    node
+                )  # of a table that is looked up, nearest is the best
     if not calls:
         return []
     if not inputs:
@@ -90,8 +94,8 @@ def learn_rounding(
     main = not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
     results = []
     with _modes_kept(prepared), _bar(len(calls) * steps, progress and main) as advance, eval_mode(prepared):
-        for layer, nodes in calls.items():
-            task = _Reconstruction(graph, layer, nodes, inputs)
+        for layer, (graph, nodes) in calls.items():
+            task = _Reconstruction(prepared, graph, layer, nodes, inputs)
             results.append(task.learn(steps, lr, batch_size, penalty, advance))
     if main:
         _log(results)
@@ -102,17 +106,17 @@ class _Reconstruction:
     """One layer, its inputs in the quantized network and its outputs in the float network."""
 
     def __init__(
-        self, graph: Graph, layer: QuantizedLayer, nodes: list[fx.Node], batches: list[tuple[Tensor, ...]]
+        self, net: nn.Module, graph: Graph, layer: QuantizedLayer, nodes: list[fx.Node], batches: list[Any]
     ) -> None:
         self.name, self.layer, self.quantizer = str(nodes[0].target), layer, layer.weight_quantizer
         self.norm, self.relu = _tail(graph, nodes[0]) if len(nodes) == 1 else (None, False)
         found: dict[Any, list[tuple[Inputs, Tensor]]] = {}  # calls may differ in the size of their images
         for batch in batches:
-            set_mode(graph.module, Mode.float)
+            set_mode(net, Mode.float)
             with torch.no_grad():
-                targets = [self._output(*x) for x in _inputs(graph.module, layer, len(nodes), batch)]
-            set_mode(graph.module, Mode.frozen)
-            for x, target in zip(_inputs(graph.module, layer, len(nodes), batch), targets, strict=True):
+                targets = [self._output(*x) for x in _inputs(net, layer, len(nodes), batch)]
+            set_mode(net, Mode.frozen)
+            for x, target in zip(_inputs(net, layer, len(nodes), batch), targets, strict=True):
                 found.setdefault(tuple(t.shape[1:] for t in x), []).append((x, target))
         self.data: list[tuple[Inputs, Tensor]] = [
             (tuple(torch.cat(ts) for ts in zip(*(x for x, _ in pairs), strict=True)), torch.cat([y for _, y in pairs]))
@@ -201,7 +205,7 @@ class _Reached(Exception):  # noqa: N818
 
 
 @torch.no_grad()
-def _inputs(net: nn.Module, layer: QuantizedLayer, calls: int, batch: Inputs) -> list[Inputs]:
+def _inputs(net: nn.Module, layer: QuantizedLayer, calls: int, batch: Any) -> list[Inputs]:
     """A layer's inputs in one pass of the network, one tuple a call."""
     seen: list[Inputs] = []
 
@@ -212,7 +216,7 @@ def _inputs(net: nn.Module, layer: QuantizedLayer, calls: int, batch: Inputs) ->
 
     handle = layer.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        net(*batch)
+        run(net, batch)
     except _Reached:
         pass
     finally:

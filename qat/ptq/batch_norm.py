@@ -1,16 +1,18 @@
 """BatchNorm statistics measured anew on the quantized network."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.modes import eval_mode
+from qat.record import run
 
 
 @torch.no_grad()
-def reestimate_batch_norm(net: nn.Module, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+def reestimate_batch_norm(net: nn.Module, batches: Iterable[Any]) -> None:
     """Replace running means and variances by their plain averages over `batches`, everything else in eval mode.
 
     Training leaves a moving average of statistics that weights have since moved away from, most at few bits.
@@ -26,7 +28,7 @@ def reestimate_batch_norm(net: nn.Module, batches: Iterable[Tensor | tuple[Tenso
                 norm.momentum = None  # cumulative average
                 norm.train()
             for batch in batches:
-                net(*batch) if isinstance(batch, tuple) else net(batch)
+                run(net, batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

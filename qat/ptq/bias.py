@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from qat.fake_quant import Mode
@@ -12,10 +12,12 @@ from qat.fold import BatchNorm, batch_norm_affine, fold, integer_bias
 from qat.graph import Graph, Kind
 from qat.layers import QuantizedLayer, QuantizedRecurrent
 from qat.modes import eval_mode
+from qat.parts import graphs
+from qat.record import run
 
 
 @torch.no_grad()
-def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+def correct_bias(prepared: nn.Module, batches: Iterable[Any]) -> None:
     """Cancel the mean error that quantized weights add to each output channel, measured on `batches`.
 
     For float weights that were not trained for quantization. On QAT weights it would undo training, which has already
@@ -24,8 +26,12 @@ def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tens
     Source: Nagel et al. 2019, "Data-Free Quantization", section 4.2 (empirical form; errors of earlier layers are left
     to those layers).
     """
-    graph = Graph(prepared)
-    layers = {layer: graph.batch_norm_after(node) for node, layer in graph.layers() if layer.biased}
+    layers: dict[QuantizedLayer, nn.Module | None] = {}
+    for graph in map(Graph, graphs(prepared).values()):
+        for node, layer in graph.layers():
+            after = graph.batch_norm_after(node)
+            if layer.biased:
+                layers[layer] = graph.submodule(after) if after else None
     error: dict[QuantizedLayer, Tensor] = {}
     calls: dict[QuantizedLayer, int] = {}
 
@@ -44,17 +50,17 @@ def correct_bias(prepared: fx.GraphModule, batches: Iterable[Tensor | tuple[Tens
     try:
         with eval_mode(prepared):
             for batch in batches:
-                prepared(*batch) if isinstance(batch, tuple) else prepared(batch)
+                run(prepared, batch)
     finally:
         for handle in handles:
             handle.remove()
     for layer, norm in layers.items():
         if layer in error:
-            _add_to_output(layer, graph.submodule(norm) if norm else None, error[layer] / calls[layer])
+            _add_to_output(layer, norm, error[layer] / calls[layer])
 
 
 @torch.no_grad()
-def round_biases(prepared: fx.GraphModule) -> None:
+def round_biases(prepared: nn.Module) -> None:
     """Move every bias to the nearest multiple of `input_scale * weight_scale`, the unit in which integers are summed.
 
     The unit is far below a step at 8 bits, but a good part of one at 2. After this, the fake-quantized network and the
@@ -62,7 +68,11 @@ def round_biases(prepared: fx.GraphModule) -> None:
 
     Source: Jacob et al. 2018, section 2.4 (int32 biases).
     """
-    graph = Graph(prepared)
+    for recorded in graphs(prepared).values():
+        _round_biases(Graph(recorded))
+
+
+def _round_biases(graph: Graph) -> None:
     for node in graph.nodes:  # a ReLU behind a quantizer clamps integers and keeps their scale
         if graph.kind(node) is Kind.relu and graph.quantizer_of(node.all_input_nodes[0]) is not None:
             graph.passing_relus.add(node)

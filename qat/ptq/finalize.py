@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, fx
+from torch import nn
 
 from qat.calibrate import calibrate
 from qat.fake_quant import Mode
@@ -38,12 +39,12 @@ class PTQConfig:
     relearn_rounding: bool = False
 
 
-def finalize(prepared: fx.GraphModule, batches: Sequence[Tensor], config: PTQConfig, *, trained: bool) -> None:
+def finalize(prepared: nn.Module, batches: Sequence[Any], config: PTQConfig, *, trained: bool) -> None:
     """Turn a network into what will be exported: its fake-quantized forward is from here on the integer network's.
 
     Args:
         prepared: a prepared network: freshly prepared from float weights, or trained.
-        batches: calibration inputs.
+        batches: calibration inputs, each as `qat.calibrate` takes it.
         config: the steps.
         trained: whether quantization-aware training has run. Without it ranges are calibrated and biases corrected.
     """

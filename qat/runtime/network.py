@@ -102,9 +102,11 @@ class IntegerNetwork(nn.Module):
         )  # fmt: skip
         return self.grid(node.inputs[0]) if keeps else None
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Inputs (float32; indices are integers) -> float32 output, or a tuple of them."""
-        tensors = self.run(*inputs)
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Inputs (float32; indices are integers), by position or name -> float32 output, or a tuple of them."""
+        tensors = self.run(*inputs, *(named.pop(name) for name in self.inputs[len(inputs) :] if name in named))
+        if named:
+            raise ValueError(f"the network takes {', '.join(self.inputs)}; got {', '.join(named)} beside these")
         outputs = tuple(tensors[name] for name in self.outputs)
         return outputs[0] if len(outputs) == 1 else outputs
 

@@ -10,6 +10,9 @@ from qat.numerics.formats import FORMATS
 from qat.scheme.checks import check_scheme
 from qat.scheme.tensor import Granularity, TensorScheme, check_names, override
 
+GRAPHS = ("auto", "required", "layers")
+"""What QuantConfig.graph may be."""
+
 
 def _weight_default() -> TensorScheme:
     return TensorScheme(narrow_range=True, granularity=Granularity.channel, range="dynamic")
@@ -41,6 +44,8 @@ class QuantConfig:
         input: scheme of the network's own inputs.
         rules: exceptions, first match wins.
         target: key of TARGETS, what will run the result.
+        graph: `auto` traces what torch.fx can trace and quantizes other layers at their own inputs; `required` refuses
+            a network that cannot be traced as a whole; `layers` traces nothing.
     """
 
     weight: TensorScheme = field(default_factory=_weight_default)
@@ -48,6 +53,7 @@ class QuantConfig:
     input: TensorScheme = field(default_factory=TensorScheme)
     rules: list[LayerRule] = field(default_factory=list)
     target: str = "generic"
+    graph: str = "auto"
 
     def __post_init__(self) -> None:
         self.validate()
@@ -67,6 +73,8 @@ class QuantConfig:
                     f"quant.{name}.format={scheme.format}: with bits=null the tensor stays float; give "
                     f"quant.{name}.bits={bits[len(bits) // 2]}"
                 )
+        if self.graph not in GRAPHS:
+            raise ValueError(f"quant.graph={self.graph!r} is not known (valid: {', '.join(GRAPHS)})")
         for i, rule in enumerate(self.rules):
             where = f"quant.rules[{i}]"
             if rule.match in ("", "?"):
@@ -103,7 +111,7 @@ class QuantConfig:
         for i, rule in enumerate(data.get("rules", [])):
             check_names(rule, LayerRule, f"quant.rules[{i}]")
             rules.append(LayerRule(**rule))
-        return cls(**schemes, rules=rules, target=data.get("target", "generic"))
+        return cls(**schemes, rules=rules, target=data.get("target", "generic"), graph=data.get("graph", "auto"))
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,315 @@
+"""Quantizers into a recorded network: layers swapped, a FakeQuantize on every edge that a quantized operation reads."""
+
+import copy
+import inspect
+import itertools
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qat.calls import CALLS
+from qat.choices import Choice, Quantizable
+from qat.decompose import decompose_attention, decompose_extremes
+from qat.fake_quant import FakeQuantize
+from qat.functional import insert_functional
+from qat.graph import Graph, Kind, bind_functional
+from qat.inside import INSIDE
+from qat.layers import SWAPS, Functional, type_name
+from qat.layers.tied import share_weight_quantizers
+from qat.modes import eval_mode
+from qat.record import Call, without_fast_path
+from qat.scheme import Granularity, QuantConfig, TensorScheme
+from qat.structures import map_tensors, tensors
+
+QUANTIZERS = "quantizers"
+"""Where activation quantizers live in a prepared network."""
+
+
+def normalize(
+    traced: fx.GraphModule, net: nn.Module, call: Call, fixed: Mapping[str, Any]
+) -> dict[fx.Node, torch.Size]:
+    """Check a recording and bring it into the form that quantizers are placed in: attention in steps, nothing in place.
+
+    Args:
+        traced: from `qat.tracing.trace`; changed in place.
+        net: what it was recorded from.
+        call: example inputs.
+        fixed: other parameters of the network's forward, as the recording has them built in.
+
+    Returns:
+        The shape of every tensor of real numbers.
+
+    Raises:
+        ValueError: the two compute different results.
+    """
+    shapes = _check_same(net, traced, call, fixed)
+    if decompose_attention(traced, shapes) | decompose_extremes(traced) | insert_functional(traced):
+        bind_functional(traced)
+        shapes = _shapes(traced, call)
+    _drop_in_place(traced)
+    return shapes
+
+
+def quantizable(traced: fx.GraphModule) -> dict[str, Quantizable]:
+    """Every quantizable layer by path, in order of execution."""
+    graph = Graph(traced)
+    found = {}
+    for node in graph.nodes:
+        name, module = str(node.target), graph.submodule(node)
+        if module is not None and type(module) in SWAPS:
+            found[name] = Quantizable(type_name(module), module.path if isinstance(module, Functional) else name)
+    return found
+
+
+def place(
+    traced: fx.GraphModule,
+    config: QuantConfig,
+    choices: Mapping[str, Choice],
+    shapes: dict[fx.Node, torch.Size],
+    at: str,
+) -> dict[str, str]:
+    """Swap layers for quantized ones and insert quantizers, in place.
+
+    Args:
+        traced: from `normalize`.
+        config: for the schemes of inputs and of what no layer reads.
+        choices: path within `traced` -> schemes of a layer.
+        shapes: from `normalize`.
+        at: the path of `traced` in the whole network, for messages: "" or with a dot at its end.
+
+    Returns:
+        Path within `traced` -> what is to say about a layer beside its choice.
+    """
+    traced.meta["ranks"] = {str(node.target): len(shape) for node, shape in shapes.items() if node.op == "call_module"}
+    for name, choice in choices.items():
+        if choice.weight.quantized:
+            module = traced.get_submodule(name)
+            traced.set_submodule(
+                name, SWAPS[type(module)].from_float(module, choice.weight, at + name, choice.activation)
+            )
+    bind_functional(traced)
+    ties = share_weight_quantizers((str(node.target), layer) for node, layer in Graph(traced).layers())
+    _insert(traced, config, choices, shapes, at)
+    _tell_recurrent_layers(Graph(traced))
+    return ties
+
+
+def _insert(
+    prepared: fx.GraphModule,
+    config: QuantConfig,
+    choices: Mapping[str, Choice],
+    shapes: dict[fx.Node, torch.Size],
+    at: str,
+) -> None:
+    """Insert activation quantizers."""
+    graph = Graph(prepared)
+    requests = _requests(graph, config, choices, shapes)
+    while passing := _relus_behind_quantizers(graph, requests):
+        graph.passing_relus |= passing
+        requests = _requests(graph, config, choices, shapes)
+    taken: set[str] = set()
+    placed: list[tuple[fx.Node, bool, int, str, FakeQuantize]] = []
+    for edges, scheme in requests:
+        relu = all(graph.kind(edge) is Kind.relu for edge in edges)
+        nonnegative = all(graph.nonnegative(edge) for edge in edges)
+        _check_axis(graph, edges, scheme, shapes)
+        quantizer = FakeQuantize(
+            scheme, nonnegative=nonnegative, relu=relu, sites=len(edges), activation=shapes[edges[0]]
+        )
+        quantizer.name = at + graph.name(edges[0])
+        base = graph.name(edges[0]).replace(".", "_")
+        names = (f"{QUANTIZERS}.{base}" if i == 1 else f"{QUANTIZERS}.{base}_{i}" for i in itertools.count(1))
+        name = next(name for name in names if name not in taken)
+        taken.add(name)
+        placed += [(edge, relu, site, name, quantizer) for site, edge in enumerate(edges)]
+    for edge, relu, site, name, quantizer in placed:
+        prepared.add_submodule(name, quantizer)
+        with prepared.graph.inserting_after(edge):
+            args = (edge, site) if quantizer.sites > 1 else (edge,)
+            node = prepared.graph.call_module(name, args)
+            node.meta = dict(edge.meta)
+        for reader in [user for user in edge.users if user is not node]:
+            reader.replace_input_with(edge, node)
+        if relu:
+            node.replace_input_with(edge, edge.all_input_nodes[0])
+            prepared.graph.erase_node(edge)
+    prepared.graph.lint()
+    prepared.recompile()
+
+
+def _tell_recurrent_layers(graph: Graph) -> None:
+    """Let recurrent layers know the grids of their inputs, one a call, so that their sums are exact in evaluation."""
+    for node, layer in graph.recurrent():
+        quantizer = graph.quantizer_of(graph.operands(node)[0])
+        if quantizer is not None and quantizer not in layer.sources:
+            layer.sources = (*layer.sources, quantizer)
+
+
+def _requests(
+    graph: Graph, config: QuantConfig, choices: Mapping[str, Choice], shapes: dict[fx.Node, torch.Size]
+) -> list[tuple[list[fx.Node], TensorScheme]]:
+    """Which edges need a quantizer, edges that share one together, each with its scheme (the widest one asked for)."""
+    wanted: dict[fx.Node, TensorScheme] = {}
+    shared: dict[fx.Node, list[fx.Node]] = {}
+    weights = graph.held_for_layers()
+    for node in graph.nodes:
+        kind = graph.kind(node)
+        scheme = choices[str(node.target)].activation if kind is Kind.layer else config.activation
+        reads = kind in (Kind.layer, Kind.add, Kind.arithmetic, Kind.average) and node not in weights
+        if not reads or not scheme.quantized:
+            continue
+        for arg in graph.operands(node):
+            # numbers and masks have no grid; what a recurrent layer makes is on one already
+            sources = [s for s in graph.sources(arg) if s in shapes and graph.given_grid(s) is None]
+            group = list(dict.fromkeys(member for s in sources for member in shared.get(s, [s])))
+            shared |= dict.fromkeys(group, group)
+            for source in sources:
+                asked = config.input if graph.kind(source) is Kind.input else scheme
+                if asked.quantized and (source not in wanted or (asked.bits or 0) > (wanted[source].bits or 0)):
+                    wanted[source] = asked
+    result = []
+    for node in graph.nodes:
+        members = [member for member in shared.get(node, []) if member in wanted]
+        if members and members[0] is node:
+            result.append((members, max((wanted[m] for m in members), key=lambda s: s.bits or 0)))
+    return result
+
+
+def _relus_behind_quantizers(graph: Graph, requests: list[tuple[list[fx.Node], TensorScheme]]) -> set[fx.Node]:
+    """ReLUs whose input is quantized already (something else reads it too): they clamp integers and keep the scale."""
+    edges = {edge for members, _ in requests for edge in members}
+    return {
+        edge
+        for edge in edges
+        if graph.kind(edge) is Kind.relu
+        and all(s in edges or graph.given_grid(s) is not None for s in graph.sources(edge.all_input_nodes[0]))
+    }
+
+
+_OUT_OF_PLACE: dict[Any, Any] = {
+    torch.relu_: torch.relu,
+    nn.functional.relu_: nn.functional.relu,
+    "relu_": "relu",
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    **{f"{key}_": key for key in CALLS if isinstance(key, str)},
+    **{getattr(torch, f"{key}_"): getattr(torch, key) for key in CALLS
+       if isinstance(key, str) and hasattr(torch, f"{key}_") and hasattr(torch, key)},
+    **{getattr(nn.functional, f"{key}_"): getattr(nn.functional, key)
+       for key in ("leaky_relu", "elu", "hardtanh") if hasattr(nn.functional, f"{key}_")},
+}  # fmt: skip
+
+
+_POSITIONAL: dict[Any, tuple[str, ...]] = {
+    function: tuple(inspect.signature(function).parameters)
+    for function in (nn.functional.leaky_relu, nn.functional.elu, nn.functional.silu, nn.functional.mish,
+                     nn.functional.hardswish, nn.functional.hardsigmoid, nn.functional.hardtanh, nn.functional.relu6)
+}  # fmt: skip
+
+
+def _drop_in_place(prepared: fx.GraphModule) -> None:
+    """Make in-place operations return a new tensor, and let later readers of the overwritten tensor read that one."""
+    graph = Graph(prepared)
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        module = graph.submodule(node)
+        in_place = node.target in _OUT_OF_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False)
+        if node.target is operator.iadd:
+            node.target = operator.add  # the traced result is what later code reads
+        names = _POSITIONAL.get(node.target, ())
+        if "inplace" in names and len(node.args) > names.index("inplace"):
+            in_place = in_place or bool(node.args[names.index("inplace")])
+            node.args = node.args[: names.index("inplace")]
+        if not in_place:
+            continue
+        node.target = _OUT_OF_PLACE.get(node.target, node.target)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+        if module is not None:
+            module = copy.copy(module)  # the original keeps its setting
+            setattr(module, "inplace", False)  # noqa: B010 (nn.Module types attributes as tensors)
+            prepared.set_submodule(str(node.target), module)
+        overwritten = node.all_input_nodes[0]
+        for reader in [user for user in overwritten.users if position[user] > position[node]]:
+            reader.replace_input_with(overwritten, node)
+    prepared.recompile()
+
+
+def _check_axis(graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes: dict[fx.Node, torch.Size]) -> None:
+    """Refuse channels and groups that an activation does not have, or that its edges do not share."""
+    if scheme.granularity not in (Granularity.channel, Granularity.group):
+        return
+    axis, sizes = 1 if scheme.axis is None else scheme.axis, set()
+    for edge in edges:
+        shape, name = shapes[edge], graph.name(edge)
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"quant.activation.axis={axis}: the tensor '{name}' has {len(shape)} dimensions {list(shape)}"
+            )
+        size = shape[axis]
+        sizes.add(size)
+        if scheme.group_size and size % scheme.group_size and not scheme.allow_padding:
+            raise ValueError(
+                f"quant.activation.group_size={scheme.group_size} does not divide the {size} channels of the tensor "
+                f"'{name}' (shape {list(shape)}, axis {axis}); give a divisor of {size}, exempt the layer "
+                f"by a rule, or set quant.activation.allow_padding=true"
+            )
+    if scheme.granularity is Granularity.channel and len(sizes) > 1:
+        names = ", ".join(f"'{graph.name(edge)}'" for edge in edges)
+        raise ValueError(
+            f"quant.activation.granularity=channel: {names} share a scale, because they are concatenated, and have "
+            f"{sorted(sizes)} channels; use granularity=tensor there, by a rule"
+        )
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and notes the shape of every tensor of real numbers."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[fx.Node, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operation."""
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.shapes[n] = result.shape
+        return result
+
+
+@torch.no_grad()
+def _shapes(traced: fx.GraphModule, call: Call) -> dict[fx.Node, torch.Size]:
+    """The shape of every tensor."""
+    return _run(traced, call)[1]
+
+
+def _run(traced: fx.GraphModule, call: Call) -> tuple[Any, dict[fx.Node, torch.Size]]:
+    given = map_tensors(torch.clone, call.bound(traced))  # operations in place must not change the example
+    interpreter = _Shapes(traced)
+    names = [(str(node.target), node.args) for node in traced.graph.nodes if node.op == "placeholder"]
+    with eval_mode(traced):
+        output = interpreter.run(*(given.get(name, *default) for name, default in names))
+    return output, interpreter.shapes
+
+
+@torch.no_grad()
+def _check_same(
+    net: nn.Module, traced: fx.GraphModule, call: Call, fixed: Mapping[str, Any]
+) -> dict[fx.Node, torch.Size]:
+    """Run both on the example; returns the shape of every tensor."""
+    args, kwargs = map_tensors(torch.clone, (call.args, call.kwargs))
+    with eval_mode(net), without_fast_path():
+        expected = list(tensors(net(*args, **kwargs, **fixed)))
+    output, shapes = _run(traced, call)
+    in_steps = any(type(module) in INSIDE for module in net.modules())
+    tolerance = 1e-4 if in_steps else 0.0  # sums in another order
+    try:
+        torch.testing.assert_close(list(tensors(output)), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    except AssertionError as error:
+        raise ValueError(
+            f"the traced {type(net).__name__} does not compute what the network computes: {error}"
+        ) from None
+    return shapes
