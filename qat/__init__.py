@@ -3,8 +3,8 @@
 from qat.analysis.layers import report
 from qat.calibrate import calibrate
 from qat.export import export, load
-from qat.fake_quant import Mode
 from qat.lower import lower
+from qat.mode import Mode
 from qat.modes import set_mode
 from qat.prepare import prepare
 from qat.presets import preset

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from qat import processes
-from qat.fake_quant import Mode
 from qat.layers import weights_of
+from qat.mode import Mode
 from qat.modes import eval_mode, quantizers, set_mode, watch
 from qat.record import run
 from qat.structures import tensors

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from enum import Enum
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from qat.fitted import FITTED, Fitted, Mean
+from qat.mode import Mode
 from qat.numerics.affine import SMALLEST_SCALE, choose_qparams
 from qat.numerics.fake_quantize import Staircase, fake_quantize, fake_quantize_by
 from qat.numerics.formats import FORMATS, Format, Grid
@@ -20,20 +20,6 @@ from qat.observers import OBSERVERS, ObserverOptions
 from qat.ranges import RANGES, RangeOptions
 from qat.recompute import recomputing
 from qat.scheme import Granularity, TensorScheme
-
-
-class Mode(Enum):
-    """What a FakeQuantize does. The mode is not a tensor: it is set from outside (`set_mode`), never by `forward`."""
-
-    float = "float"
-    """Pass through (an absorbed ReLU still applies)."""
-    observe = "observe"
-    """Pass through and record the range."""
-    quantize = "quantize"
-    """Fake-quantize; running ranges follow training batches, learned scales get gradients."""
-    frozen = "frozen"
-    """Fake-quantize with ranges as they are."""
-
 
 LSQ_LEVELS = 7
 """Learned scales of other formats are kept as if their largest level were this, that of a 4-bit integer. The largest of
@@ -230,6 +216,11 @@ class FakeQuantize(nn.Module):
         together = self.training or self.observer.ordered
         self.observer.update(self.rows(x), site, relu=self.relu, together=together)
 
+    @property
+    def follows(self) -> bool:
+        """Whether the range moves with what is quantized now."""
+        return self.range.follows and self.training and self.mode is Mode.quantize and not recomputing()
+
     @torch.no_grad()
     def set_range_from_observer(self) -> None:
         """Take scale and zero point from what was observed. Raises RuntimeError when nothing was."""
@@ -304,8 +295,8 @@ class FakeQuantize(nn.Module):
             return self.fitted.values().abs().flatten(1).amax(dim=1)
         return self.qparams(x)[0]
 
-    def forward(self, x: Tensor, site: int = 0) -> Tensor:
-        """Fake-quantize `x` (any shape for activations, `shape` for weights) as the mode says.
+    def forward(self, x: Tensor, site: int = 0, looks: bool = True) -> Tensor:
+        """Fake-quantize `x` (any shape for activations, `shape` for weights) as the mode says; observe if it `looks`.
 
         Raises:
             ValueError: the input has NaN or infinity and the node is `watched`; names the tensor.
@@ -313,7 +304,7 @@ class FakeQuantize(nn.Module):
         if self.watched:
             self._check_finite(x)
         if self.mode in (Mode.float, Mode.observe):
-            if self.mode is Mode.observe:
+            if self.mode is Mode.observe and looks:
                 self.observe(x, site)
             if self.adapts and self.training and torch.is_grad_enabled():
                 self.start_rounding(x)  # weights still move as floats; the fractions are those when quantization starts
@@ -321,7 +312,7 @@ class FakeQuantize(nn.Module):
         moves = self.training and self.mode is Mode.quantize
         if self.fitted is not None:
             return in_order_of(x, self.layout.restore(self.fitted(self.rows(x), moves), x.shape))
-        if self.range.follows and moves and not recomputing():
+        if looks and self.follows:
             self.observe(x, site)
             self.set_range_from_observer()
         scale, zero_point = self.qparams(x)

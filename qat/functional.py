@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from qat.graph import Graph, fixed_value, is_fixed
+from qat.graph import Graph
 from qat.layers import Functional
 from qat.layers.functional import FORMS
+from qat.prepared import fixed_value, is_fixed
 
 FUNCTIONAL = "functional"
 """Where modules that stand for such calls live in a prepared network."""

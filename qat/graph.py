@@ -6,150 +6,22 @@ only move or select values (max pooling, flatten, slices, zero padding) pass the
 a concatenation share one. Average pooling makes new values and so gets a scale of its own.
 """
 
-import copy
-import functools
+import dataclasses
 import operator
 from collections.abc import Iterator
-from enum import Enum, auto
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import pad_packed_sequence
 
 from qat.calls import CALLS, SIZE_ATTRIBUTES, values_of
 from qat.fake_quant import FakeQuantize
-from qat.layers import SWAPS, Functional, Quantized, QuantizedLayer, QuantizedRecurrent, float_type
+from qat.kinds import AVERAGED, KEEPS_SIGN, KINDS, NEAREST, NONNEGATIVE, SIZE_METHODS, Kind
+from qat.layers import Functional, Quantized, QuantizedLayer, QuantizedRecurrent, float_type
+from qat.prepared import is_fixed
 from qat.results import RECURRENT, Result, given_grid, is_padded, result_of, takes_result
-
-
-class Kind(Enum):
-    """What an operation means for quantization."""
-
-    input = auto()
-    layer = auto()  # a quantized layer
-    float_layer = auto()  # a layer that stays float
-    batch_norm = auto()
-    relu = auto()
-    add = auto()
-    concat = auto()
-    arithmetic = auto()  # of two tensors, other than their sum
-    select = auto()  # takes each value from one of two tensors
-    result = auto()  # a part of what a recurrent layer returns
-    average = auto()  # average pooling, mean, linear interpolation
-    passes = auto()  # moves or selects values: the scale passes through
-    constant = auto()  # a parameter or buffer that forward reads
-    size = auto()  # sizes of tensors and what is computed of them: no tensor
-    quantizer = auto()
-    output = auto()
-    other = auto()  # computed in float
-
-
-KINDS: dict[Any, Kind] = {
-    **{key: Kind[operation.kind] for key, operation in CALLS.items()},
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), Kind.batch_norm),
-    **dict.fromkeys(SWAPS, Kind.float_layer),
-    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), Kind.relu),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), Kind.add),
-    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate, torch.stack), Kind.concat),
-    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), Kind.average),
-    **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d), Kind.average),
-    **dict.fromkeys((nn.AvgPool3d, nn.AdaptiveAvgPool3d, F.avg_pool3d, F.adaptive_avg_pool3d), Kind.average),
-    **dict.fromkeys((torch.mean, "mean"), Kind.average),
-    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), Kind.passes),
-    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), Kind.passes),
-    **dict.fromkeys((torch.reshape, torch.permute, operator.getitem, F.pad), Kind.passes),
-    **dict.fromkeys((pack_padded_sequence, pad_packed_sequence), Kind.passes),
-    **dict.fromkeys((pack_sequence,), Kind.concat),
-    **dict.fromkeys(("reshape", "view", "permute"), Kind.passes),
-}
-
-IDENTITIES = {
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    "contiguous", "clone", torch.clone, "cpu",
-}  # fmt: skip
-"""Operations that hand their input on when the network is evaluated."""
-
-KINDS |= dict.fromkeys(IDENTITIES, Kind.passes)
-
-SIZE_METHODS = ("size", "dim", "numel", "new_zeros", "new_ones")
-"""Methods whose result depends on nothing but the size of the tensor."""
-
-NONNEGATIVE = {"relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", "exp", "square", "sqrt", "rsqrt"}
-"""Operations (of CALLS) whose result cannot be negative."""
-
-KEEPS_SIGN = {"mul", "div", "matmul", "einsum"}
-"""Arithmetic whose result is not negative where no operand is."""
-
-NEAREST, AVERAGED = ("nearest", "nearest-exact"), ("linear", "bilinear", "trilinear", "area")
-"""Modes of interpolation that move values, and that average them; others make values outside their input's range."""
-
-
-class PreparedNetwork(fx.GraphModule):
-    """A GraphModule whose copies keep what a GraphModule's lose: modules that `forward` does not call, attributes."""
-
-    def adopt(self, attributes: dict[str, Any]) -> None:
-        """Take over public data that other code may read (`block.out_channels`)."""
-        data = {k: v for k, v in attributes.items() if not k.startswith("_") and not callable(v)}
-        vars(self).update({k: v for k, v in data.items() if not hasattr(self, k)})
-
-    def __reduce__(self) -> Any:
-        attributes = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("training", "graph")}
-        return _unpickle, (super().__reduce__(), attributes, self._modules)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PreparedNetwork":
-        result: Any = super().__deepcopy__(memo)
-        result._modules = copy.deepcopy(self._modules, memo)
-        bind_functional(result)
-        result.adopt(copy.deepcopy({k: v for k, v in vars(self).items() if not k.startswith("_")}, memo))
-        return result
-
-
-def _unpickle(
-    reduced: tuple[Any, ...], attributes: dict[str, Any], modules: dict[str, nn.Module | None]
-) -> PreparedNetwork:
-    module = reduced[0](*reduced[1])
-    prepared = PreparedNetwork(module, module.graph)
-    prepared.meta.update(attributes.pop("meta"))
-    prepared._modules = modules
-    bind_functional(prepared)
-    prepared.adopt(attributes)
-    return prepared
-
-
-def bind_functional(net: fx.GraphModule) -> None:
-    """Let every Functional look up the weight and the bias that the network gives it."""
-    for node in net.graph.nodes:
-        module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, Functional):
-            module.bind(functools.partial(_weight_and_bias, net, node))
-
-
-def _weight_and_bias(net: fx.GraphModule, node: fx.Node) -> Any:
-    return tuple(fixed_value(net, arg) if isinstance(arg, fx.Node) else None for arg in node.args[-2:])
-
-
-def is_fixed(node: fx.Node) -> bool:
-    """Whether a node is a tensor that the network holds, or computed of nothing but such."""
-    if node.op in ("call_function", "call_method"):
-        in_place = isinstance(node.target, str) and node.target.endswith("_")
-        return not in_place and bool(node.all_input_nodes) and all(is_fixed(n) for n in node.all_input_nodes)
-    return node.op == "get_attr"
-
-
-def fixed_value(net: fx.GraphModule, node: fx.Node) -> Any:
-    """The tensor that such a node is now."""
-    if node.op == "get_attr":
-        value: Any = net
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        return value
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: fixed_value(net, n))
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
 
 
 class Graph:
@@ -199,6 +71,23 @@ class Graph:
             self._sizes[node] = known
         return self._sizes[node]
 
+    def from_outside(self, node: fx.Node) -> Any:
+        """What the example gave for a node that is an argument of the network, or a part of one; None for others."""
+        if node.op == "placeholder":
+            return self.module.meta.get("qat", {}).get("inputs", {}).get(str(node.target))
+        if node.target not in (operator.getitem, getattr) or not isinstance(node.args[1], int | str):
+            return None
+        whole = self.from_outside(node.args[0])  # type: ignore[arg-type]
+        if whole is None or isinstance(whole, Tensor):
+            return None
+        return getattr(whole, str(node.args[1]), None) if node.target is getattr else whole[node.args[1]]
+
+    def path_from_outside(self, node: fx.Node) -> tuple[Any, ...]:
+        """The argument that an input is, or is in, and the keys and attributes that lead to it."""
+        if node.op == "placeholder":
+            return (str(node.target),)
+        return (*self.path_from_outside(node.args[0]), node.args[1])  # type: ignore[arg-type]
+
     def tensors(self, node: fx.Node) -> list[fx.Node]:
         """The tensors that an operation of CALLS reads, one that it reads twice twice; masks and sizes are none."""
         operation = CALLS[self.key(node)]
@@ -212,10 +101,13 @@ class Graph:
 
     def kind(self, node: fx.Node) -> Kind:
         """What the operation means for quantization."""
-        if node.op == "placeholder":
-            return Kind.input
         if node.op == "output":
             return Kind.output
+        given = self.from_outside(node)
+        if given is not None or node.op == "placeholder":
+            return Kind.input if given is None or isinstance(given, Tensor) else Kind.structure
+        if is_structure(node):
+            return Kind.structure
         if node.op == "get_attr":
             return Kind.constant
         if self.is_size(node):
@@ -271,8 +163,8 @@ class Graph:
             return self.name(node.all_input_nodes[0])
         if node.op == "call_module":
             return str(node.target)
-        if node.op == "placeholder":
-            return str(node.target)
+        if kind is Kind.input:
+            return ".".join(map(str, self.path_from_outside(node)))
         scope = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
         label = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
         label = str(node.args[1]) if node.target is getattr else label
@@ -369,6 +261,37 @@ class Graph:
             module = self.submodule(node)
             if isinstance(module, QuantizedLayer):
                 yield node, module
+
+
+def is_structure(node: fx.Node) -> bool:
+    """Whether a node makes a dataclass, as networks return them."""
+    return node.op == "call_function" and isinstance(node.target, type) and dataclasses.is_dataclass(node.target)
+
+
+def tensors_returned(value: Any) -> list[fx.Node]:
+    """The tensors in what a network returns, in order."""
+    if isinstance(value, fx.Node):
+        return tensors_returned({**_fields(value)}) if is_structure(value) else [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [node for part in parts for node in tensors_returned(part)]
+
+
+def output_form(value: Any, numbers: Iterator[int]) -> Any:
+    """What a network returns, as `qat.runtime.signature.Signature` keeps it; tensors are counted by `numbers`."""
+    if isinstance(value, fx.Node):
+        return output_form(_fields(value), numbers) if is_structure(value) else next(numbers)
+    if isinstance(value, dict):
+        return {"dict": [[key, output_form(part, numbers)] for key, part in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"tuple" if isinstance(value, tuple) else "list": [output_form(part, numbers) for part in value]}
+    if value is None:
+        return None
+    raise ValueError(f"a network that returns {value!r:.60} cannot be lowered: it is no tensor")
+
+
+def _fields(node: fx.Node) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(node.target)]  # type: ignore[arg-type]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def tensor_list(node: fx.Node) -> list[fx.Node]:

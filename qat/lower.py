@@ -5,8 +5,7 @@ only reader of an operation is made in the same step, so that a layer takes inte
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
 from typing import Any, overload
 
 import torch
@@ -16,24 +15,25 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from qat import lower_calls, lower_recurrent, translate
 from qat.calls import CALLS
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
 from qat.fold import BatchNorm, batch_norm_affine
-from qat.graph import IDENTITIES, Graph, Kind, tensor_list
+from qat.graph import Graph, is_structure, output_form, tensor_list, tensors_returned
+from qat.kinds import IDENTITIES, Kind
 from qat.layers import Functional, QuantizedLayer
-from qat.lower_layers import float_layer, grid_of, integer_layer, look_up, real_layer
+from qat.lower_layers import float_layer, integer_layer, look_up, real_layer
+from qat.lowering import Lowering, grid_of_quantizer
+from qat.mode import Mode
 from qat.modes import quantizers
 from qat.parts import graphs
 from qat.results import RECURRENT, is_padded
 from qat.runtime import operations as ops
 from qat.runtime.foreign import Foreign
-from qat.runtime.grid import Quantize
 from qat.runtime.layers import RuntimeLayer
 from qat.runtime.matmul import IntegerMatmul
-from qat.runtime.network import IntegerNetwork, Node
-from qat.runtime.outer import Outer
+from qat.runtime.network import IntegerNetwork
+from qat.runtime.signature import Signature
 from qat.runtime.stored import Simulate
 from qat.scheme import QuantConfig
-from qat.sizes import Sizes
 from qat.split import join
 
 
@@ -75,165 +75,64 @@ def _lowered(module: nn.Module, path: str, parts: dict[str, fx.GraphModule]) -> 
     if path in parts:
         graph = parts[path]
         opaque = graph.meta.get("opaque", ())
-        return _Lowering(graph, {n: _lowered(graph.get_submodule(n), join(path, n), parts) for n in opaque}).run()
+        return _run(Lowering(graph, {n: _lowered(graph.get_submodule(n), join(path, n), parts) for n in opaque}))
     children = {id(child): _lowered(child, join(path, name), parts) for name, child in module.named_children()}
     return copy.deepcopy(module, dict(children)).eval()
 
 
-@dataclass
-class _Lowering:
-    prepared: fx.GraphModule
-    opaque: dict[str, nn.Module] = field(default_factory=dict)  # what no recording shows, lowered: by path
-    graph: Graph = field(init=False)
-    sizes: Sizes = field(init=False)
-    nodes: list[Node] = field(default_factory=list)
-    layers: dict[str, RuntimeLayer] = field(default_factory=dict)
-    made: dict[fx.Node, str] = field(default_factory=dict)  # graph node -> name of its tensor
-    grids: dict[str, Quantize | None] = field(default_factory=dict)
-    real: dict[str, str] = field(default_factory=dict)  # integer tensor -> its dequantized twin
-    results: dict[fx.Node, str] = field(default_factory=dict)  # call of a recurrent layer -> name of what it returns
-    taken: dict[tuple[fx.Node, int, int | None], str] = field(default_factory=dict)  # part of it -> its name
-
-    def __post_init__(self) -> None:
-        self.graph = Graph(self.prepared)
-        self.sizes = Sizes(self.prepared)
-
-    def run(self) -> IntegerNetwork:
-        inputs: list[str] = []
-        outputs: list[str] = []
-        weights = self.graph.held_for_layers()
-        for node in self.graph.nodes:
-            if node in self.made or node in weights:  # fused into an earlier step, or read by its layer
-                continue
-            kind = self.graph.kind(node)
-            if kind is Kind.input:
-                inputs.append(node.name)
-                self.made[node], self.grids[node.name] = node.name, None
-            elif kind is Kind.output:
-                outputs = [self.to_real(arg) for arg in node.all_input_nodes]
-            else:
-                _LOWER[kind](self, node)
-        config: QuantConfig = self.prepared.meta["qat"]["config"]
-        network = IntegerNetwork(inputs, self.nodes, self.layers, outputs, {"quant": config.to_dict()})
-        network.edges = {
-            self.made[node]: node.name
-            for node in self.graph.nodes
-            if self._is_simulated(node) and self.grids[self.made[node]] is not None
-        }
-        return network.eval()
-
-    def _is_simulated(self, node: fx.Node) -> bool:
-        """Whether a node of the prepared network puts a tensor on its grid."""
-        kind = self.graph.kind(node)
-        return kind is Kind.quantizer or (kind is Kind.result and node in self.made)
-
-    def add(
-        self, name: str, layer: RuntimeLayer, inputs: list[str], *made: fx.Node, grid: Quantize | None = None
-    ) -> str:
-        """Append a step; every graph node in `made` is the tensor that it makes."""
-        unique, i = name, 2
-        while unique in self.layers or unique in self.grids:
-            unique, i = f"{name}_{i}", i + 1
-        self.nodes.append(Node(unique, tuple(inputs)))
-        self.layers[unique] = layer
-        self.grids[unique] = grid if grid is not None else layer.output
-        self.made.update(dict.fromkeys(made, unique))
-        return unique
-
-    def to_real(self, node: fx.Node) -> str:
-        """Name of the tensor of real numbers of `node`, dequantized once if it is integer."""
-        if self.graph.kind(node) is Kind.size and node not in self.made:
-            self.constant(node, self.sizes.value(node))
-        return self.dequantized(self.made[node])
-
-    def dequantized(self, name: str) -> str:
-        """Name of the tensor of real numbers of a tensor, made once if that is integer."""
-        grid = self.grids[name]
-        if grid is None:
-            return name
-        if name not in self.real:
-            self.real[name] = self.add(f"{name}.real", ops.Dequantize(_copy_grid(grid, relu=False)), [name])
-        return self.real[name]
-
-    def fused_quantizer(self, node: fx.Node) -> tuple[fx.Node, ...]:
-        """What is made in the same step as `node`: the integer quantizer that alone reads it, or clamps and that."""
-        reader = next(iter(node.users)) if len(node.users) == 1 else None
-        module = None if reader is None else self.graph.submodule(reader)
-        if reader is not None and isinstance(module, FakeQuantize) and module.integer:
-            return (reader,)
-        if reader is not None and lower_calls.clamp_bounds(self.graph, reader):
-            behind = self.fused_quantizer(reader)
-            return (reader, *behind) if behind else ()
-        return ()
-
-    def output_grid(self, node: fx.Node) -> Quantize | None:
-        """The grid of the step that makes `node`; clamps of real numbers are clamps of integers."""
-        *clamps, quantizer = self.fused_quantizer(node) or (None,)
-        if quantizer is None:
-            return None
-        grid = _grid(self.graph.submodule(quantizer))
-        for clamp in clamps:
-            bounds = lower_calls.clamp_bounds(self.graph, clamp)
-            assert bounds is not None
-            grid = grid.clamped(*bounds)
-        return grid
-
-    def constant(self, node: fx.Node, value: Any) -> None:
-        """Append a tensor that the network holds, with the quantizer that follows it."""
-        if not isinstance(value, torch.Tensor):
-            raise translate.unsupported(self.graph, node, "it depends on the batch size, or is no tensor")
-        step = ops.Constant.of(value, self.output_grid(node))
-        self.add(self.graph.name(node), step, [], node, *self.fused_quantizer(node))
-
-    def real_operation(self, node: fx.Node, layer: RuntimeLayer, args: list[fx.Node]) -> None:
-        """Append an operation on real numbers, with the quantizer that follows it."""
-        layer.output = self.output_grid(node)
-        inputs = [self.to_real(arg) for arg in args]
-        self.add(self.graph.name(node), layer, inputs, node, *self.fused_quantizer(node))
-
-    def real_input(self, layer: nn.Module, node: fx.Node) -> str:
-        """Name of the real numbers that a layer multiplies its weight by: of a bilinear one, products of its inputs."""
-        if not isinstance(layer, nn.Bilinear):
-            return self.to_real(node.all_input_nodes[0])
-        return self.add(f"{node.target}.outer", Outer(), [self.to_real(arg) for arg in translate.bilinear_inputs(node)])
-
-    def geometry(self, layer: nn.Module, node: fx.Node) -> dict[str, Any]:
-        """Stride, padding and so on of a convolution; nothing for other layers."""
-        settings = translate.geometry(layer)
-        if isinstance(self.graph.submodule(node), translate.TRANSPOSED):
-            settings |= lower_calls.output_padding(self.graph, self.sizes, node, settings)
-        return settings
-
-    def padded(self, layer: nn.Module, node: fx.Node, x: str) -> str:
-        """`x` as a convolution with a padding mode pads it: it only moves values, so integers stay integers."""
-        pads = translate.moved_padding(layer)
-        if pads is None:
-            return x
-        step = ops.Pad(pads=pads, value=0, mode=str(layer.padding_mode))
-        return self.add(f"{node.target}.padded", step, [x], grid=self.grids[x])
-
-    def integer_operation(
-        self, node: fx.Node, layer: RuntimeLayer, args: list[fx.Node], others: Sequence[fx.Node] = ()
-    ) -> None:
-        """Append an operation that keeps the grid of `args`, integer or real; `others` are masks and the like."""
-        names = [self.made[arg] for arg in args]
-        grids = [self.grids[name] for name in names]
-        if any(g is None or not _same(g, grids[0]) for g in grids):
-            names, grids = [self.to_real(arg) for arg in args], [None]
-        names += [self.to_real(other) for other in others]
-        self.add(self.graph.name(node), layer, names, node, grid=grids[0])
+def _run(lowering: Lowering) -> IntegerNetwork:
+    """Lower every node in order."""
+    graph, inputs = lowering.graph, dict[str, fx.Node]()
+    weights, returned = graph.held_for_layers(), None
+    for node in graph.nodes:
+        if node in lowering.made or node in weights:  # fused into an earlier step, or read by its layer
+            continue
+        kind = graph.kind(node)
+        if kind is Kind.input:
+            name = ".".join(map(str, graph.path_from_outside(node)))
+            inputs[name] = node
+            lowering.made[node], lowering.grids[name] = name, None
+        elif kind is Kind.output:
+            returned = node
+        elif kind is not Kind.structure:
+            _LOWER[kind](lowering, node)
+    assert returned is not None
+    outputs = [lowering.to_real(node) for node in tensors_returned(returned.args[0])]
+    config: QuantConfig = lowering.prepared.meta["qat"]["config"]
+    info = {"quant": config.to_dict()}
+    network = IntegerNetwork(
+        list(inputs), lowering.nodes, lowering.layers, outputs, info, _signature(graph, inputs, returned)
+    )
+    network.edges = {
+        lowering.made[node]: node.name
+        for node in graph.nodes
+        if lowering.is_simulated(node) and lowering.grids[lowering.made[node]] is not None
+    }
+    return network.eval()
 
 
-def _quantizer(lowering: _Lowering, node: fx.Node) -> None:
+def _signature(graph: Graph, inputs: dict[str, fx.Node], returned: fx.Node) -> Signature | None:
+    """What the network takes and returns; None where that is tensors only."""
+    paths = [graph.path_from_outside(node) for node in inputs.values()]
+    output = output_form(returned.args[0], itertools.count())
+    flat = isinstance(returned.args[0], fx.Node) and not is_structure(returned.args[0])
+    flat = flat or (isinstance(returned.args[0], tuple) and all(isinstance(a, fx.Node) for a in returned.args[0]))
+    if flat and all(len(path) == 1 for path in paths):
+        return None
+    parameters = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
+    return Signature(parameters, [list(path) for path in paths], output)
+
+
+def _quantizer(lowering: Lowering, node: fx.Node) -> None:
     quantizer, source = lowering.graph.submodule(node), node.all_input_nodes[0]
     assert isinstance(quantizer, FakeQuantize)
-    layer = ops.QuantizeInput(_grid(quantizer)) if quantizer.integer else Simulate.of(quantizer)
+    layer = ops.QuantizeInput(grid_of_quantizer(quantizer)) if quantizer.integer else Simulate.of(quantizer)
     name = lowering.graph.name(source)
     name = f"{name}.quantized" if lowering.graph.kind(source) is Kind.input else name
     lowering.add(name, layer, [lowering.to_real(source)], node)
 
 
-def _layer(lowering: _Lowering, node: fx.Node) -> None:
+def _layer(lowering: Lowering, node: fx.Node) -> None:
     layer = _ordinary(lowering.graph.submodule(node))
     if isinstance(layer, RECURRENT):
         lower_recurrent.call(lowering, node)
@@ -262,7 +161,7 @@ def _ordinary(layer: nn.Module | None) -> nn.Module | None:
     return layer.ordinary() if isinstance(layer, Functional) else layer
 
 
-def _float_layer(lowering: _Lowering, node: fx.Node) -> None:
+def _float_layer(lowering: Lowering, node: fx.Node) -> None:
     layer = _ordinary(lowering.graph.submodule(node))
     assert layer is not None
     if isinstance(layer, RECURRENT):
@@ -276,14 +175,14 @@ def _float_layer(lowering: _Lowering, node: fx.Node) -> None:
     lowering.add(lowering.graph.name(node), step, [x], node, *lowering.fused_quantizer(node))
 
 
-def _look_up(lowering: _Lowering, node: fx.Node, layer: translate.LOOK_UPS) -> None:
+def _look_up(lowering: Lowering, node: fx.Node, layer: translate.LOOK_UPS) -> None:
     arguments, pooling = translate.look_up(layer, node)
     step = look_up(layer, pooling, lowering.output_grid(node))
     inputs = [lowering.to_real(arg) for arg in arguments]
     lowering.add(str(node.target), step, inputs, node, *lowering.fused_quantizer(node))
 
 
-def _batch_norm(lowering: _Lowering, node: fx.Node) -> None:
+def _batch_norm(lowering: Lowering, node: fx.Node) -> None:
     module = lowering.graph.submodule(node)
     assert isinstance(module, BatchNorm)
     gain, shift = batch_norm_affine(module, module.num_features)
@@ -293,7 +192,7 @@ def _batch_norm(lowering: _Lowering, node: fx.Node) -> None:
     lowering.real_operation(node, step, node.all_input_nodes)
 
 
-def _relu(lowering: _Lowering, node: fx.Node) -> None:
+def _relu(lowering: Lowering, node: fx.Node) -> None:
     source = node.all_input_nodes[0]
     grid = lowering.grids[lowering.made[source]]
     if grid is None:
@@ -302,7 +201,7 @@ def _relu(lowering: _Lowering, node: fx.Node) -> None:
         lowering.integer_operation(node, ops.Relu(zero=int(grid.zero_point)), [source])
 
 
-def _average(lowering: _Lowering, node: fx.Node) -> None:
+def _average(lowering: Lowering, node: fx.Node) -> None:
     if lowering.graph.key(node) in CALLS:  # interpolation
         _other(lowering, node)
         return
@@ -310,7 +209,7 @@ def _average(lowering: _Lowering, node: fx.Node) -> None:
     lowering.real_operation(node, step, node.all_input_nodes[:1])
 
 
-def _passes(lowering: _Lowering, node: fx.Node) -> None:
+def _passes(lowering: Lowering, node: fx.Node) -> None:
     graph, key, source = lowering.graph, lowering.graph.key(node), node.all_input_nodes[0]
     identity = str(node.target) in lowering.prepared.meta.get("identity_in_eval", ())
     if key in IDENTITIES or identity or lower_calls.is_parts(graph, node):  # a part is moved where it is read
@@ -324,7 +223,7 @@ def _passes(lowering: _Lowering, node: fx.Node) -> None:
     lowering.integer_operation(node, step, args[:1], args[1:])
 
 
-def _arithmetic(lowering: _Lowering, node: fx.Node) -> None:
+def _arithmetic(lowering: Lowering, node: fx.Node) -> None:
     layer, args = lower_calls.function(lowering.graph, lowering.sizes, node)
     grids = [lowering.grids[lowering.made[arg]] for arg in args if arg in lowering.made]
     if layer.name == "matmul" and len(grids) == 2 and grids[0] is not None and grids[1] is not None:
@@ -335,20 +234,20 @@ def _arithmetic(lowering: _Lowering, node: fx.Node) -> None:
     lowering.real_operation(node, layer, args)
 
 
-def _select(lowering: _Lowering, node: fx.Node) -> None:
+def _select(lowering: Lowering, node: fx.Node) -> None:
     chosen = lowering.graph.tensors(node)
     mask = lowering.graph.arguments(node)["condition"]
     lowering.integer_operation(node, ops.Move(name="where"), chosen, [mask])
 
 
-def _constant(lowering: _Lowering, node: fx.Node) -> None:
+def _constant(lowering: Lowering, node: fx.Node) -> None:
     value: Any = lowering.prepared
     for part in str(node.target).split("."):
         value = getattr(value, part)
     lowering.constant(node, value)
 
 
-def _concat(lowering: _Lowering, node: fx.Node) -> None:
+def _concat(lowering: Lowering, node: fx.Node) -> None:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     stacks = node.target is torch.stack
     step = ops.Move(name="stack", dim=dim) if stacks else ops.Concat(dim=dim)
@@ -358,7 +257,7 @@ def _concat(lowering: _Lowering, node: fx.Node) -> None:
     lowering.integer_operation(node, step, tensor_list(node))
 
 
-def _other(lowering: _Lowering, node: fx.Node) -> None:
+def _other(lowering: Lowering, node: fx.Node) -> None:
     if node.target is pad_packed_sequence or is_padded(node):
         lower_recurrent.padded(lowering, node)
         return
@@ -386,18 +285,3 @@ _LOWER = {
     Kind.passes: _passes,
     Kind.other: _other,
 }
-
-
-def _grid(module: nn.Module | None) -> Quantize:
-    assert isinstance(module, FakeQuantize)
-    return grid_of(module)
-
-
-def _copy_grid(grid: Quantize, relu: bool) -> Quantize:
-    return Quantize(grid.quant_min, grid.quant_max, relu, float(grid.scale), int(grid.zero_point))
-
-
-def _same(a: Quantize, b: Quantize | None) -> bool:
-    return b is not None and (a.quant_min, a.quant_max, float(a.scale), int(a.zero_point)) == (
-        b.quant_min, b.quant_max, float(b.scale), int(b.zero_point)
-    )  # fmt: skip

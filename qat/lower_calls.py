@@ -8,7 +8,8 @@ from torch import Tensor, fx
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from qat.calls import CALLS
-from qat.graph import Graph, Kind
+from qat.graph import Graph
+from qat.kinds import Kind
 from qat.results import is_padded
 from qat.runtime import operations as ops
 from qat.runtime.functions import encode

@@ -1,18 +1,18 @@
 """Recurrent layers of a prepared network -> those of the runtime, numbers copied."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from qat import lower_calls
 from qat.cells import Form
-from qat.graph import Graph
 from qat.layers import SWAPS, QuantizedRecurrent
 from qat.lower_layers import grid_of, integer_layer, real_layer
+from qat.lowering import Lowering
 from qat.results import is_padded
 from qat.runtime.grid import Quantize
-from qat.runtime.layers import FloatConv, RuntimeLayer
+from qat.runtime.layers import FloatConv
 from qat.runtime.recurrent import Recurrent, RuntimeCell, Take
 from qat.runtime.stored import Simulate
 from qat.sizes import Sizes
@@ -86,26 +86,6 @@ def _float_product(weight: Tensor, bias: Tensor | None) -> FloatConv:
     if bias is not None:
         step.bias.copy_(bias.detach())
     return step
-
-
-class Lowering(Protocol):
-    """What is read and written here of a lowering in progress (`qat.lower`)."""
-
-    graph: Graph
-    sizes: Sizes
-    made: dict[fx.Node, str]
-    grids: dict[str, Quantize | None]
-    results: dict[fx.Node, str]
-    taken: dict[tuple[fx.Node, int, int | None], str]
-
-    def add(self, name: str, layer: RuntimeLayer, inputs: list[str], *made: fx.Node) -> str:
-        """Append a step."""
-
-    def to_real(self, node: fx.Node) -> str:
-        """Name of a tensor of real numbers."""
-
-    def dequantized(self, name: str) -> str:
-        """Name of a tensor of real numbers."""
 
 
 def call(lowering: Lowering, node: fx.Node) -> None:

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
+from qat.mode import Mode
 
 
 def quantizers(net: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:

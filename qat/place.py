@@ -15,11 +15,13 @@ from qat.choices import Choice, Quantizable
 from qat.decompose import decompose_attention, decompose_extremes
 from qat.fake_quant import FakeQuantize
 from qat.functional import insert_functional
-from qat.graph import Graph, Kind, bind_functional
+from qat.graph import Graph
 from qat.inside import INSIDE
+from qat.kinds import Kind
 from qat.layers import SWAPS, Functional, type_name
 from qat.layers.tied import share_weight_quantizers
 from qat.modes import eval_mode
+from qat.prepared import bind_functional
 from qat.record import Call, without_fast_path
 from qat.scheme import Granularity, QuantConfig, TensorScheme
 from qat.structures import map_tensors, tensors

@@ -116,6 +116,7 @@ class _Build:
             return part.net
         layer = SWAPS[type(part.net)].from_float(part.net, choice.weight, path, choice.activation)
         scheme = self.config.input if part.call.from_outside and choice.reason == "default" else choice.activation
+        layer.called_with = _described(part.call, part.net)
         inputs = [t for t in tensors(part.call.bound(part.net)) if t.is_floating_point()]
         inputs = inputs if isinstance(part.net, nn.Bilinear) else inputs[:1]  # not states, nor factors of a bag
         if scheme.quantized and inputs:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from qat.graph import Graph, Kind
+from qat.graph import Graph
+from qat.kinds import Kind
 from qat.modes import eval_mode
 from qat.structures import map_tensors, tensors
 

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from qat.fake_quant import Mode
-from qat.graph import PreparedNetwork, bind_functional
+from qat.mode import Mode
 from qat.modes import get_mode, quantizers
+from qat.prepared import PreparedNetwork, bind_functional
 from qat.scheme import QuantConfig
 from qat.structures import map_tensors
 

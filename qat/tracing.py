@@ -20,9 +20,9 @@ from torch import fx, nn
 from torch.nn.modules import padding
 
 from qat.fake_quant import FakeQuantize
-from qat.graph import PreparedNetwork
 from qat.inside import INSIDE, erase_unread
 from qat.layers import Quantized
+from qat.prepared import PreparedNetwork
 from qat.results import PACKING
 
 MODES = "modes"
@@ -296,6 +296,8 @@ def _merged(traced: fx.GraphModule, node: fx.Node, train: Any, evaluation: Any) 
     if isinstance(evaluation, list | tuple):
         parts = [_merged(traced, node, t, e) for t, e in zip(train, evaluation, strict=True)]
         return type(evaluation)(parts)
+    if isinstance(evaluation, dict):
+        return {k: _merged(traced, node, train[k], e) for k, e in evaluation.items()}
     if isinstance(evaluation, slice) or (type(train) is type(evaluation) and train == evaluation):
         return evaluation
     name = next(n for i in range(len(traced.graph.nodes)) if not has(traced, n := f"{MODES}.{node.name}_{i}"))

@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 import qat
 from qat.encoding import encode
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
 from qat.layers import QuantizedLayer
+from qat.mode import Mode
 from qat.modes import quantizers
 from qat.numerics.rounding import adaptive, penalized, rectified_logits, rectified_sigmoid, rounding_penalty
 from qat.ptq import PTQConfig, finalize, learn_rounding

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import qat
-from qat.fake_quant import Mode
 from qat.layers import QuantizedLayer
+from qat.mode import Mode
 from qat.modes import get_mode, quantizers, set_mode
 from qat.zoo.models import SmallCNN
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import qat
 from qat import hydra_schema
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
+from qat.mode import Mode
 from qat.numerics.formats import FORMATS
 from qat.numerics.gradients import GRADIENTS
 from qat.numerics.rounding import ROUNDING

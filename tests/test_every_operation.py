@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qat
-from qat.graph import IDENTITIES, KINDS
+from qat.kinds import IDENTITIES, KINDS
 from tests import test_attention, test_functional, test_layer_family, test_lower, test_operations, test_recurrent
 from tests.whole_way import Inputs, assert_files_agree, config, trained
 

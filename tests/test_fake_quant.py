@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
+from qat.mode import Mode
 from qat.modes import get_mode, quantizers, set_mode
 from qat.scheme import Granularity, TensorScheme
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.fake_quant import Mode
 from qat.fold import LARGEST_BIAS, FoldedWeight, batch_norm_affine, fold, integer_bias
 from qat.layers import SWAPS
 from qat.layers.base import QuantizedLayer
+from qat.mode import Mode
 from qat.scheme import TensorScheme, override
 
 SCHEMES: dict[str, dict[str, Any]] = {

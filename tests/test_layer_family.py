@@ -18,9 +18,9 @@ import qat
 from qat.encoding import encode
 from qat.export.onnxruntime import OnnxNetwork
 from qat.export.parity import ParityLimits, measure
-from qat.fake_quant import Mode
 from qat.fold import fold
 from qat.layers import SWAPS, QuantizedLayer
+from qat.mode import Mode
 from qat.numerics.granularity import swap_channels
 from qat.ptq import PTQConfig, finalize, learn_rounding
 from qat.runtime import FloatConv, IntegerConv, IntegerNetwork

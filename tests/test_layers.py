@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.fake_quant import Mode
 from qat.layers import SWAPS, QuantConv1d, QuantConv2d, QuantizedLayer, QuantLinear
+from qat.mode import Mode
 from qat.scheme import Granularity, TensorScheme
 
 SCHEME = TensorScheme(bits=4, narrow_range=True, granularity=Granularity.channel, range="dynamic")

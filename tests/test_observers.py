@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
+from qat.mode import Mode
 from qat.numerics.formats import FORMATS
 from qat.observers import BINS, OBSERVERS, Ema, Entropy, Histogram, Mse, Observer, ObserverOptions, Percentile
 from qat.scheme import Granularity, TensorScheme

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import qat
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
 from qat.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from qat.mode import Mode
 from qat.modes import quantizers
 from qat.zoo.models import MLP, ResNet, SmallCNN
 

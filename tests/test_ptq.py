@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import qat
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
 from qat.layers import QuantizedLayer
+from qat.mode import Mode
 from qat.ptq import PTQConfig, correct_bias, finalize, reestimate_batch_norm, round_biases
 
 COARSE = {"weight": {"bits": 3}, "activation": {"bits": 4}, "input": {"bits": 8}}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import qat
 from qat.encoding import encode
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
+from qat.mode import Mode
 from qat.modes import watch
 from qat.numerics.formats import FORMATS
 from qat.scheme import TensorScheme, check_scheme, override

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import qat
 from qat.export.parity import training_integers
-from qat.fake_quant import Mode
 from qat.layers import SWAPS, QuantGRU, Quantized, QuantizedRecurrent, QuantLSTM
+from qat.mode import Mode
 from qat.modes import quantizers
 from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerConv

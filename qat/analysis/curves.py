@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
 from qat.fitted import Codebook, Product, Table, Ternary
+from qat.mode import Mode
 from qat.numerics.codebook import assign
 from qat.numerics.formats.fitted import THRESHOLD
 from qat.numerics.gradients import GRADIENTS

@@ -10,7 +10,8 @@ from qat.calls import CALLS
 from qat.fake_quant import FakeQuantize
 from qat.fitted import Product
 from qat.functional import computed_weight
-from qat.graph import Graph, Kind
+from qat.graph import Graph
+from qat.kinds import Kind
 from qat.layers import SWAPS, Quantized, Weight, type_name
 from qat.modes import quantizers
 from qat.parts import graphs

@@ -1,8 +1,9 @@
 """What every quantized layer is: the float layer plus quantizers for its weights."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from types import MappingProxyType
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -37,6 +38,8 @@ class Quantized(nn.Module):
     So a float checkpoint loads into it, and `isinstance(layer, nn.Linear)` holds.
     """
 
+    called_with: Mapping[str, Any] = MappingProxyType({})
+    """What a layer that no recording calls was called with in the example: parameter -> value, of tensors the shape."""
     multiplies: bool = True
     """An output is a sum of products of one input with the weight, plus a bias: what integer kernels compute."""
     biased: bool = True

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from qat.cells import GRIDS, STATES, STEPS, Form, State, recur
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
 from qat.layers.base import Quantized, Weight, check_groups
+from qat.mode import Mode
 from qat.numerics.rounding import straight_through
 from qat.scheme import Granularity, TensorScheme
 
@@ -159,6 +160,7 @@ class _Cell:
     def __init__(self, layer: QuantizedRecurrent, cell: int) -> None:
         self.layer, self.cell = layer, cell
         self.site = cell % layer.form.directions
+        self.seen: dict[FakeQuantize, list[Tensor]] = {}
         self.products = [
             _Product(weight, sources, layer.training)
             for weight, sources in zip(layer.weights_of_cell(cell), layer.inputs_of_cell(cell), strict=False)
@@ -175,7 +177,20 @@ class _Cell:
 
     def place(self, name: str, value: Tensor) -> Tensor:
         quantizer = self.layer.quantizer(name, self.cell)
-        return value if quantizer is None else quantizer(value, self.site if name == "hidden" else 0)
+        if quantizer is None:
+            return value
+        if quantizer.mode is Mode.observe or quantizer.follows:
+            self.seen.setdefault(quantizer, []).append(value.detach())
+        result: Tensor = quantizer(value, looks=False)
+        return result
+
+    def observe(self) -> None:
+        """Let quantizers see a whole sequence as one tensor: a moving average would be of steps, not of batches."""
+        hidden = self.layer.quantizer("hidden", self.cell)
+        for quantizer, values in self.seen.items():
+            quantizer.observe(torch.cat(values), self.site if quantizer is hidden else 0)
+            if quantizer.follows:
+                quantizer.set_range_from_observer()
 
 
 class _Product:
@@ -245,7 +260,10 @@ class _Sequences(QuantizedRecurrent):
         pair = len(STATES[self.form.kind]) > 1
         initial: State = () if hx is None else tuple(hx) if pair else (hx,)
         _check(layer, input, initial)
-        output, last = recur(self.form, self._cells(), self._read(input), initial, self._between)
+        cells = self._cells()
+        output, last = recur(self.form, cells, self._read(input), initial, self._between)
+        for cell in cells:
+            cell.observe()
         return output, last if pair else last[0]
 
     def _read(self, input: Tensor | PackedSequence) -> Tensor | PackedSequence:
@@ -281,7 +299,9 @@ class _OneStep(QuantizedRecurrent):
         alone = input.dim() == 1
         steps = self.read(input).reshape(1, -1, input.shape[-1])
         initial = tuple(state.reshape(1, -1, state.shape[-1]) for state in initial)
-        _, last = recur(self.form, self._cells(), steps, initial)
+        cells = self._cells()
+        _, last = recur(self.form, cells, steps, initial)
+        cells[0].observe()
         last = tuple(state[0, 0] if alone else state[0] for state in last)
         return last if pair else last[0]
 

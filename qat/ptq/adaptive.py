@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, distributed, fx, nn
 
 from qat.encoding import encode
-from qat.fake_quant import FakeQuantize, Mode
-from qat.graph import Graph, Kind
+from qat.fake_quant import FakeQuantize
+from qat.graph import Graph
+from qat.kinds import Kind
 from qat.layers import QuantizedLayer
+from qat.mode import Mode
 from qat.modes import eval_mode, quantizers, set_mode
 from qat.parts import graphs
 from qat.record import run

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qat.fake_quant import Mode
 from qat.fold import BatchNorm, batch_norm_affine, fold, integer_bias
-from qat.graph import Graph, Kind
+from qat.graph import Graph
+from qat.kinds import Kind
 from qat.layers import QuantizedLayer, QuantizedRecurrent
+from qat.mode import Mode
 from qat.modes import eval_mode
 from qat.parts import graphs
 from qat.record import run

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from qat.calibrate import calibrate
-from qat.fake_quant import Mode
+from qat.mode import Mode
 from qat.modes import set_mode
 from qat.ptq.adaptive import learn_rounding
 from qat.ptq.batch_norm import reestimate_batch_norm

@@ -1,6 +1,6 @@
 """IntegerNetwork: a list of layers, each reading named tensors. What `lower` makes and `load` reads back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qat.runtime import layers, lookup, matmul, operations, outer, recurrent, stored
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import IntegerConv, RuntimeLayer
+from qat.runtime.signature import Signature
 
 LAYERS: dict[str, type[RuntimeLayer]] = {
     "integer_conv": layers.IntegerConv,
@@ -63,6 +64,7 @@ class IntegerNetwork(nn.Module):
         layers: the layer of each step, by node name.
         outputs: names of the tensors returned.
         info: plain data about the network (configuration, class names, ...), exported with it.
+        signature: what it takes and returns; None where that is tensors, one after the other.
 
     Attributes:
         edges: for a freshly lowered network, integer tensor -> node of the prepared graph that simulated it.
@@ -75,8 +77,10 @@ class IntegerNetwork(nn.Module):
         layers: dict[str, RuntimeLayer],
         outputs: list[str],
         info: dict[str, Any] | None = None,
+        signature: Signature | None = None,
     ) -> None:
         super().__init__()
+        self.signature = signature
         self.inputs, self.nodes, self.outputs, self.info = inputs, nodes, outputs, info or {}
         self.edges: dict[str, str] = {}
         self.layers = nn.ModuleDict({_key(node.name): layers[node.name] for node in nodes})
@@ -102,13 +106,26 @@ class IntegerNetwork(nn.Module):
         )  # fmt: skip
         return self.grid(node.inputs[0]) if keeps else None
 
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Inputs (float32; indices are integers), by position or name -> float32 output, or a tuple of them."""
-        tensors = self.run(*inputs, *(named.pop(name) for name in self.inputs[len(inputs) :] if name in named))
-        if named:
-            raise ValueError(f"the network takes {', '.join(self.inputs)}; got {', '.join(named)} beside these")
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """Inputs (float32; indices are integers), by position or name -> float32 output, or a tuple of them.
+
+        With a `signature`, what that says.
+        """
+        tensors = self.run(*self.flat(args, named))
         outputs = tuple(tensors[name] for name in self.outputs)
+        if self.signature is not None:
+            return self.signature.build(outputs)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def flat(self, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The tensors of a call's arguments, in the order of `inputs`."""
+        if self.signature is not None:
+            return self.signature.flatten(args, named)
+        rest = dict(named)
+        found = (*args, *(rest.pop(name) for name in self.inputs[len(args) :] if name in rest))
+        if rest:
+            raise ValueError(f"the network takes {', '.join(self.inputs)}; got {', '.join(rest)} beside these")
+        return found
 
     def run(self, *inputs: Tensor, watch: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
         """Every tensor by name. `watch(name, tensor)` sees each as it is made and returns what later steps read."""
@@ -140,6 +157,7 @@ class IntegerNetwork(nn.Module):
                 for n in self.nodes
             ],
             "info": self.info,
+            **({} if self.signature is None else {"signature": self.signature.spec()}),
         }  # fmt: skip
 
     @classmethod
@@ -158,6 +176,7 @@ class IntegerNetwork(nn.Module):
             {node["name"]: LAYERS[node["layer"]].from_spec(node["settings"]) for node in spec["nodes"]},
             list(spec["outputs"]),
             dict(spec["info"]),
+            Signature(**spec["signature"]) if "signature" in spec else None,
         )
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qat.encoding import Encoded
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
+from qat.mode import Mode
 from qat.numerics.granularity import Layout
 from qat.runtime.grid import Quantize, storage_dtype
 from qat.runtime.layers import RuntimeLayer, convolve

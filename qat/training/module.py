@@ -9,7 +9,8 @@ import lightning as L
 import torch
 from torch import Tensor, fx, nn
 
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
+from qat.mode import Mode
 from qat.modes import get_mode, quantizers
 from qat.prepare import prepare
 from qat.scheme import QuantConfig

@@ -8,8 +8,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat.fake_quant import Mode
 from qat.layers import weights_of
+from qat.mode import Mode
 from qat.modes import get_mode, quantizers, set_mode, set_progress, watch
 
 log = logging.getLogger(__name__)

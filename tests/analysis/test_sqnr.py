@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from qat.analysis.curves import measure, sqnr_db
-from qat.fake_quant import FakeQuantize, Mode
+from qat.fake_quant import FakeQuantize
+from qat.mode import Mode
 from qat.numerics.affine import int_range
 from qat.numerics.fake_quantize import fake_quantize
 from qat.numerics.formats import FORMATS

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import qat
-from qat.fake_quant import Mode
+from qat.mode import Mode
 from qat.modes import get_mode, quantizers
 from qat.scheme import QuantConfig
 from qat.training import QATModule, QATSchedule, ResumeHint

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from qat.fake_quant import Mode
+from qat.mode import Mode
 from qat.modes import get_mode, quantizers, set_mode
 from qat.training import QATModule, QATSchedule, parameter_groups
 from qat.zoo.data import Digits

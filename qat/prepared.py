@@ -1,0 +1,75 @@
+"""A recorded network, which quantizers are put into: copies and pickles keep all of it."""
+
+import copy
+import functools
+from typing import Any
+
+from torch import fx, nn
+
+from qat.layers import Functional
+
+
+class PreparedNetwork(fx.GraphModule):
+    """A GraphModule whose copies keep what a GraphModule's lose: modules that `forward` does not call, attributes."""
+
+    def adopt(self, attributes: dict[str, Any]) -> None:
+        """Take over public data that other code may read (`block.out_channels`)."""
+        data = {k: v for k, v in attributes.items() if not k.startswith("_") and not callable(v)}
+        vars(self).update({k: v for k, v in data.items() if not hasattr(self, k)})
+
+    def __reduce__(self) -> Any:
+        attributes = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("training", "graph")}
+        return _unpickle, (super().__reduce__(), attributes, self._modules)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PreparedNetwork":
+        result: Any = super().__deepcopy__(memo)
+        result._modules = copy.deepcopy(self._modules, memo)
+        bind_functional(result)
+        result.adopt(copy.deepcopy({k: v for k, v in vars(self).items() if not k.startswith("_")}, memo))
+        return result
+
+
+def _unpickle(
+    reduced: tuple[Any, ...], attributes: dict[str, Any], modules: dict[str, nn.Module | None]
+) -> PreparedNetwork:
+    module = reduced[0](*reduced[1])
+    prepared = PreparedNetwork(module, module.graph)
+    prepared.meta.update(attributes.pop("meta"))
+    prepared._modules = modules
+    bind_functional(prepared)
+    prepared.adopt(attributes)
+    return prepared
+
+
+def bind_functional(net: fx.GraphModule) -> None:
+    """Let every Functional look up the weight and the bias that the network gives it."""
+    for node in net.graph.nodes:
+        module = net.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Functional):
+            module.bind(functools.partial(_weight_and_bias, net, node))
+
+
+def _weight_and_bias(net: fx.GraphModule, node: fx.Node) -> Any:
+    return tuple(fixed_value(net, arg) if isinstance(arg, fx.Node) else None for arg in node.args[-2:])
+
+
+def is_fixed(node: fx.Node) -> bool:
+    """Whether a node is a tensor that the network holds, or computed of nothing but such."""
+    if node.op in ("call_function", "call_method"):
+        in_place = isinstance(node.target, str) and node.target.endswith("_")
+        return not in_place and bool(node.all_input_nodes) and all(is_fixed(n) for n in node.all_input_nodes)
+    return node.op == "get_attr"
+
+
+def fixed_value(net: fx.GraphModule, node: fx.Node) -> Any:
+    """The tensor that such a node is now."""
+    if node.op == "get_attr":
+        value: Any = net
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: fixed_value(net, n))
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
