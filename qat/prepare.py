@@ -52,8 +52,13 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Any = None) -> 
     args, kwargs = arguments(net, example_inputs)
     calls = record(net, args, kwargs)
     parts = split(net, calls, config.graph)
-    for path, reason in parts.untraced.items():
-        log.warning("Layers within '%s' are quantized at their own inputs: %s", path or type(net).__name__, reason)
+    if parts.untraced:
+        path, reason = next(iter(parts.untraced.items()))
+        log.warning(
+            "%s is quantized in parts, as the code of %d of its modules cannot be recorded; layers that it calls are "
+            "quantized at their own inputs. The first is %s: %s (qat.report lists all)",
+            type(net).__name__, len(parts.untraced), f"'{path}'" if path else "its own", reason,
+        )  # fmt: skip
     choices = choose({k: v for at, part in parts.found.items() for k, v in part.layers(at).items()}, config)
     build = _Build(net, config, parts, choices)
     prepared = build.module("")

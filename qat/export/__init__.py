@@ -42,12 +42,17 @@ def export(
         Format -> path of its file.
 
     Raises:
-        ValueError: an unknown format.
+        ValueError: an unknown format, or a network that is not of integer layers alone.
         ImportError: a format needs a package that is not installed.
         OSError: the folder or disk refuses.
     """
     for name in formats:
         choice("export.formats", name, EXPORTERS)
+    if not isinstance(network, IntegerNetwork):
+        raise ValueError(
+            f"{type(network).__name__} was lowered in parts, between which its own code runs: no file can hold that. "
+            f"qat.report names what was not recorded; quant.graph=required refuses such a network"
+        )
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     return {name: EXPORTERS[name](network, Path(folder), inputs) for name in formats}
 

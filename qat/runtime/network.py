@@ -152,8 +152,8 @@ class IntegerNetwork(nn.Module):
             "inputs": self.inputs,
             "outputs": self.outputs,
             "nodes": [
-                {"name": n.name, "inputs": list(n.inputs), "layer": NAMES[type(self.layer(n.name))],
-                 "settings": self.layer(n.name).spec()}
+                {"settings": self.layer(n.name).spec(), "name": n.name, "inputs": list(n.inputs),
+                 "layer": NAMES[type(self.layer(n.name))]}
                 for n in self.nodes
             ],
             "info": self.info,
