@@ -38,6 +38,7 @@ class FakeQuantize(nn.Module):
         relu: apply ReLU as part of quantization.
         sites: how many edges share this node (the inputs of a concatenation).
         activation: shape of an activation, batch included; needed for scales per channel.
+        bounds: ends of the values, where they are known: the range is not observed then.
 
     Attributes:
         range: scale and zero point, or where they come from (`qat.ranges`).
@@ -59,11 +60,12 @@ class FakeQuantize(nn.Module):
         relu: bool = False,
         sites: int = 1,
         activation: Sequence[int] | None = None,
+        bounds: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         assert scheme.bits is not None
         self.scheme, self.shape, self.relu, self.sites = scheme, shape, relu, sites
-        self.activation = None if activation is None else list(activation)
+        self.activation, self.bounds = None if activation is None else list(activation), bounds
         self.mode, self.watched, self.name = Mode.float, False, "tensor"
         self.register_buffer("progress", torch.zeros((), dtype=torch.float32), persistent=False)
         weight = shape is not None
@@ -219,13 +221,17 @@ class FakeQuantize(nn.Module):
     @property
     def follows(self) -> bool:
         """Whether the range moves with what is quantized now."""
-        return self.range.follows and self.training and self.mode is Mode.quantize and not recomputing()
+        moves = self.range.follows and self.bounds is None
+        return moves and self.training and self.mode is Mode.quantize and not recomputing()
 
     @torch.no_grad()
     def set_range_from_observer(self) -> None:
         """Take scale and zero point from what was observed. Raises RuntimeError when nothing was."""
         if not self.dynamic:
-            self.range.set(*self._choose(*self.observer.range(), self.scale_shape))
+            low, high = self.observer.range()
+            if self.bounds is not None:
+                low, high = (torch.full_like(t, end) for t, end in zip((low, high), self.bounds, strict=True))
+            self.range.set(*self._choose(low, high, self.scale_shape))
 
     @torch.no_grad()
     def set_range_from(self, x: Tensor) -> None:

@@ -118,9 +118,11 @@ def _insert(
         relu = all(graph.kind(edge) is Kind.relu for edge in edges)
         nonnegative = all(graph.nonnegative(edge) for edge in edges)
         _check_axis(graph, edges, scheme, shapes)
+        ends = {graph.bounds(edge, config.bounded) for edge in edges}
         quantizer = FakeQuantize(
-            scheme, nonnegative=nonnegative, relu=relu, sites=len(edges), activation=shapes[edges[0]]
-        )
+            scheme, nonnegative=nonnegative, relu=relu, sites=len(edges), activation=shapes[edges[0]],
+            bounds=ends.pop() if len(ends) == 1 else None,
+        )  # fmt: skip
         quantizer.name = at + graph.name(edges[0])
         base = graph.name(edges[0]).replace(".", "_")
         names = (f"{QUANTIZERS}.{base}" if i == 1 else f"{QUANTIZERS}.{base}_{i}" for i in itertools.count(1))

@@ -605,6 +605,38 @@ def test_a_network_whose_trace_computes_something_else_is_refused() -> None:
     assert isinstance(layerwise.a, QuantConv2d)
 
 
+@pytest.mark.parametrize(
+    ("function", "bounded", "ends"),
+    [
+        (nn.Sigmoid(), ["sigmoid"], (0.0, 1.0)),
+        (nn.Hardsigmoid(), ["hardsigmoid"], (0.0, 1.0)),
+        (nn.Tanh(), ["tanh"], (-1.0, 1.0)),
+        (nn.Softmax(1), ["softmax"], (0.0, 1.0)),
+        (nn.Softmax(1), ["sigmoid", "tanh"], None),
+    ],
+)
+def test_a_bounded_function_gives_the_range(
+    function: nn.Module, bounded: list[str], ends: tuple[float, float] | None
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), function, nn.MaxPool2d(2), nn.Conv2d(4, 4, 1))
+    p = prepared(net, bounded=bounded)
+    qat.calibrate(p, [0.01 * X])
+    p.train()
+    p(X)  # a running range stays where it is, too
+    quantizer = p.get_submodule("quantizers.1")
+    scale, zero_point = quantizer.qparams()
+    low, high = (float(scale * (end - zero_point)) for end in (quantizer.quant_min, quantizer.quant_max))
+    if ends is None:
+        assert high < 0.9
+    else:
+        assert (low, high) == pytest.approx(ends, abs=0.01)
+
+
+def test_unknown_bounded_functions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"quant\.bounded: 'cosine' is not known \(valid: sigmoid, hardsigmoid"):
+        prepared(SmallCNN(3, 10), bounded=["cosine"])
+
+
 def test_layers_are_the_quantized_ones() -> None:
     p = prepared(SmallCNN(3, 10))
     assert type(p.linear) is QuantLinear

@@ -13,6 +13,9 @@ from qat.scheme.tensor import Granularity, TensorScheme, check_names, override
 GRAPHS = ("auto", "required", "layers")
 """What QuantConfig.graph may be."""
 
+BOUNDS = {"sigmoid": (0.0, 1.0), "hardsigmoid": (0.0, 1.0), "softmax": (0.0, 1.0), "tanh": (-1.0, 1.0)}
+"""Functions whose results lie within known ends."""
+
 
 def _weight_default() -> TensorScheme:
     return TensorScheme(narrow_range=True, granularity=Granularity.channel, range="dynamic")
@@ -46,6 +49,8 @@ class QuantConfig:
         target: key of TARGETS, what will run the result.
         graph: `auto` traces what torch.fx can trace and quantizes other layers at their own inputs; `required` refuses
             a network that cannot be traced as a whole; `layers` traces nothing.
+        bounded: functions (of BOUNDS) whose results get the range of the function, not an observed one. A softmax over
+            many keys comes nowhere near 1, so it is observed unless it is named here.
     """
 
     weight: TensorScheme = field(default_factory=_weight_default)
@@ -54,6 +59,7 @@ class QuantConfig:
     rules: list[LayerRule] = field(default_factory=list)
     target: str = "generic"
     graph: str = "auto"
+    bounded: list[str] = field(default_factory=lambda: ["sigmoid", "hardsigmoid", "tanh"])
 
     def __post_init__(self) -> None:
         self.validate()
@@ -75,6 +81,9 @@ class QuantConfig:
                 )
         if self.graph not in GRAPHS:
             raise ValueError(f"quant.graph={self.graph!r} is not known (valid: {', '.join(GRAPHS)})")
+        for name in self.bounded:
+            if name not in BOUNDS:
+                raise ValueError(f"quant.bounded: {name!r} is not known (valid: {', '.join(BOUNDS)})")
         for i, rule in enumerate(self.rules):
             where = f"quant.rules[{i}]"
             if rule.match in ("", "?"):
@@ -103,7 +112,7 @@ class QuantConfig:
             ValueError: an unknown field or an invalid value.
         """
         check_names(data, cls, "quant")
-        schemes = {
+        schemes: dict[str, Any] = {
             name: override(getattr(cls(), name), data.get(name, {}), f"quant.{name}")
             for name in ("weight", "activation", "input")
         }
@@ -111,7 +120,8 @@ class QuantConfig:
         for i, rule in enumerate(data.get("rules", [])):
             check_names(rule, LayerRule, f"quant.rules[{i}]")
             rules.append(LayerRule(**rule))
-        return cls(**schemes, rules=rules, target=data.get("target", "generic"), graph=data.get("graph", "auto"))
+        rest: dict[str, Any] = {name: data[name] for name in ("target", "graph", "bounded") if name in data}
+        return cls(rules=rules, **schemes, **rest)
 
 
 def _plain(value: Any) -> Any:
