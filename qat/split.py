@@ -97,7 +97,7 @@ def _visit(
     if module in seen:
         return
     seen.add(module)
-    if type(module) in SWAPS and path:
+    if type(module) in SWAPS and (path or isinstance(module, nn.RNNBase | nn.RNNCellBase)):
         if path in calls:
             parts.found[path] = Part(module, calls[path])
         return

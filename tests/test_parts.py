@@ -18,7 +18,7 @@ import qat
 from qat.modes import quantizers
 from qat.parts import graphs
 from qat.ptq import PTQConfig, finalize
-from qat.record import run
+from qat.record import arguments, run
 from qat.runtime import IntegerNetwork
 from qat.structures import tensors
 
@@ -158,6 +158,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "RNN": (lambda: Alone(x=nn.RNN(8, 8)), rows(5, 6, 8)),
     "LSTMCell": (lambda: Alone(x=nn.LSTMCell(8, 8)), A),
     "GRUCell": (lambda: Alone(x=nn.GRUCell(8, 8)), A),
+    "a layer itself": (lambda: nn.Linear(8, 4), A),
+    "a recurrent layer itself": (lambda: nn.LSTM(8, 6, num_layers=2), rows(5, 6, 8)),
+    "attention itself": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), (rows(6, 5, 8),) * 3),
+    "a transformer layer itself": (lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), rows(6, 5, 8)),
 }
 
 
@@ -219,7 +223,7 @@ def test_8_bits_the_whole_way(name: str, tmp_path: Path) -> None:
     kept = {id(t.untyped_storage()) for t in (*prepared.parameters(), *prepared.buffers())}
     assert not any(id(t.untyped_storage()) in kept for t in (*lowered.parameters(), *lowered.buffers()))
     if isinstance(lowered, IntegerNetwork) and lowered.signature is not None:
-        flat = lowered.flat(*((inputs, {}) if isinstance(inputs, tuple) else ((), inputs)))
+        flat = lowered.flat(*arguments(net, inputs))
         loaded = qat.load(qat.export(lowered, tmp_path, flat, ["int8"])["int8"])
         assert all(torch.equal(a, b) for a, b in zip(tensors(run(loaded, inputs)), tensors(integer), strict=True))
 

@@ -19,6 +19,7 @@ from qat.export.parity import (
     integers_given,
     measure,
     onnx_integers_given,
+    ties_given,
     training_integers,
 )
 from qat.ptq import PTQConfig, finalize
@@ -243,6 +244,38 @@ def test_compare_by_hand() -> None:
     assert (v.max_steps, v.equal_share, v.first) == (0, 1.0, "")
     assert parity.to_dict() == {k: getattr(parity, k) for k in ("max_abs", "max_steps", "agreement", "equal_share")}
     assert [row["name"] for row in parity.to_dict(layers=True)["layers"]] == ["u", "v"]
+
+
+def test_a_step_at_a_tie_is_no_difference() -> None:
+    a, b = {"u": torch.tensor([1, 2, 3, 4])}, {"u": torch.tensor([2, 3, 5, 4])}
+    ties = [{"u": torch.tensor([True, False, True, True])}]
+    y = torch.zeros(1, 2)
+    (row,) = compare((y, y), [(a, b)], ties=ties).layers
+    assert (row.max_steps, row.equal_share, row.ties) == (2, 0.5, 1)  # two steps are a difference, tie or not
+    assert row.first == "First difference at flat index 1: 2 against 3."
+    assert compare((y, y), [(a, b)]).layers[0].equal_share == 0.25
+
+
+def test_where_ties_are() -> None:
+    """Sums of two grids whose steps are 1 and 1/2, on a grid of whole steps: every other one is a tie."""
+
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.flatten(x + y, 1) @ torch.eye(4)
+
+    scheme = {"bits": 8, "range": "fixed"}
+    config = qat.QuantConfig.from_dict({"weight": scheme, "activation": scheme, "input": scheme})
+    x, y = torch.tensor([[-127.0, 127.0, 3.0, 4.0]]), torch.tensor([[-63.5, 63.5, 0.5, 1.0]])
+    prepared = qat.prepare(Sum(), config, (x, y))
+    qat.calibrate(prepared, [(x, y)])
+    prepared.get_submodule("quantizers.add").range.scale.fill_(1.0)
+    for name, scale in (("x", 1.0), ("y", 0.5)):
+        prepared.get_submodule(f"quantizers.{name}").range.scale.fill_(scale)
+    network = qat.lower(prepared)
+    given = training_integers(prepared, network, x, y)
+    ties = ties_given(network, (x, y), given)
+    assert ties["add"].tolist() == [[True, True, True, False]]
+    assert not ties["x.quantized"].any()
 
 
 def test_nan_never_agrees() -> None:
