@@ -19,6 +19,7 @@ from qat.split import Part, Parts, join, split
 from qat.structures import map_tensors, tensors
 from qat.subclass import is_lightning, prepared_class, with_graph
 from qat.targets import check_target
+from qat.tracing import has
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Any = None) -> 
     """
     config.validate()
     check_target(config)
+    if is_lightning(net):
+        net.configure_model()  # type: ignore[operator]  # of some, makes the layers; Lightning asks that it may repeat
     args, kwargs = arguments(net, example_inputs)
     calls = record(net, args, kwargs)
     parts = split(net, calls, config.graph)
@@ -169,8 +172,10 @@ class _Build:
     def copied(self, net: nn.Module, children: dict[nn.Module, nn.Module]) -> nn.Module:
         """A copy that shares parameters, buffers and what `children` does not replace."""
         memo: dict[int, Any] = {id(child): made for child, made in children.items()}
-        memo |= {id(t): t for t in (*net.parameters(recurse=False), *net.buffers(recurse=False))}
+        memo |= {id(t): t for t in (*net.parameters(), *net.buffers())}  # those of children, too: lists may hold them
         for name, child in net.named_modules():
-            if name and child not in children:
-                memo.setdefault(id(child), child)
+            if name and child not in children:  # an attribute may hold it, too
+                head, _, rest = name.partition(".")
+                made = children.get(net.get_submodule(head), child)
+                memo.setdefault(id(child), made.get_submodule(rest) if rest and has(made, rest) else child)
         return copy.deepcopy(net, memo)

@@ -9,8 +9,27 @@ from torch import fx, nn
 from qat.layers import Functional
 
 
+class RecordedSequential(nn.Sequential):
+    """Layers of a recording: listed and indexed, as they were; but what stands between them is the recording's."""
+
+    def forward(self, *args: Any) -> Any:  # noqa: D102
+        raise NotImplementedError(
+            "this nn.Sequential was recorded with the network that calls it, and quantizers stand between its layers: "
+            "call that network, or prepare this part on its own"
+        )
+
+
 class PreparedNetwork(fx.GraphModule):
-    """A GraphModule whose copies keep what a GraphModule's lose: modules that `forward` does not call, attributes."""
+    """A GraphModule whose copies keep what a GraphModule's lose: modules that `forward` does not call, attributes.
+
+    Of an `nn.Sequential`, its layers are indexed as they were: `prepared[0]`, `prepared[:-1]`.
+    """
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        layers = [layer for name, layer in self._modules.items() if name.isdigit() and layer is not None]
+        if not layers:
+            raise TypeError("a prepared network has indices only where it was an nn.Sequential")
+        return RecordedSequential(*layers[index]) if isinstance(index, slice) else layers[index]
 
     def adopt(self, attributes: dict[str, Any]) -> None:
         """Take over public data that other code may read (`block.out_channels`)."""

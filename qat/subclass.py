@@ -1,6 +1,7 @@
 """Prepared LightningModules: of the user's own class, with quantizers, and checkpoints that say how to rebuild them."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,10 +17,11 @@ from qat.structures import map_tensors
 
 def is_lightning(net: nn.Module) -> bool:
     """Whether `net` is a LightningModule; Lightning is not imported for the question."""
-    return any(
-        base.__name__ == "LightningModule" and base.__module__.startswith(("lightning", "pytorch_lightning"))
-        for base in type(net).__mro__
-    )
+    return any(base.__name__ == "LightningModule" and _is_lightnings(base) for base in type(net).__mro__)
+
+
+def _is_lightnings(what: Any) -> bool:
+    return bool(what.__module__.startswith(("lightning.", "pytorch_lightning.")))
 
 
 class Prepared:
@@ -76,7 +78,7 @@ class Prepared:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prepared":
         result = type(self).__new__(type(self))
         memo[id(self)] = result
-        vars(result).update(copy.deepcopy(vars(self), memo))
+        vars(result).update(copy.deepcopy(self.__getstate__(), memo))  # which leaves the trainer out
         if result.recording is not None:
             bind_functional(as_graph(result))  # type: ignore[arg-type]
         return result
@@ -87,7 +89,7 @@ class Prepared:
             bind_functional(as_graph(self))  # type: ignore[arg-type]
 
     def __reduce__(self) -> Any:
-        state = {k: v for k, v in vars(self).items() if k not in ("recording", "_run_recording")}
+        state = {k: v for k, v in self.__getstate__().items() if k not in ("recording", "_run_recording")}
         recorded = None if self.recording is None else as_graph(self)  # type: ignore[arg-type]
         return _unpickle, (type(self).__mro__[2], type(self).prepare, recorded), state
 
@@ -112,8 +114,20 @@ def prepared_class(base: type[nn.Module], prepare: Callable[..., nn.Module]) -> 
     """The class of a prepared `base`, a LightningModule's class. `load_from_checkpoint` rebuilds structure, too."""
     if base not in _CLASSES:
         names = {"__doc__": base.__doc__, "__module__": base.__module__, "prepare": staticmethod(prepare)}
+        if not _is_lightnings(base.configure_model):  # type: ignore[attr-defined]  # Lightning asks who overrides it
+            names["configure_model"] = _until_prepared(base.configure_model)  # type: ignore[attr-defined]
         _CLASSES[base] = type(f"Prepared{base.__name__}", (Prepared, base), names)
     return _CLASSES[base]
+
+
+def _until_prepared(configure_model: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(configure_model)
+    def until_prepared(self: Any) -> None:
+        """The user's, until the structure stands: layers made anew would be float ones."""
+        if "meta" not in vars(self):
+            configure_model(self)
+
+    return until_prepared
 
 
 def with_graph(module: nn.Module, recorded: fx.GraphModule, prepare: Callable[..., nn.Module]) -> nn.Module:

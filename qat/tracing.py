@@ -22,7 +22,7 @@ from torch.nn.modules import padding
 from qat.fake_quant import FakeQuantize
 from qat.inside import INSIDE, erase_unread
 from qat.layers import Quantized
-from qat.prepared import PreparedNetwork
+from qat.prepared import PreparedNetwork, RecordedSequential
 from qat.results import PACKING
 
 MODES = "modes"
@@ -97,6 +97,14 @@ class _Tracer(fx.Tracer):
         return super().create_args_for_root(INSIDE.get(type(self.root), root_fn), is_module, concrete_args)
 
 
+LISTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Sequential: RecordedSequential,
+    nn.ModuleList: nn.ModuleList,
+    nn.ModuleDict: nn.ModuleDict,
+}
+"""Containers whose layers others may look up."""
+
+
 def trace(
     net: nn.Module, opaque: Iterable[str] = (), fixed: Mapping[str, Any] = MappingProxyType({})
 ) -> fx.GraphModule:
@@ -137,6 +145,7 @@ def trace(
         if name and not has(traced, name):
             traced.add_submodule(name, module)
     _add_unread_tensors(net, traced)
+    _restore_lists(net, traced)
     return traced
 
 
@@ -150,6 +159,16 @@ def _add_unread_tensors(net: nn.Module, traced: fx.GraphModule) -> None:
         for name, buffer in module._buffers.items():
             if target is not module and name not in target._buffers:
                 target.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+
+
+def _restore_lists(net: nn.Module, traced: fx.GraphModule) -> None:
+    """Let lists and dicts of modules be such: code beside `forward` (optimizers) reads `net.blocks[0]`."""
+    for path, module in net.named_modules():
+        kind, target = LISTS.get(type(module)), traced.get_submodule(path)
+        if kind is not None and type(target) in (nn.Module, type(traced)):
+            target._modules = {name: target._modules[name] for name in module._modules} | target._modules
+            if target is not traced:
+                target.__class__ = kind
 
 
 def _record(net: nn.Module, training: bool, whole: set[str], fixed: Mapping[str, Any]) -> fx.Graph:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from qat.fake_quant import FakeQuantize
 from qat.scheme import Granularity, TensorScheme
@@ -116,6 +117,7 @@ class QuantizedLayer(Quantized):
 
     def outputs_first(self) -> Tensor:
         """The weight as its quantizer sees it, [out, inputs...]: channels, groups and blocks count in this view."""
+        apply_masks(self)
         return self.arranged(self.weight)
 
     def arranged(self, weight: Tensor) -> Tensor:
@@ -147,6 +149,13 @@ class QuantizedLayer(Quantized):
         """The output for activations; without hooks."""
         result: Tensor = type(self).forward(self, *inputs)
         return result
+
+
+def apply_masks(layer: nn.Module) -> None:
+    """Set what `torch.nn.utils.prune` prunes, as calling the layer does: before that, it is of the step before."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            hook(layer, ())
 
 
 def check_groups(scheme: TensorScheme, view: Tensor, layer: str) -> None:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qat.layers import weights_of
 from qat.mode import Mode
 from qat.modes import get_mode, quantizers, set_mode, set_progress, watch
+from qat.training.averaging import average_weights_only, measures_batch_norm, training_share
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +20,9 @@ class QATSchedule(L.Callback):
     """float -> observe -> quantize -> frozen, as a pure function of `trainer.global_step`.
 
     It keeps no state, so a resumed run is in the right mode from its first batch. It changes modes only, never
-    structure. Each argument is a step (int) or a share of all training steps (float in [0, 1]).
+    structure. It needs no knowledge of batches: ranges are those of the calibration before `fit` (`qat.calibrate`), or of
+    what the module's own training steps showed the observers between `observe_at` and `quantize_at`, so that it works
+    with any LightningModule, automatic or manual optimization. Each argument is a step (int) or a share of all training steps (float in [0, 1]).
 
     Args:
         observe_at: observers start to record (training goes on in float); only when ranges are not calibrated yet.
@@ -67,12 +70,17 @@ class QATSchedule(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the sanity check."""
+        average_weights_only(trainer)
         self._apply(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Before every step: modes may change, and Lightning has put BatchNorm back into training mode."""
+        if measures_batch_norm(trainer):
+            for norm in _batch_norms(pl_module):
+                norm.train()
+            return
         self._apply(trainer, pl_module)
         set_progress(pl_module, self.progress_at(trainer.global_step, _total(trainer)))
         if batch_idx == 0:
@@ -122,7 +130,7 @@ def _total(trainer: L.Trainer) -> int:
     total = trainer.estimated_stepping_batches
     if total == float("inf"):
         raise ValueError("QATSchedule needs to know how long training is: set trainer.max_epochs or trainer.max_steps")
-    return max(int(total), 1)
+    return max(round(total * training_share(trainer)), 1)
 
 
 def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:
