@@ -75,10 +75,15 @@ class Prepared:
             self.__class__ = own
         vars(self).update(vars(prepared))
 
+    def _state(self) -> dict[str, Any]:
+        """What a copy takes over: all but the trainer."""
+        state: Any = self.__getstate__()
+        return dict(state)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prepared":
         result = type(self).__new__(type(self))
         memo[id(self)] = result
-        vars(result).update(copy.deepcopy(self.__getstate__(), memo))  # which leaves the trainer out
+        vars(result).update(copy.deepcopy(self._state(), memo))
         if result.recording is not None:
             bind_functional(as_graph(result))  # type: ignore[arg-type]
         return result
@@ -89,7 +94,7 @@ class Prepared:
             bind_functional(as_graph(self))  # type: ignore[arg-type]
 
     def __reduce__(self) -> Any:
-        state = {k: v for k, v in self.__getstate__().items() if k not in ("recording", "_run_recording")}
+        state = {k: v for k, v in self._state().items() if k not in ("recording", "_run_recording")}
         recorded = None if self.recording is None else as_graph(self)  # type: ignore[arg-type]
         return _unpickle, (type(self).__mro__[2], type(self).prepare, recorded), state
 
@@ -113,7 +118,11 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 def prepared_class(base: type[nn.Module], prepare: Callable[..., nn.Module]) -> type[nn.Module]:
     """The class of a prepared `base`, a LightningModule's class. `load_from_checkpoint` rebuilds structure, too."""
     if base not in _CLASSES:
-        names = {"__doc__": base.__doc__, "__module__": base.__module__, "prepare": staticmethod(prepare)}
+        names: dict[str, Any] = {
+            "__doc__": base.__doc__,
+            "__module__": base.__module__,
+            "prepare": staticmethod(prepare),
+        }
         if not _is_lightnings(base.configure_model):  # type: ignore[attr-defined]  # Lightning asks who overrides it
             names["configure_model"] = _until_prepared(base.configure_model)  # type: ignore[attr-defined]
         _CLASSES[base] = type(f"Prepared{base.__name__}", (Prepared, base), names)

@@ -1,6 +1,7 @@
 """Callbacks that average weights, and what of a quantizer cannot be averaged."""
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import torch
@@ -21,7 +22,7 @@ def average_weights_only(trainer: L.Trainer) -> None:
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            average = callback._average_model
+            average: Any = callback._average_model
             average.update_parameters = _keeping_ranges(average, average.update_parameters)
 
 

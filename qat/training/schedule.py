@@ -20,9 +20,9 @@ class QATSchedule(L.Callback):
     """float -> observe -> quantize -> frozen, as a pure function of `trainer.global_step`.
 
     It keeps no state, so a resumed run is in the right mode from its first batch. It changes modes only, never
-    structure. It needs no knowledge of batches: ranges are those of the calibration before `fit` (`qat.calibrate`), or of
-    what the module's own training steps showed the observers between `observe_at` and `quantize_at`, so that it works
-    with any LightningModule, automatic or manual optimization. Each argument is a step (int) or a share of all training steps (float in [0, 1]).
+    structure. It needs to know nothing of batches: ranges are those of a calibration before `fit` (`qat.calibrate`), or
+    of what the module's own training steps show the observers between `observe_at` and `quantize_at`. So it works with
+    any LightningModule. Each argument is a step (int) or a share of all training steps (float in [0, 1]).
 
     Args:
         observe_at: observers start to record (training goes on in float); only when ranges are not calibrated yet.
@@ -108,11 +108,17 @@ class QATSchedule(L.Callback):
             return
         if before is Mode.observe and mode in (Mode.quantize, Mode.frozen):
             weights = weights_of(pl_module)
-            for _, quantizer in quantizers(pl_module):
-                if quantizer in weights and not quantizer.calibrated:  # tables and roundings need the weight itself
-                    quantizer.set_range_from(weights[quantizer])
-                elif not quantizer.calibrated:
-                    quantizer.set_range_from_observer()
+            for name, quantizer in quantizers(pl_module):
+                try:
+                    if quantizer in weights and not quantizer.calibrated:  # tables and roundings need the weight itself
+                        quantizer.set_range_from(weights[quantizer])
+                    elif not quantizer.calibrated:
+                        quantizer.set_range_from_observer()
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"quantizer '{name}', observed in training up to step {step}: {error}. Let quantize_at be "
+                        f"later, or run qat.calibrate on inputs that reach it before fit"
+                    ) from None
         set_mode(pl_module, mode)
         if trainer.is_global_zero:
             log.info(f"step {step} of {total}: quantizers are in mode '{mode.value}'")

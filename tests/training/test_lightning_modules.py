@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 
@@ -157,6 +156,27 @@ def test_it_trains_from_float_to_frozen_without_knowledge_of_batches(name: str) 
     assert not torch.equal(call(prepared), output)
 
 
+def test_a_quantizer_that_training_did_not_reach_is_named() -> None:
+    class Idle(Automatic):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net[0].weight.square().sum()
+
+    prepared = qat.prepare(Idle(), config(), features())
+    with pytest.raises(RuntimeError, match=r"quantizer 'net\.quantizers\.\w+', observed in training up to step 6: "):
+        trainer_of(QATSchedule(quantize_at=6)).fit(prepared, batches())
+
+
+def test_layers_of_a_recorded_list_are_looked_up_but_not_run() -> None:
+    _, prepared = module_of("automatic")
+    assert [type(layer).__name__ for layer in prepared.net] == ["QuantLinear", "ReLU", "QuantLinear"]
+    assert list(prepared.net[:-1]) == [prepared.net[0], prepared.net[1]]
+    assert list(copy.deepcopy(prepared).net[0].state_dict()) == list(prepared.net[0].state_dict())
+    with pytest.raises(NotImplementedError, match="quantizers stand between its layers"):
+        prepared.net[:-1](features())
+    with pytest.raises(TypeError, match=r"only where it was an nn\.Sequential"):
+        qat.prepare(nn.Sequential(), qat.QuantConfig(), features())[0]  # type: ignore[index]
+
+
 def test_quantized_training_learns_what_float_training_learns() -> None:
     losses = {}
     for kind in ("float", "qat"):
@@ -229,79 +249,6 @@ def test_the_learning_rate_finder_runs_and_restores() -> None:
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=0, equal_nan=True)
     assert get_mode(prepared) is Mode.quantize
     fitted(prepared)
-
-
-# ------------------------------------------------------------------------------------------- averaging
-
-
-@pytest.mark.parametrize("preset", ["running", "w4a4_lsq", "codebook"])
-def test_an_average_of_weights_keeps_ranges(preset: str) -> None:
-    """Averaged from the first step, when no range is known: neither NaN nor broken zero points come out of it."""
-
-    class Reference(L.Callback):
-        """The average of one weight, in plain arithmetic; and whether buffers of validation are finite."""
-
-        def __init__(self) -> None:
-            self.mean: Tensor | None = None
-
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-            weight = pl_module.net.get_submodule("0").weight.detach()
-            self.mean = weight.clone() if self.mean is None else 0.8 * self.mean + 0.2 * weight
-
-        def on_validation_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-            if get_mode(pl_module) in (Mode.quantize, Mode.frozen):
-                assert all(quantizer.calibrated for _, quantizer in quantizers(pl_module))
-
-    running = {"bits": 8, "symmetric": False, "range": "running", "observer": "ema"}
-    codebook = {"format": "codebook", "bits": 3, "granularity": "channel", "range": "learned"}
-    schemes = {
-        "running": config(activation=running, input=running),
-        "w4a4_lsq": qat.preset("w4a4_lsq"),
-        "codebook": config(weight=codebook),
-    }
-    _, prepared = module_of("automatic", schemes[preset])
-    assert len(list(quantizers(prepared))) == 4
-    reference = Reference()
-    fitted(prepared, reference, EMAWeightAveraging(decay=0.8))
-    assert reference.mean is not None
-    torch.testing.assert_close(prepared.net.get_submodule("0").weight.detach(), reference.mean)
-    for name, quantizer in quantizers(prepared):
-        assert quantizer.calibrated, name
-        if quantizer.shape is None:
-            zero_point = quantizer.qparams()[1]
-            assert torch.equal(zero_point, zero_point.round()), name
-    assert call(prepared).isfinite().all()
-    assert qat.lower(prepared.eval()) is not None
-
-
-def test_equal_averaging_by_its_base_class() -> None:
-    _, prepared = module_of("automatic")
-    fitted(prepared, WeightAveraging())
-    assert call(prepared).isfinite().all()
-
-
-def test_stochastic_weight_averaging_measures_batch_norm_anew() -> None:
-    L.seed_everything(0, verbose=False)
-    prepared = qat.prepare(Automatic(norm=True), config(), features())
-    norm = next(m for m in prepared.modules() if isinstance(m, nn.BatchNorm1d))
-    modes: dict[int, Mode] = {}
-    means: list[Tensor] = []  # of what it read in the epoch that is added
-    norm.register_forward_pre_hook(
-        lambda _, given: means.append(given[0].detach().mean(0)) if trainer.current_epoch == 4 else None
-    )
-
-    class Watch(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
-            modes.setdefault(trainer.global_step - 1, get_mode(pl_module))
-
-    schedule = QATSchedule(quantize_at=6, freeze_ranges_at=0.75)
-    trainer = trainer_of(schedule, Watch(), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2), epochs=4)
-    trainer.fit(prepared, batches())
-    assert [modes[step] for step in range(24)] == [schedule.mode_at(step, 24) for step in range(24)]
-    assert get_mode(prepared) is Mode.frozen
-    assert len(means) == 6
-    assert norm.running_mean is not None
-    torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0))
 
 
 # ------------------------------------------------------------------------------- evaluation, checkpoints

@@ -115,9 +115,7 @@ def test_12896_test_after_fit_from_a_checkpoint(tmp_path: Path) -> None:
     qat.lower(prepared)
     [again] = trainer.test(prepared, batches(), ckpt_path="last", verbose=False)  # lowering has changed nothing
     assert again == after_fit
-    [fresh] = trainer_of().test(
-        load_from_checkpoint(Automatic, checkpoint.last_model_path), batches(), verbose=False
-    )
+    [fresh] = trainer_of().test(load_from_checkpoint(Automatic, checkpoint.last_model_path), batches(), verbose=False)
     assert fresh == after_fit
 
 
@@ -200,7 +198,9 @@ def test_7552_not_all_of_a_network_has_to_be_quantizable() -> None:
     L.seed_everything(0, verbose=False)
     module = Automatic()
     module.net = Backbone()  # type: ignore[assignment]
-    prepared: Any = qat.prepare(module, config(8, rules=[{"match": "net.second", "weight": {"bits": None}}]), features())
+    prepared: Any = qat.prepare(
+        module, config(8, rules=[{"match": "net.second", "weight": {"bits": None}}]), features()
+    )
     assert isinstance(prepared.net, Backbone)
     assert type(prepared.net.second) is nn.Linear
     assert "net" in prepared.meta["qat"]["untraced"]
