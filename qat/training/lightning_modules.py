@@ -18,7 +18,8 @@ def load_from_checkpoint(module: type[L.LightningModule], path: str | Path, **kw
         module: the user's class, which knows nothing of `qat`.
         path: a checkpoint that Lightning wrote while training `qat.prepare(module(...), ...)`.
         kwargs: as for Lightning's `load_from_checkpoint`: `map_location`, `strict`, and arguments of `module` that the
-            checkpoint does not hold (without `save_hyperparameters`, all of them).
+            checkpoint does not hold (without `save_hyperparameters`, all of them). Where `forward` takes objects of
+            your own classes (dataclasses), the checkpoint holds examples of them: `weights_only=False`, if trusted.
 
     Returns:
         A module of the prepared class, its weights, ranges and mode as they were saved.

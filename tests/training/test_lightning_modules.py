@@ -5,18 +5,22 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 
 import qat
 from qat.fake_quant import Mode
 from qat.modes import get_mode, quantizers, set_mode
+from qat.ptq import PTQConfig, finalize
+from qat.runtime.network import IntegerNetwork
 from qat.training import QATSchedule, load_from_checkpoint
 from tests.training.users_modules import (
     GAN,
@@ -295,6 +299,43 @@ def test_load_from_checkpoint_rebuilds_structure_ranges_and_mode(name: str, tmp_
         assert qat.report(loaded) == qat.report(prepared)
     set_mode(loaded, "observe")
     fitted(loaded)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_it_lowers_to_integers(name: str) -> None:
+    _, prepared = module_of(name)
+    fitted(prepared)
+    example = MODULES[name]()[1]
+    finalize(prepared, [features() if example is None else example], PTQConfig(), trained=True)
+    lowered = qat.lower(prepared)
+    assert any(isinstance(part, IntegerNetwork) for part in lowered.modules())
+    assert not list(quantizers(lowered))
+    expected = call(prepared)
+    output = lowered(features()) if isinstance(lowered, IntegerNetwork) else call(lowered)
+    assert (output - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@dataclass
+class Inputs:
+    x: Tensor
+
+
+class TakesDataclass(Automatic):
+    def forward(self, inputs: Inputs) -> Tensor:  # type: ignore[override]
+        return self.net(inputs.x)
+
+    def loss(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = batch
+        outputs = self(Inputs(x))
+        return F.cross_entropy(outputs, y), outputs, y
+
+
+def test_example_inputs_of_the_users_types_need_a_trusted_checkpoint(tmp_path: Path) -> None:
+    prepared = qat.prepare(TakesDataclass(), config(), Inputs(features()))
+    fitted(prepared).save_checkpoint(tmp_path / "last.ckpt")
+    loaded = load_from_checkpoint(TakesDataclass, tmp_path / "last.ckpt", weights_only=False).eval()
+    prepared.eval()
+    assert torch.equal(loaded(Inputs(features())), prepared(Inputs(features())))
 
 
 def test_load_from_checkpoint_in_a_fresh_process(tmp_path: Path) -> None:

@@ -1,17 +1,18 @@
 """Callbacks that average weights, on prepared modules: EMA, equal averages, stochastic weight averaging."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 import qat
 from qat.fake_quant import Mode
 from qat.modes import get_mode, quantizers
-from qat.training import QATSchedule
+from qat.training import QATSchedule, load_from_checkpoint
 from tests.training.test_lightning_modules import call, config, fitted, module_of, trainer_of
 from tests.training.users_modules import Automatic, batches, features
 
@@ -54,6 +55,15 @@ def test_an_average_of_weights_keeps_ranges(preset: str) -> None:
             assert torch.equal(zero_point, zero_point.round()), name
     assert call(prepared).isfinite().all()
     assert qat.lower(prepared.eval()) is not None
+
+
+def test_a_checkpoint_holds_the_average(tmp_path: Path) -> None:
+    _, prepared = module_of("automatic")
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    fitted(prepared, EMAWeightAveraging(decay=0.8), checkpoint, enable_checkpointing=True)
+    loaded = load_from_checkpoint(Automatic, checkpoint.last_model_path)
+    assert get_mode(loaded) is Mode.frozen
+    assert torch.equal(call(loaded), call(prepared))  # which holds the average when fit is over
 
 
 def test_equal_averaging_by_its_base_class() -> None:
