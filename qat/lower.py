@@ -150,7 +150,8 @@ def _layer(lowering: Lowering, node: fx.Node) -> None:
     geometry = lowering.geometry(layer, node) | {"output": lowering.output_grid(tail)}
     step: RuntimeLayer
     if grid is not None and layer.weight_quantizer.integer and layer.multiplies:
-        step, x = integer_layer(layer, norm, grid, geometry), lowering.made[source]
+        shared = lowering.biases[id(layer.bias)] > 1
+        step, x = integer_layer(layer, norm, grid, geometry, remainder=shared), lowering.made[source]
     else:
         step, x = real_layer(layer, norm, geometry), lowering.real_input(layer, node)
     lowering.add(str(node.target), step, [lowering.padded(layer, node, x)], *made)

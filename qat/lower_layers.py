@@ -25,15 +25,19 @@ def grid_of(quantizer: FakeQuantize) -> Quantize:
 
 
 def integer_layer(
-    layer: QuantizedLayer | Weight, norm: nn.Module | None, grid: Quantize, geometry: dict[str, Any]
+    layer: QuantizedLayer | Weight,
+    norm: nn.Module | None,
+    grid: Quantize,
+    geometry: dict[str, Any],
+    remainder: bool = False,
 ) -> IntegerConv:
-    """A layer that takes integers of `grid`."""
+    """A layer that takes integers of `grid`; with a `remainder` where its bias could not be rounded for that grid."""
     folded = fold(layer, norm)
     scale, q, bias = integer_bias(folded, float(grid.scale), folded.q.dim())
     between = bool(((q - folded.bounds[0]) % folded.step).any())  # a channel that was scaled down for its bias
     step = IntegerConv(
         list(folded.q.shape), list(folded.bounds), [grid.quant_min, grid.quant_max], **geometry,
-        weight_step=1 if between else folded.step,
+        weight_step=1 if between else folded.step, remainder=remainder,
     )  # fmt: skip
     limit = torch.iinfo(torch.int32).max if step.bias.dtype == torch.int32 else 2**62
     step.weight.copy_(q)
@@ -42,6 +46,8 @@ def integer_layer(
     step.bias.copy_(bias.clamp(-limit, limit))
     step.input_scale.copy_(grid.scale)
     step.input_zero_point.copy_(grid.zero_point)
+    if step.remainder is not None:
+        step.remainder.copy_(folded.bias - step.bias.double() * scale * float(grid.scale))
     return step
 
 

@@ -1,5 +1,6 @@
 """The state of a lowering, and the ways to append a step to the integer network."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,9 +42,12 @@ class Lowering:
     results: dict[fx.Node, str] = field(default_factory=dict)  # call of a recurrent layer -> name of what it returns
     taken: dict[tuple[fx.Node, int, int | None], str] = field(default_factory=dict)  # part of it -> its name
 
+    biases: Counter[int] = field(init=False)  # by identity: calls that add it
+
     def __post_init__(self) -> None:
         self.graph = Graph(self.prepared)
         self.sizes = Sizes(self.prepared)
+        self.biases = Counter(id(layer.bias) for _, layer in self.graph.layers() if layer.bias is not None)
 
     def is_simulated(self, node: fx.Node) -> bool:
         """Whether a node of the prepared network puts a tensor on its grid."""

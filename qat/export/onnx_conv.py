@@ -31,11 +31,12 @@ def integer_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     )  # fmt: skip
     w = w if direct else weight_as_kept(model, name, layer, w)
     scale = layer.input_scale * layer.weight_scale
-    if layer.bias.dtype == torch.int32:
+    if layer.bias.dtype == torch.int32 and layer.remainder is None:
         constants = [model.constant(f"{name}.bias", layer.bias), model.constant(f"{name}.bias_scale", scale)]
         b = model.op("DequantizeLinear", constants, f"{name}.bias_real", axis=0)
     else:  # 16-bit inputs: no engine has an integer kernel, and the bias is wider than int32
-        b = model.constant(f"{name}.bias_real", layer.bias.double() * scale, np.float32)
+        between = 0.0 if layer.remainder is None else layer.remainder.double()
+        b = model.constant(f"{name}.bias_real", layer.bias.double() * scale + between, np.float32)
     model.finish(layer, name, lambda out: product(model, node, layer, [x, w, b], out))
 
 

@@ -79,12 +79,15 @@ class IntegerConv(RuntimeLayer):
         output_padding: of a transposed convolution, per spatial dimension; None for a convolution.
         weight_step: distance of neighbouring weight integers (2 for binary weights).
         output: grid of the result.
+        remainder: whether a part of the bias is added in float, as it lies between the integers: of a layer that is
+            called with inputs of several scales.
     """
 
     weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     bias: Tensor
+    remainder: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
     reference = False
@@ -93,9 +96,11 @@ class IntegerConv(RuntimeLayer):
         self, weight_shape: list[int], weight_bounds: list[int], input_bounds: list[int],
         stride: list[int] | None = None, padding: list[list[int]] | None = None, dilation: list[int] | None = None,
         groups: int = 1, weight_step: int = 1, output: Quantize | None = None, output_padding: list[int] | None = None,
+        remainder: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(output)
         dims = len(weight_shape) - 2
+        self.register_buffer("remainder", torch.zeros(weight_shape[0]) if remainder else None)
         self.weight_bounds, self.input_bounds, self.groups = weight_bounds, input_bounds, groups
         self.weight_step = weight_step
         self.stride, self.dilation = stride or [1] * dims, dilation or [1] * dims
@@ -116,7 +121,7 @@ class IntegerConv(RuntimeLayer):
             "weight_shape": list(self.weight.shape), "weight_bounds": self.weight_bounds,
             "input_bounds": self.input_bounds, "stride": self.stride, "padding": self.padding,
             "dilation": self.dilation, "groups": self.groups, "weight_step": self.weight_step,
-            "output_padding": self.output_padding,
+            "output_padding": self.output_padding, **({} if self.remainder is None else {"remainder": True}),
         }  # fmt: skip
 
     def accumulate(self, x_q: Tensor) -> Tensor:
@@ -166,10 +171,9 @@ class IntegerConv(RuntimeLayer):
 
     def forward(self, x_q: Tensor) -> Tensor:
         """Integers of the input's grid -> integers of the output's grid, or float32."""
-        multiplier = self.input_scale * self.weight_scale
-        if self.weight.dim() > 2:
-            multiplier = multiplier.reshape(-1, *[1] * (self.weight.dim() - 2))
-        return self.emit(self.accumulate(x_q).float() * multiplier)
+        channels = (-1, *[1] * (self.weight.dim() - 2)) if self.weight.dim() > 2 else (-1,)
+        y = self.accumulate(x_q).float() * (self.input_scale * self.weight_scale).reshape(channels)
+        return self.emit(y if self.remainder is None else y + self.remainder.reshape(channels))
 
 
 class FloatConv(RuntimeLayer):
