@@ -31,13 +31,21 @@ def integer_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     )  # fmt: skip
     w = w if direct else weight_as_kept(model, name, layer, w)
     scale = layer.input_scale * layer.weight_scale
-    if layer.bias.dtype == torch.int32 and layer.remainder is None:
+    if layer.bias.dtype == torch.int32:
         constants = [model.constant(f"{name}.bias", layer.bias), model.constant(f"{name}.bias_scale", scale)]
         b = model.op("DequantizeLinear", constants, f"{name}.bias_real", axis=0)
     else:  # 16-bit inputs: no engine has an integer kernel, and the bias is wider than int32
-        between = 0.0 if layer.remainder is None else layer.remainder.double()
-        b = model.constant(f"{name}.bias_real", layer.bias.double() * scale + between, np.float32)
-    model.finish(layer, name, lambda out: product(model, node, layer, [x, w, b], out))
+        b = model.constant(f"{name}.bias_real", layer.bias.double() * scale, np.float32)
+    model.finish(layer, name, lambda out: _sum(model, node, layer, [x, w, b], out))
+
+
+def _sum(model: Model, node: Node, layer: IntegerConv, inputs: list[str], output: str) -> str:
+    """The product, and what the bias has between the integers: an operation of its own, or engines round it away."""
+    if layer.remainder is None:
+        return product(model, node, layer, inputs, output)
+    y = product(model, node, layer, inputs, f"{output}.integers")
+    shape = [-1, *[1] * (layer.weight.dim() - 2)] if layer.weight.dim() > 2 else [-1]
+    return model.op("Add", [y, model.constant(f"{output}.remainder", layer.remainder.reshape(shape))], output)
 
 
 def float_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:

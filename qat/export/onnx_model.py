@@ -1,7 +1,7 @@
 """An ONNX model under construction: operations, initializers, and tensors on the grids of an integer network.
 
 A grid narrower than its type (4 bits in uint8) is a Clip on the integers after QuantizeLinear, which leaves the pattern
-that engines fuse whole. Signed 8-bit activations are stored 128 higher in uint8, zero point and all: the same real
+that engines fuse whole. Signed activations are stored higher in uint8, from 0 on, zero point and all: the same real
 numbers, but engines have integer kernels only where a layer's input and output share a type.
 """
 
@@ -141,7 +141,7 @@ class Model:
 def storage(grid: Quantize) -> tuple[np.dtype[Any], int]:
     """The integer type of a grid in ONNX, and what is added to its integers there."""
     if grid.dtype == torch.int8:
-        return np.dtype(np.uint8), 128
+        return np.dtype(np.uint8), -grid.quant_min  # no more than that: engines add it up in float32, and round
     if grid.dtype == torch.int32:
         return np.dtype(np.uint16), 0
     return torch.zeros(0, dtype=grid.dtype).numpy().dtype, 0
