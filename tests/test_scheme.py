@@ -258,3 +258,9 @@ def test_describe() -> None:
     scheme = TensorScheme(bits=4, granularity=Granularity.group, group_size=32, range="learned", observer="mse")
     assert scheme.describe() == "int4 symmetric group 32, learned (mse)"
     assert TensorScheme(bits=8, symmetric=False).describe() == "int8 affine tensor, fixed (minmax)"
+
+
+@pytest.mark.parametrize("data", [{"weight": None}, {"rules": [{"match": "fc", "weight": None}]}, {"input": 8}])
+def test_what_holds_no_fields_is_refused(data: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"names no fields; give some, as \{bits: 8\}; \{bits: null\} leaves it float"):
+        QuantConfig.from_dict(data)

@@ -147,6 +147,8 @@ def choice(where: str, value: Any, valid: Iterable[str]) -> Any:
 
 
 def check_names(data: Mapping[str, Any], kind: type, where: str) -> None:
-    """Refuse keys that are no fields of the dataclass `kind`."""
+    """Refuse keys that are no fields of the dataclass `kind`, and what has no keys at all."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}={data!r} names no fields; give some, as {{bits: 8}}; {{bits: null}} leaves it float")
     for name in data:
         choice(f"{where}: field", name, [f.name for f in dataclasses.fields(kind)])
