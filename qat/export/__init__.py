@@ -49,8 +49,10 @@ def export(
     for name in formats:
         choice("export.formats", name, EXPORTERS)
     if not isinstance(network, IntegerNetwork):
+        inside = [f"lowered.{name}" for name, module in network.named_modules() if isinstance(module, IntegerNetwork)]
         raise ValueError(
             f"{type(network).__name__} was lowered in parts, between which its own code runs: no file can hold that. "
+            f"Its parts can be exported one by one ({', '.join(inside[:4])}{', ...' if len(inside) > 4 else ''}). "
             f"qat.report names what was not recorded; quant.graph=required refuses such a network"
         )
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
