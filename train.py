@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import qat
 from qat import hydra_schema
-from qat.analysis.layers import layer_table, report
+from qat.analysis.layers import layer_table
+from qat.analysis.preparation import report
 from qat.export.parity import ParityLimits
 from qat.ptq import finalize, smooth
 from qat.training import QATModule

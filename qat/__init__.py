@@ -1,6 +1,6 @@
 """Quantization-aware training for PyTorch: what trains is what runs."""
 
-from qat.analysis.layers import report
+from qat.analysis.preparation import report
 from qat.calibrate import calibrate
 from qat.export import export, load
 from qat.lower import lower

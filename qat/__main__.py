@@ -4,9 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from qat import inspection
 from qat.analysis import show
 
-COMMANDS = {"show": show}
+COMMANDS = {"show": show, "inspect": inspection}
 """Name -> module with a docstring (its first line is the help), `arguments(parser)` and `run(args)`."""
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         COMMANDS[args.command].run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parsers[args.command].error(str(error))
     return 0
 

@@ -13,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
@@ -107,6 +109,38 @@ def plain(cfg: Any) -> dict[str, Any]:
         raise ValueError(f"{error.full_key}: {reason}. Choose data, model and task that go together") from None
     assert isinstance(data, dict)
     return {str(k): v for k, v in data.items()}
+
+
+def composed(settings: list[str], folder: Path) -> DictConfig:
+    """The configuration that train.py would run with.
+
+    Args:
+        settings: overrides, as on its command line.
+        folder: with config.yaml.
+
+    Raises:
+        ValueError: a setting that is not valid; says what Hydra says.
+        FileNotFoundError: no config.yaml.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(f"no config.yaml in '{folder}'; name the folder of the configuration with --config-dir")
+    try:
+        with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+            return compose("config", overrides=settings)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(str(error).partition("\nConfig search path")[0]) from error
+
+
+def example_input(cfg: DictConfig) -> Any:
+    """Two inputs from the training data of a composed config.
+
+    Raises:
+        ValueError, OSError: what the data module says about its settings and files.
+    """
+    try:
+        return instantiate(cfg.data).example_input()
+    except InstantiationException as error:  # Hydra wraps what a constructor says
+        raise error.__cause__ if isinstance(error.__cause__, USER_ERRORS) else ValueError(str(error)) from error
 
 
 USER_ERRORS = (ValueError, FileNotFoundError, ImportError, RuntimeError, InstantiationException)

@@ -11,6 +11,7 @@ from torch import nn
 from qat.choices import Choice, choose
 from qat.layers import SWAPS, QuantizedLayer
 from qat.layers.tied import share_weight_quantizers
+from qat.macs import count
 from qat.modes import quantizers
 from qat.place import place
 from qat.record import Call, arguments, record
@@ -80,10 +81,12 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Any = None) -> 
             module.training = net.training
     about = {
         "config": config,
+        "network": type(net).__name__,
         "reasons": {k: ", ".join(filter(None, [v.reason, build.notes.get(k)])) for k, v in choices.items()},
         "inputs": _described(parts.found[""].call if "" in parts.found else calls[""], net),
         "untraced": parts.untraced,
         "left_out": parts.left_out,
+        "macs": count(prepared, *map_tensors(torch.clone, (args, kwargs))),
     }
     vars(prepared).setdefault("meta", {})["qat"] = about
     return prepared

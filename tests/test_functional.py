@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qat
-from qat.analysis.layers import report
+from qat.analysis.preparation import report
 from qat.layers import QuantFunctional
 from qat.layers.tied import share_weight_quantizers
 from qat.ptq import PTQConfig, finalize, learn_rounding

@@ -51,6 +51,7 @@ ORDER = [
     "qat.place",
     "qat.subclass",
     "qat.split",
+    "qat.macs",
     "qat.prepare",
     "qat.parts",
     "qat.calibrate",
@@ -69,6 +70,7 @@ ORDER = [
     "qat.training",
     "qat.zoo",
     "qat.hydra_schema",
+    "qat.inspection",
     "qat",  # __init__: the public names
     "qat.__main__",
 ]

@@ -1,174 +1,225 @@
-"""What was quantized, how, and what was not and why: one row a layer and edge."""
+"""What was quantized, how, and what was not and why, as data: one row a layer, edge and operation."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from qat.calls import CALLS
+from qat.analysis.stored import of_weight
 from qat.fake_quant import FakeQuantize
-from qat.fitted import Product
-from qat.functional import computed_weight
 from qat.graph import Graph
 from qat.kinds import Kind
-from qat.layers import SWAPS, Quantized, Weight, type_name
+from qat.layers import Quantized, QuantizedRecurrent, Weight, type_name
+from qat.macs import Macs, calls, is_layer, weight_names, weight_path
 from qat.modes import quantizers
 from qat.parts import graphs
 from qat.split import join
+from qat.targets import TARGETS
+
+Grids = list[FakeQuantize | None]
+"""Of the tensors that something reads; None for real numbers."""
 
 
 @torch.no_grad()
 def layer_table(prepared: nn.Module) -> list[dict[str, Any]]:
-    """One row for every quantizable layer and every quantized edge.
+    """One row for every weight of a quantizable layer and every quantized edge.
 
     Args:
         prepared: from `qat.prepare`.
 
     Returns:
-        Rows with `name`, `kind`, `scheme`, `reason`, `shape`, `parameters`, `bits`, `bytes`, `scale_min`, `scale_max`,
-        `sqnr_db` (signal to quantization noise of the weight); what does not apply is None.
+        Rows with `name`, `kind`, `scheme`, `reason`, `bits`; of weights `layer`, `shape`, `parameters`, `macs`
+        (multiply-accumulates a sample), `input` (formats of what it multiplies) and `input_bits` (32 for float),
+        `bytes` (in the int8 checkpoint, scales included) and `codes` (without), `bias_bytes`, `calls`; of edges
+        `tensor`, `relu`, `sites`, `inside` (of a recurrent layer) and `readers`; once they are known `scale_min`,
+        `scale_max`, `sqnr_db` (signal to quantization noise of the weight). What does not apply is missing or None.
     """
     about: dict[str, Any] = vars(prepared)["meta"]["qat"]
-    reasons: dict[str, str] = about["reasons"]
+    reasons, macs, reads = about["reasons"], about["macs"], Reads(prepared)
     rows: list[dict[str, Any]] = []
     for name, module in prepared.named_modules():
-        kind, reason = type_name(module), reasons.get(name, "")
-        if isinstance(module, Quantized):
-            rows += [_weight_row(_path(name, w.name), kind, w, module, reason) for w in module.weights()]
-        elif type(module) in SWAPS and name in reasons:
-            kept = [(key, getattr(module, key)) for key in _weight_names(module)]
-            rows += [_row(_path(name, key), kind, "float", f"stays float: {reason}", p, 32) for key, p in kept]
-    rows += [_edge_row(name, quantizer) for name, quantizer in quantizers(prepared) if quantizer.shape is None]
+        if not is_layer(module) or (name not in reasons and name not in about["left_out"]):
+            continue
+        reason = reasons.get(name, "")
+        made = (
+            [_weight_row(weight, module, reason, about["config"].target) for weight in module.weights()]
+            if isinstance(module, Quantized)
+            else [_float_row(module, key, reason or about["left_out"][name]) for key in weight_names(module)]
+        )
+        for row in made:
+            path = weight_path(name, row.pop("weight"))
+            grids = reads.inside(module, path) or reads.layers.get(name, [None])
+            rows.append(
+                {"name": path, "kind": type_name(module), "layer": name} | row
+                | {"macs": _a_sample(macs, macs.layers.get(path)), "calls": max(1, reads.calls[name])}
+                | _inputs([] if "Embedding" in type_name(module) else grids)
+            )  # fmt: skip
+    readers = reads.readers()
+    for name, quantizer in quantizers(prepared):
+        if quantizer.shape is None:
+            owner = prepared.get_submodule(name.rpartition(".")[0])
+            inside = isinstance(owner, Quantized) and not name.endswith("input_quantizer")
+            read = readers.get(quantizer, []) + [f"inside {name.rpartition('.')[0]}"] * inside
+            rows.append({"name": name, "readers": read, "inside": inside} | _edge_row(quantizer))
     return rows
 
 
-def _path(layer: str, weight: str) -> str:
-    """What a weight is called: its layer, unless that has several."""
-    return layer if weight == "weight" else f"{layer}.{weight}"
+def operation_table(prepared: nn.Module) -> list[dict[str, Any]]:
+    """One row for everything else that multiplies matrices: attention, functions of torch, code that is not recorded.
+
+    Returns:
+        Rows with `name`, `kind`, `macs` (a sample), `input` and `input_bits` (the fewest of its tensors' bits).
+    """
+    macs: Macs = vars(prepared)["meta"]["qat"]["macs"]
+    rows = []
+    for path, recorded in graphs(prepared).items():
+        graph, nodes = Graph(recorded), calls(recorded)
+        names = _names(graph)
+        for key, number in macs.calls.get(path, {}).items():
+            node, name, grids = nodes.get(key), key.partition(":")[0], Grids([None])
+            if node is not None:
+                name = names[node]
+                if graph.kind(node) in (Kind.arithmetic, Kind.add):
+                    grids = [graph.quantizer_of(x) for x in graph.operands(node)]
+            row = {"name": join(path, name), "kind": key.partition(":")[0], "macs": _a_sample(macs, number)}
+            rows.append(row | _inputs(grids))
+    for path, number in macs.code.items():
+        row = {"name": path or type(prepared).__name__, "kind": "code", "macs": _a_sample(macs, number)}
+        rows.append(row | _inputs([None]))
+    return rows
 
 
-def _weight_names(module: nn.Module) -> list[str]:
-    """Names of a float layer's weights: a recurrent one has several."""
-    several = [key for key, _ in module.named_parameters(recurse=False) if key.startswith("weight_")]
-    return several or ["weight"]
+class Reads:
+    """Who reads which quantized edge.
+
+    Attributes:
+        layers: path of a layer -> the quantizers of its inputs, of all its calls.
+        calls: path of a layer -> how often it is called.
+    """
+
+    def __init__(self, prepared: nn.Module) -> None:
+        self.layers: dict[str, Grids] = {}
+        self.calls: Counter[str] = Counter()
+        self._readers: dict[FakeQuantize, list[str]] = {}
+        for path, recorded in graphs(prepared).items():
+            single = isinstance(prepared.get_submodule(path), Quantized)
+            for node, name, grids in _readings(recorded):
+                at = path if single else join(path, name)
+                if node.op == "call_module":
+                    self.calls[at] += 1
+                    known = self.layers.setdefault(at, [])
+                    known += [grid for grid in grids if grid not in known]
+                for grid in grids:
+                    if grid is not None and at not in self._readers.setdefault(grid, []):
+                        self._readers[grid].append(at)
+
+    def inside(self, layer: nn.Module, path: str) -> Grids:
+        """What a recurrent layer's weight multiplies, if the layer itself makes it."""
+        if not isinstance(layer, QuantizedRecurrent):
+            return []
+        name = path.rpartition(".")[2]
+        for cell in range(layer.form.layers * layer.form.directions):
+            for key, sources in zip(layer.weight_names(cell), layer.inputs_of_cell(cell), strict=False):
+                if key == name:
+                    return list(sources)
+        return []
+
+    def readers(self) -> Mapping[FakeQuantize, list[str]]:
+        """Quantizer -> names of the layers and operations that read what it makes."""
+        return self._readers
 
 
-def _row(name: str, kind: str, scheme: str, reason: str, weight: Tensor, bits: int) -> dict[str, Any]:
+def _readings(recorded: fx.GraphModule) -> Iterator[tuple[fx.Node, str, Grids]]:
+    graph = Graph(recorded)
+    held, names = graph.held_for_layers(), _names(graph)
+    for node in graph.nodes:
+        kind = graph.kind(node)
+        if node in held or kind not in (Kind.layer, Kind.float_layer, Kind.add, Kind.arithmetic, Kind.average):
+            continue
+        grids: Grids = []
+        for operand in graph.operands(node):
+            sources = [graph.given_grid(s) or graph.submodule(s) for s in graph.sources(operand)]
+            grids += [s if isinstance(s, FakeQuantize) else None for s in sources]
+        yield node, names[node], list(dict.fromkeys(grids))
+
+
+def _names(graph: Graph) -> dict[fx.Node, str]:
+    """A name for every node: the path of the module that it calls, else a readable one, numbered where it repeats."""
+    names, taken = {}, Counter[str]()
+    for node in graph.nodes:
+        names[node] = name = str(node.target) if node.op == "call_module" else graph.name(node)
+        if node.op in ("call_function", "call_method"):
+            taken[name] += 1
+            names[node] = name if taken[name] == 1 else f"{name}_{taken[name]}"
+    return names
+
+
+def _inputs(grids: Grids) -> dict[str, Any]:
+    names = dict.fromkeys("float" if grid is None else format_text(grid) for grid in grids)
+    bits = min((32 if grid is None else grid.scheme.bits or 32 for grid in grids), default=32)
+    return {"input": " x ".join(names), "input_bits": 32 if None in grids else bits}
+
+
+def format_text(quantizer: FakeQuantize) -> str:
+    """The format of a tensor without its range: `int8`, `uint8`, `e4m3fn`."""
+    if quantizer.scheme.format == "int":
+        return f"{'' if quantizer.signed else 'u'}int{quantizer.scheme.bits}"
+    return quantizer.scheme.describe().partition(" ")[0]
+
+
+def _a_sample(macs: Macs, number: int | None) -> float | None:
+    return None if number is None else number / macs.samples
+
+
+def _float_row(layer: nn.Module, key: str, reason: str) -> dict[str, Any]:
+    weight: Tensor = getattr(layer, key)
+    size, bias = 4 * weight.numel(), getattr(layer, key.replace("weight", "bias"), None)
     return {
-        "name": name, "kind": kind, "scheme": scheme, "reason": reason, "shape": list(weight.shape),
-        "parameters": weight.numel(), "bits": bits, "bytes": -(-weight.numel() * bits // 8),
+        "weight": key, "scheme": "float", "reason": f"stays float: {reason}", "shape": list(weight.shape),
+        "parameters": weight.numel(), "bits": 32, "bytes": size, "codes": size,
+        "bias_bytes": 0 if bias is None else 4 * weight.shape[0],
     }  # fmt: skip
 
 
-def _weight_row(name: str, kind: str, stored: Weight, layer: Quantized, reason: str) -> dict[str, Any]:
+def _weight_row(stored: Weight, layer: Quantized, reason: str, target: str) -> dict[str, Any]:
     quantizer, kept = stored.weight_quantizer, getattr(layer, stored.name)
-    row = _row(name, kind, quantizer.scheme.describe(), reason, kept, quantizer.scheme.bits or 32)
-    if isinstance(quantizer.fitted, Product):  # a code is for a vector
-        row["bytes"] = -(-quantizer.fitted.indices.numel() * row["bits"] // 8)
-    if quantizer.calibrated:
-        weight = stored.tensor
-        scale = quantizer.scales(weight)
-        mode, quantizer.mode = quantizer.mode, type(quantizer.mode).frozen
-        meant = quantizer.range.transform(quantizer.rows(weight))  # DoReFa squashes first
-        noise = quantizer.rows(quantizer(weight)) - meant
-        quantizer.mode = mode
-        signal = float(meant.square().sum())
-        power = float(noise.square().sum())
-        row |= {
-            "scale_min": float(scale.min()),
-            "scale_max": float(scale.max()),
-            "sqnr_db": 10 * float(torch.log10(torch.tensor(signal / power))) if power > 0 and signal > 0 else None,
-        }
-    return row
+    scheme, limit = quantizer.scheme, TARGETS[target].weight_bits
+    if scheme.bits == limit:
+        reason = f"{reason} ({target} takes {limit} bits)"
+    size = of_weight(quantizer, stored.tensor)
+    row = {
+        "weight": stored.name, "scheme": scheme.describe(), "reason": reason, "shape": list(kept.shape),
+        "parameters": kept.numel(), "bits": scheme.bits or 32, "bytes": size.codes + size.tables, "codes": size.codes,
+        "bias_bytes": 4 * stored.tensor.shape[0] if layer.multiplies or layer.biased else 0,
+    }  # fmt: skip
+    return row | (_measured(stored) if quantizer.calibrated else {})
 
 
-def _edge_row(name: str, quantizer: FakeQuantize) -> dict[str, Any]:
+def _measured(stored: Weight) -> dict[str, Any]:
+    """Scales, and what quantization does to the weight."""
+    quantizer, weight = stored.weight_quantizer, stored.tensor
+    scale = quantizer.scales(weight)
+    mode, quantizer.mode = quantizer.mode, type(quantizer.mode).frozen
+    meant = quantizer.range.transform(quantizer.rows(weight))  # DoReFa squashes first
+    noise = quantizer.rows(quantizer(weight)) - meant
+    quantizer.mode = mode
+    signal, power = float(meant.square().sum()), float(noise.square().sum())
+    return {
+        "scale_min": float(scale.min()),
+        "scale_max": float(scale.max()),
+        "sqnr_db": 10 * float(torch.log10(torch.tensor(signal / power))) if power > 0 and signal > 0 else None,
+    }
+
+
+def _edge_row(quantizer: FakeQuantize) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "name": name, "kind": "edge", "scheme": quantizer.scheme.describe(), "bits": quantizer.scheme.bits,
+        "kind": "edge", "scheme": quantizer.scheme.describe(), "bits": quantizer.scheme.bits,
+        "tensor": quantizer.name, "relu": quantizer.relu, "sites": quantizer.sites,
         "reason": f"[{quantizer.quant_min:g}, {quantizer.quant_max:g}]" + (", absorbs ReLU" if quantizer.relu else ""),
     }  # fmt: skip
     if quantizer.calibrated and not quantizer.dynamic:
         scale, _ = quantizer.qparams()
         row |= {"scale_min": float(scale.min()), "scale_max": float(scale.max())}
     return row
-
-
-INTEGER_ARITHMETIC = ("matmul", "mul")
-"""Arithmetic of two tensors that has an integer form: the runtime's, or an engine's from the exported pattern."""
-
-
-def float_islands(prepared: nn.Module) -> list[dict[str, str]]:
-    """Operations that the integer network computes in float: from dequantized values, requantized where they are read.
-
-    Returns:
-        Rows with `name` (of the tensor, layer or module), `operation` and `reason`.
-    """
-    about: dict[str, Any] = vars(prepared)["meta"]["qat"]
-    rows = [
-        {"name": path or type(prepared).__name__, "operation": "forward", "reason": f"its code is not recorded: {why}"}
-        for path, why in about["untraced"].items()
-    ]
-    rows += [
-        {"name": path, "operation": type(prepared.get_submodule(path)).__name__, "reason": why}
-        for path, why in about["left_out"].items()
-    ]
-    for path, recorded in graphs(prepared).items():
-        rows += [
-            row | {"name": join(path, row["name"])}
-            for row in _islands(Graph(recorded), recorded.meta.get("opaque", ()))
-        ]
-    return rows
-
-
-def _islands(graph: Graph, opaque: Sequence[str]) -> list[dict[str, str]]:
-    rows, weights = [], graph.held_for_layers()
-    for node in graph.nodes:
-        if node in weights:
-            continue
-        kind, key = graph.kind(node), graph.key(node)
-        if node.target in opaque:  # its own parts are listed
-            continue
-        known = CALLS.get(key)
-        operation = getattr(key, "__name__", str(key)) if known is None else known.name
-        reason = f"no integer form: {operation} is computed in float"
-        if kind is Kind.other:
-            unknown = computed_weight(node) or f"the runtime has no {operation}: it cannot be lowered"
-            reason = reason if known is not None else unknown
-        elif kind is Kind.batch_norm:
-            layer = node.all_input_nodes[0]
-            if graph.kind(layer) is Kind.layer and graph.batch_norm_after(layer) is node:
-                continue
-            reason = "no layer in front of it takes it in: computed in float"
-        elif kind is Kind.arithmetic:
-            if operation in INTEGER_ARITHMETIC:
-                continue
-        elif not (kind is Kind.average and known is not None):
-            continue
-        rows.append({"name": graph.name(node), "operation": operation, "reason": reason})
-    return rows
-
-
-def report(prepared: nn.Module) -> str:
-    """A table of every layer and edge as text: scheme, why, shape, parameters, size; then what is computed in float.
-
-    >>> import qat
-    >>> net = qat.prepare(torch.nn.Sequential(torch.nn.Linear(4, 2)), qat.preset("int8"), torch.zeros(1, 4))
-    >>> print(report(net).splitlines()[2].split()[:4])
-    ['0', 'QuantLinear', 'int8', 'symmetric']
-    """
-    rows = layer_table(prepared)
-    header = ["layer or edge", "kind", "scheme", "why", "shape", "bytes"]
-    lines = [
-        [row["name"], row["kind"], row["scheme"], row["reason"], "x".join(map(str, row.get("shape", []))),
-         str(row.get("bytes", ""))]
-        for row in rows
-    ]  # fmt: skip
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in [header, ["-" * width for width in widths], *lines]]  # fmt: skip
-    parameters = sum(row.get("parameters", 0) for row in rows)
-    size = sum(row.get("bytes", 0) for row in rows)
-    text.append(f"{parameters:,} weights in {size:,} bytes ({size / max(4 * parameters, 1):.1%} of float32)")
-    text += [f"float: {row['name']}: {row['reason']}" for row in float_islands(prepared)]
-    return "\n".join(text) + "\n"

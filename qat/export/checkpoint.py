@@ -39,7 +39,7 @@ def save_checkpoint(network: IntegerNetwork, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in sorted(network.state_dict().items())}
     packed: dict[str, Any] = {}
     for name, layer in network.named_modules():
-        stored = _codes(layer)
+        stored = codes_of(layer)
         if stored is None:
             continue
         attribute, codes, (low, high), step = stored
@@ -94,7 +94,7 @@ def load_checkpoint(path: str | Path) -> IntegerNetwork:
     return network.eval()
 
 
-def _codes(layer: nn.Module) -> tuple[str, Tensor, list[int], int] | None:
+def codes_of(layer: nn.Module) -> tuple[str, Tensor, list[int], int] | None:
     """What a layer stores in few bits: attribute, integers, smallest and largest, and their distance."""
     if isinstance(layer, IntegerConv | FloatConv | LookUp) and layer.weight_bounds is not None:
         return "weight", layer.weight, layer.weight_bounds, layer.weight_step

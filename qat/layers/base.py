@@ -60,7 +60,7 @@ class Quantized(nn.Module):
                 where they are read.
 
         Raises:
-            ValueError: a group size that does not divide the layer's inputs.
+            ValueError: an axis that the weight does not have; a group size that does not divide its inputs.
         """
         layer = cls.__new__(cls)
         # the float layer's state as it stands, hooks included; the containers are copied to leave the original alone
@@ -108,7 +108,7 @@ class QuantizedLayer(Quantized):
 
     def _add_quantizers(self, scheme: TensorScheme, name: str, activation: TensorScheme | None) -> None:
         view = self.outputs_first()
-        check_groups(scheme, view, f"layer '{name}' (weight {list(self.weight.shape)})")
+        check_fits(scheme, view, f"layer '{name}' (weight {list(self.weight.shape)})")
         self.weight_quantizer = FakeQuantize(scheme, view.shape)
         self.weight_quantizer.name = f"{name}.weight"
 
@@ -158,12 +158,17 @@ def apply_masks(layer: nn.Module) -> None:
             hook(layer, ())
 
 
-def check_groups(scheme: TensorScheme, view: Tensor, layer: str) -> None:
-    """Refuse groups that do not divide the inputs of a weight, [out, inputs...].
+def check_fits(scheme: TensorScheme, view: Tensor, layer: str) -> None:
+    """Refuse an axis that a weight, [out, inputs...], does not have, and groups that do not divide its inputs.
 
     Raises:
         ValueError: names the layer and what would fit.
     """
+    if scheme.axis is not None and not -view.dim() <= scheme.axis < view.dim():
+        raise ValueError(
+            f"quant.weight.axis={scheme.axis}: the weight of {layer} has {view.dim()} dimensions as it is quantized, "
+            f"[out, inputs...]; give an axis in [{-view.dim()}, {view.dim() - 1}], or another for the layer by a rule"
+        )
     if scheme.granularity is not Granularity.group or not scheme.group_size:
         return
     inputs = view.shape[1:].numel()

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from qat.cells import GRIDS, STATES, STEPS, Form, State, recur
 from qat.fake_quant import FakeQuantize
-from qat.layers.base import Quantized, Weight, check_groups
+from qat.layers.base import Quantized, Weight, check_fits
 from qat.mode import Mode
 from qat.numerics.rounding import straight_through
 from qat.scheme import Granularity, TensorScheme
@@ -76,7 +76,7 @@ class QuantizedRecurrent(Quantized):
         for cell in range(form.layers * form.directions):
             for key in self.weight_names(cell):
                 weight = getattr(self, key)
-                check_groups(scheme, weight, f"layer '{name}' ({key} {list(weight.shape)})")
+                check_fits(scheme, weight, f"layer '{name}' ({key} {list(weight.shape)})")
                 self._add(key, FakeQuantize(scheme, weight.shape), name)
         if activation is None or not activation.quantized:
             return

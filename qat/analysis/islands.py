@@ -1,0 +1,67 @@
+"""Operations that the integer network computes in float, and why."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from qat.analysis.stored import is_folded
+from qat.calls import CALLS
+from qat.functional import computed_weight
+from qat.graph import Graph
+from qat.kinds import Kind
+from qat.parts import graphs
+from qat.split import join
+
+INTEGER_ARITHMETIC = ("matmul", "mul")
+"""Arithmetic of two tensors that has an integer form: the runtime's, or an engine's from the exported pattern."""
+
+
+def float_islands(prepared: nn.Module) -> list[dict[str, str]]:
+    """Operations that the integer network computes in float: from dequantized values, requantized where they are read.
+
+    Returns:
+        Rows with `name` (of the tensor, layer or module), `operation` and `reason`.
+    """
+    about: dict[str, Any] = vars(prepared)["meta"]["qat"]
+    rows = [
+        {"name": path or type(prepared).__name__, "operation": "forward", "reason": f"its code is not recorded: {why}"}
+        for path, why in about["untraced"].items()
+    ]
+    rows += [
+        {"name": path, "operation": type(prepared.get_submodule(path)).__name__, "reason": why}
+        for path, why in about["left_out"].items()
+    ]
+    for path, recorded in graphs(prepared).items():
+        rows += [
+            row | {"name": join(path, row["name"])}
+            for row in _islands(Graph(recorded), recorded.meta.get("opaque", ()))
+        ]
+    return rows
+
+
+def _islands(graph: Graph, opaque: Sequence[str]) -> list[dict[str, str]]:
+    rows, weights = [], graph.held_for_layers()
+    for node in graph.nodes:
+        if node in weights:
+            continue
+        kind, key = graph.kind(node), graph.key(node)
+        if node.target in opaque:  # its own parts are listed
+            continue
+        known = CALLS.get(key)
+        operation = getattr(key, "__name__", str(key)) if known is None else known.name
+        reason = f"no integer form: {operation} is computed in float"
+        if kind is Kind.other:
+            unknown = computed_weight(node) or f"the runtime has no {operation}: it cannot be lowered"
+            reason = reason if known is not None else unknown
+        elif kind is Kind.batch_norm:
+            if is_folded(graph, node):
+                continue
+            reason = "no layer in front of it takes it in: computed in float"
+        elif kind is Kind.arithmetic:
+            if operation in INTEGER_ARITHMETIC:
+                continue
+        elif not (kind is Kind.average and known is not None):
+            continue
+        rows.append({"name": graph.name(node), "operation": operation, "reason": reason})
+    return rows
