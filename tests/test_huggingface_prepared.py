@@ -164,6 +164,9 @@ def test_lora_learns_on_frozen_quantized_weights_and_is_merged(trained: dict[str
     # the merged weight is quantized as a whole: nearer to what was learned than to what was before
     assert relative(logits(merged, ids), learned) < relative(start, learned)
     assert all(isinstance(m, QuantizedLayer) for m in merged.modules() if isinstance(m, nn.Linear))
+    lowered = qat.lower(merged)
+    assert sum(isinstance(m, FloatConv) for m in lowered.modules()) == 15
+    torch.testing.assert_close(logits(lowered, ids), logits(merged, ids), rtol=1e-5, atol=1e-5)
 
 
 def test_a_smoothed_model_is_prepared_like_any_other(trained: dict[str, nn.Module], text: Tensor) -> None:

@@ -164,7 +164,9 @@ def compiled(name: str, form: str, dtype: torch.dtype, device: str, threads: int
     try:
         with torch.inference_mode(False), torch.no_grad():
             graph = make_fx(KERNELS[name, form], tracing_mode="symbolic")(*arguments)
-            kernel: _Kernel = torch._inductor.standalone_compile(graph, arguments, options=options)
+            kernel: _Kernel = torch._inductor.standalone_compile(
+                graph, arguments, dynamic_shapes="from_graph", options=options
+            )
             kernel(*arguments)
     except Exception as error:  # no compiler, no write access to the cache, ...: the other forms serve
         log.warning("Compiled kernels are not available (%s); training is slower without them.", error)
