@@ -285,3 +285,19 @@ def test_set_mode() -> None:
     with pytest.raises(ValueError, match=r"mode='train' is not known \(valid: float, observe, quantize, frozen\)"):
         set_mode(net, "train")
     assert get_mode(nn.Linear(1, 1)) is Mode.float
+
+
+@pytest.mark.parametrize("fields", [{"gradient": "ewgs"}, {"format": "e4m3fn"}, {}])
+def test_a_range_that_moves_between_two_calls_gives_each_its_own_gradient(fields: dict[str, Any]) -> None:
+    """As of a layer that is called twice, and of the inputs of a concatenation."""
+    first, second = torch.randn(2, 50, generator=torch.Generator().manual_seed(3)) * torch.tensor([[1.0], [3.0]])
+    scheme = TensorScheme(bits=8, range="running", observer="ema", momentum=0.5, **fields)
+    together = calibrated(scheme, first)
+    apart = copy.deepcopy(together)
+    inputs = [x.clone().requires_grad_() for x in (first, second)]
+    torch.stack([together(x) for x in inputs]).square().sum().backward()
+    for x, other in zip((first, second), inputs, strict=True):
+        x.requires_grad_()
+        apart(x).square().sum().backward()
+        assert torch.equal(x.grad, other.grad)
+    assert together.scale > 1.2 * calibrated(scheme, first.detach()).scale

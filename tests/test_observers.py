@@ -495,6 +495,16 @@ def test_entropy_is_the_least_divergence_of_its_candidates() -> None:
     assert 2.0 < chosen < float(x.abs().max())
 
 
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_an_observer_of_one_range_measures_every_row_of_a_tensor(name: str) -> None:
+    """As of activations with a range a token, whose number is that of the batch."""
+    x = long_tailed(3, 200)
+    low, high = make(name).measure(x)
+    expected = [make(name).measure(row.unsqueeze(0)) for row in x]
+    assert torch.allclose(low, torch.cat([pair[0] for pair in expected]))
+    assert torch.allclose(high, torch.cat([pair[1] for pair in expected]))
+
+
 def test_entropy_leaves_outliers_out_and_serves_nonnegative_data() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(1, 50_000, generator=generator)

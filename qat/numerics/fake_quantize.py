@@ -211,4 +211,6 @@ def fake_quantize_by(
     """
     strength = torch.as_tensor(staircase.strength, dtype=torch.float32, device=x.device)
     plain = dataclasses.replace(staircase, strength=1.0)  # a tensor is an argument, so that a compiled step takes any
+    if torch.is_grad_enabled():  # a range that follows its batches is written in place when it is called once more
+        scale, zero_point = (t if t.requires_grad else t.clone() for t in (scale, zero_point))
     return _FakeQuantizeAny.apply(x, scale, zero_point, strength, plain, grad_scale)

@@ -1,5 +1,7 @@
 """The observer of TensorRT's calibration: the clip that loses least information."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ class Entropy(Histogram):
         return clip_low[best], clip_high[best]
 
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        histogram = type(self)(self.options).to(x.device)
+        histogram = type(self)(replace(self.options, rows=len(x), sites=1)).to(x.device)
         histogram.update(x)
         return histogram.range()
 
