@@ -1,20 +1,40 @@
 """Attention in steps, for a call that does it all in one: the inputs of its two products can then be quantized."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
+def _one_operation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a trace record a call as it is: what traces a network anew, as unpickling does, must find the same graph."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Tensor:
+        if torch.overrides.has_torch_function(args):
+            result: Tensor = torch.overrides.handle_torch_function(call, args, *args)
+            return result
+        return function(*args)
+
+    return call
+
+
+@_one_operation
 def causal(scores: Tensor) -> Tensor:
     """Scores [..., queries, keys] with minus infinity where a key comes after the query."""
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     return scores.masked_fill(later, -torch.inf)
 
 
+@_one_operation
 def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores [..., queries, keys] plus a float mask, or minus infinity where a boolean one is false."""
     return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
+@_one_operation
 def mask_out(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores [..., heads, queries, keys] plus a float mask, or minus infinity where a boolean one is true.
 

@@ -14,8 +14,6 @@ from torch import Tensor, fx, nn
 
 from qat.attention import mask_out
 
-fx.wrap("mask_out")
-
 
 def multihead_attention(
     m: nn.MultiheadAttention,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -184,3 +185,17 @@ def test_the_main_job_on_text(tmp_path: Path) -> None:
     report = (tmp_path / "run" / "report.html").read_text()
     assert "bits_per_character" in report
     assert "lower is better" in report
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_an_unpickled_network_has_the_same_graph(mask: bool) -> None:
+    """Attention is in steps there, each one operation that a new trace must not look into."""
+    net: nn.Module = gpt().eval()
+    inputs: tuple[Tensor, ...] = (tokens(),)
+    if mask:
+        net, inputs = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), (torch.randn(2, 5, 8),)
+        inputs += (torch.ones(5, 5, dtype=torch.bool).triu(1),)
+    prepared = qat.prepare(net, qat.preset("int8"), inputs)
+    again = pickle.loads(pickle.dumps(prepared))
+    assert sorted(str(n.target) for n in again.graph.nodes) == sorted(str(n.target) for n in prepared.graph.nodes)
+    assert torch.equal(again(*inputs), prepared(*inputs))
