@@ -12,11 +12,12 @@ def _one_operation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let a trace record a call as it is: what traces a network anew, as unpickling does, must find the same graph."""
 
     @functools.wraps(function)
-    def call(*args: Any) -> Tensor:
-        if torch.overrides.has_torch_function(args):
-            result: Tensor = torch.overrides.handle_torch_function(call, args, *args)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        given = (*args, *kwargs.values())
+        if torch.overrides.has_torch_function(given):
+            result: Tensor = torch.overrides.handle_torch_function(call, given, *args, **kwargs)
             return result
-        return function(*args)
+        return function(*args, **kwargs)
 
     return call
 
