@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from qat.analysis.preparation import count_text, table
 from qat.analysis.summary import bytes_text, percent_text
-from qat.export.checkpoint import codes_of, load_checkpoint
+from qat.export.checkpoint import load_checkpoint, sizes_in
+from qat.export.storage import codes_of
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import FloatConv, IntegerConv
 from qat.runtime.lookup import LooksUp, LookUp
@@ -31,8 +31,7 @@ def describe(path: str | Path) -> str:
         ValueError: it is truncated, edited, or no int8 checkpoint; says which.
     """
     network = load_checkpoint(path)
-    with safe_open(path, framework="pt") as file:
-        sizes = {name: _bytes(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    sizes = sizes_in(path, network)
     total, file_bytes = sum(sizes.values()), Path(path).stat().st_size
     layers = [(name, module) for name, module in network.named_modules() if isinstance(module, WEIGHTED)]
     rows = [_layer(network, name, layer, sizes) for name, layer in layers]
@@ -135,7 +134,3 @@ def _name(path: str) -> str:
     """The tensor or weight; of a cell of a recurrent layer `LAYER.cells.I.PART`."""
     name = path.removeprefix("layers.").replace("/", ".")
     return name.replace(".parts.", ".").removesuffix("_part")
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

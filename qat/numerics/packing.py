@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 _SHIFTS = torch.arange(8, dtype=torch.uint8)
+_SHIFTS_16 = torch.arange(16, dtype=torch.int32)
 
 
 def pack_bits(x: Tensor, bits: int) -> Tensor:
@@ -11,7 +12,7 @@ def pack_bits(x: Tensor, bits: int) -> Tensor:
 
     Args:
         x: integers in [0, 2^bits), any shape.
-        bits: 1 to 8.
+        bits: 1 to 16.
 
     Returns:
         uint8, shape [ceil(numel * bits / 8)].
@@ -25,7 +26,10 @@ def pack_bits(x: Tensor, bits: int) -> Tensor:
     flat = x.reshape(-1)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 2**bits):
         raise ValueError(f"pack_bits: values {int(flat.min())} to {int(flat.max())} do not fit in {bits} bits")
-    stream = (flat.to(torch.uint8).unsqueeze(1) >> _SHIFTS[:bits]) & 1
+    if bits > 8:
+        stream = ((flat.int().unsqueeze(1) >> _SHIFTS_16[:bits]) & 1).to(torch.uint8)
+    else:
+        stream = (flat.to(torch.uint8).unsqueeze(1) >> _SHIFTS[:bits]) & 1
     stream = torch.nn.functional.pad(stream.reshape(-1), (0, -stream.numel() % 8))
     return (stream.reshape(-1, 8) << _SHIFTS).sum(dim=1, dtype=torch.uint8)
 
@@ -35,11 +39,11 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
 
     Args:
         packed: uint8, shape [ceil(numel * bits / 8)].
-        bits: 1 to 8.
+        bits: 1 to 16.
         numel: how many integers.
 
     Returns:
-        uint8, shape [numel].
+        uint8, or int32 above 8 bits, shape [numel].
 
     Raises:
         ValueError: `packed` has another length than `numel` integers need.
@@ -52,4 +56,6 @@ def unpack_bits(packed: Tensor, bits: int, numel: int) -> Tensor:
                          f"got {packed.numel()}")  # fmt: skip
     stream = (packed.unsqueeze(1) >> _SHIFTS) & 1
     stream = stream.reshape(-1)[: numel * bits].reshape(numel, bits)
+    if bits > 8:
+        return (stream.int() << _SHIFTS_16[:bits]).sum(dim=1, dtype=torch.int32)
     return (stream << _SHIFTS[:bits]).sum(dim=1, dtype=torch.uint8)

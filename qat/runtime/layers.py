@@ -4,6 +4,7 @@ A layer's numbers are buffers; what else it needs is `spec()`, plain data from w
 they are the exported checkpoint.
 """
 
+import math
 from typing import Any, Self
 
 import torch
@@ -209,8 +210,8 @@ class FloatConv(RuntimeLayer):
             self.register_buffer("weight", torch.zeros(weight_shape))
         else:
             weight = torch.zeros(weight_shape, dtype=storage_dtype(*weight_bounds))
-            rows = rows_of(weight, group_size).shape[0]
-            shape = (out,) if group_size is None else (out, rows // out)
+            groups_a_row = 1 if group_size is None else -(-math.prod(weight_shape[1:]) // group_size)
+            shape = (out,) if group_size is None else (out, groups_a_row)
             self.register_buffer("weight", weight)
             self.register_buffer("weight_scale", torch.ones(shape))
             self.register_buffer("weight_zero_point", torch.zeros(shape, dtype=torch.int32))
