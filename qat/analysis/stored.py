@@ -35,9 +35,9 @@ def of_weight(quantizer: FakeQuantize, weight: Tensor) -> Stored:
         return Stored(_packed(fitted.indices.numel(), fitted.bits), 4 * (fitted.entries.numel() + out))
     if quantizer.foldable:
         rows = rows_of(weight, quantizer.layout.group_size).shape[0] if quantizer.layout.kind == "group" else out
-        return Stored(_integers(quantizer, weight.numel()), 8 * rows)
+        return Stored(_integers(quantizer, weight.numel()), _row_bytes(quantizer) * rows)
     rows, values = quantizer.rows(weight).shape  # short groups are filled up
-    tables = 8 * rows + 4 * out  # scale and zero point a row; the gain of a BatchNorm
+    tables = _row_bytes(quantizer) * rows + 4 * out  # the gain of a BatchNorm
     if fitted is not None:
         entries = fitted.values().numel()
         return Stored(_packed(rows * values, fitted_bits(quantizer)), tables + 4 * entries)
@@ -45,8 +45,14 @@ def of_weight(quantizer: FakeQuantize, weight: Tensor) -> Stored:
         return Stored(rows * values * (quantizer.scheme.bits or 32) // 8, tables)
     if quantizer.grid is None or quantizer.scheme.format == "int":
         return Stored(_integers(quantizer, rows * values), tables)
-    levels = len(quantizer.grid.values())
-    return Stored(_packed(rows * values, (levels - 1).bit_length()), tables + 4 * levels)
+    levels = len(quantizer.grid.values())  # those of a format are stored once, for all layers
+    return Stored(_packed(rows * values, (levels - 1).bit_length()), tables)
+
+
+def _row_bytes(quantizer: FakeQuantize) -> int:
+    """Bytes of a row's scale and zero point: a block's scale is a float8, a zero point that is always 0 is left out."""
+    scale = 4 if quantizer.format.scales is None else 1
+    return scale if quantizer.scheme.symmetric else scale + _packed(1, quantizer.scheme.bits or 32)
 
 
 def fitted_bits(quantizer: FakeQuantize) -> int:
