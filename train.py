@@ -74,7 +74,7 @@ def run(cfg: DictConfig) -> float:
         net = module.prepared
         finalize(net, calibration, ptq, trained=True)
         integer = qat.lower(net)
-        integer.info["data"] = data.describe()
+        integer.info |= result.about(net, model, data, Path(__file__).parent)
         paths = qat.export(integer, result.folder / "export", example, list(cfg.export.formats))
 
     # 5. Every file as reloaded from disk on the same test set; then what people look at

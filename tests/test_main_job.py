@@ -157,6 +157,11 @@ def test_the_int8_file_is_small_and_says_what_it_is(default: tuple[Path, str]) -
     info = qat.load(file).info
     assert info["data"]["name"] == "digits"
     assert info["data"]["classes"] == [str(i) for i in range(10)]
+    summary = summary_of(folder)
+    assert info["metrics"] == summary["stages"]["qat"]["metrics"]
+    assert info["provenance"]["data_sha256"] == summary["data_sha256"]
+    assert info["architecture"]["_target_"] == "qat.zoo.models.SmallCNN"
+    assert info["inputs"] == [{"name": "x", "shape": [None, 1, 8, 8], "dtype": "float32"}]
 
 
 def test_checkpoints_of_both_phases_are_kept(default: tuple[Path, str]) -> None:

@@ -30,7 +30,7 @@ def export(
     example_inputs: Tensor | tuple[Tensor, ...],
     formats: Sequence[str] = ("int8", "onnx"),
 ) -> dict[str, Path]:
-    """Write an integer network in each of `formats`.
+    """Write an integer network in each of `formats`. The names and types of its inputs go into `info`.
 
     Args:
         network: from `qat.lower`.
@@ -56,6 +56,11 @@ def export(
             f"qat.report names what was not recorded; quant.graph=required refuses such a network"
         )
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if len(inputs) == len(network.inputs) and all(isinstance(x, Tensor) for x in inputs):
+        network.info["inputs"] = [
+            {"name": name, "shape": [None, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
+            for name, x in zip(network.inputs, inputs, strict=True)
+        ]
     return {name: EXPORTERS[name](network, Path(folder), inputs) for name in formats}
 
 

@@ -18,6 +18,7 @@ from qat.export.files import write_atomically
 from qat.export.onnxruntime import OnnxNetwork
 from qat.export.parity import Parity, measure
 from qat.runtime.network import IntegerNetwork
+from qat.training.provenance import provenance
 from qat.training.stages import Network, measure_stage, save_weights, write_summary
 from qat.training.weights import flatten
 
@@ -67,10 +68,26 @@ class Run:
         if is_main_process():
             self.stage("float", net, save_weights(net, self.folder / "float.safetensors"))
 
-    def exports(self, net: fx.GraphModule, integer: IntegerNetwork, paths: Mapping[str, Path]) -> dict[str, Parity]:
-        """Measure the trained network and every exported file as reloaded from disk, and how far they agree."""
-        target = integer.info["quant"]["target"]
+    def about(self, net: nn.Module, model: Mapping[str, Any], data: Any, code: Path) -> dict[str, Any]:
+        """Measure the trained network; what its exported files say of it, as plain data.
+
+        Args:
+            net: with its final weights, simulating.
+            model: `_target_` and arguments of the float network.
+            data: the data module.
+            code: a folder of the code that trains.
+        """
         self.stage("qat", net)
+        return {
+            "architecture": dict(model),
+            "data": data.describe(),
+            "metrics": self.summary["stages"]["qat"]["metrics"],
+            "provenance": provenance(self.config, self.summary["data_sha256"], code),
+        }
+
+    def exports(self, net: fx.GraphModule, integer: IntegerNetwork, paths: Mapping[str, Path]) -> dict[str, Parity]:
+        """Measure every exported file as reloaded from disk, and how far they and the trained network agree."""
+        target = integer.info["quant"]["target"]
         int8 = load_checkpoint(paths["int8"]) if "int8" in paths else None
         if int8 is not None:
             self.stage("int8", int8, paths["int8"])
