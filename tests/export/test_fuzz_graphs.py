@@ -1,0 +1,175 @@
+"""Random networks with random schemes: trained a step, exported, and held to the parity rule.
+
+One failing seed again, with what it consists of:
+
+    QAT_FUZZ_SEED=123 pytest tests/export/test_fuzz_graphs.py -k one_seed
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import track
+from torch import Tensor, fx
+
+import qat
+from qat.export.onnx_stored import check_onnx
+from qat.export.onnxruntime import OnnxNetwork
+from qat.export.parity import (
+    ParityLimits,
+    decisions,
+    integers_given,
+    measure,
+    onnx_integers_given,
+    ties_given,
+    training_integers,
+)
+from qat.ptq import PTQConfig, finalize
+from qat.runtime import IntegerConv, IntegerNetwork
+from qat.runtime.recurrent import Recurrent
+from qat.runtime.stored import Simulate
+from tests.fuzz.networks import Network, random_network
+from tests.fuzz.schemes import random_config
+
+Tensors = dict[str, Tensor]
+IN_CI, IN_ALL, CHUNKS = 40, 1000, 8
+
+
+def describe(seed: int, net: Network, config: qat.QuantConfig) -> str:
+    steps = "\n".join(f"  {i}: {step.words} of {step.reads}" for i, step in enumerate(net.steps, 1))
+    fields = [f"  {name}: {scheme}" for name, scheme in config.to_dict().items()]
+    return f"QAT_FUZZ_SEED={seed}\n{steps}\n" + "\n".join(fields)
+
+
+def trained(net: Network, config: qat.QuantConfig, x: Tensor) -> fx.GraphModule:
+    """Prepared, calibrated, trained for a step, and finalized."""
+    prepared = qat.prepare(net, config, x[:2])
+    qat.calibrate(prepared, [x])
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=1e-3)
+    prepared.train()
+    y = prepared(x)
+    (y / y.detach().abs().max().clamp(min=1e-6)).square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(prepared.parameters(), 1.0)
+    optimizer.step()
+    finalize(prepared, [x], PTQConfig(adaptive_rounding_steps=0), trained=True)
+    return prepared
+
+
+@torch.no_grad()
+def assert_files_agree(prepared: fx.GraphModule, config: qat.QuantConfig, x: Tensor, folder: Path) -> None:
+    """Layer by layer given equal integers, and in every decision on which no tie has an influence.
+
+    Of activations that are simulated (floats, ranges computed from the tensor at hand) the ties are not known, and one
+    may move the range of a whole batch: there most samples are to agree.
+    """
+    network = qat.lower(prepared)
+    formats = ["int8", "onnx"] if holds_onnx(network, config) else ["int8"]
+    paths = qat.export(network, folder, x[:2], formats=formats)
+    reloaded = qat.load(paths["int8"])
+    assert torch.equal(reloaded(x), network(x))
+    pairs = measure(prepared, network, reloaded, paths.get("onnx"), x, target=config.target)
+    for pair, parity in pairs.items():
+        parity.check(pair, ParityLimits(agreement=0.0))
+    given = training_integers(prepared, network, x)
+    ties = ties_given(network, x, given)
+    expected = prepared(x)
+    files = {"int8": (reloaded(x), integers_given(reloaded, x, given))}
+    if "onnx" in paths:
+        onnx, target = paths["onnx"], config.target
+        files["onnx"] = OnnxNetwork(onnx, target)(x), onnx_integers_given(onnx, target, network, x, given)
+    for name, (outputs, integers) in files.items():
+        difference = (outputs - expected).abs().reshape(len(x), -1).mean(1) / expected.std().clamp(min=1e-5)
+        equal = (decisions(expected) == decisions(outputs)).reshape(len(x), -1).all(1) | close(expected)
+        if any(isinstance(layer, Simulate) for layer in network.modules()):
+            assert difference.median() <= 0.02, f"{name}: results differ: {difference.tolist()}"
+            assert equal.float().mean() >= 0.75, f"{name}: decisions differ for {unequal(equal)}"
+        else:
+            tied = at_ties(len(x), given, integers, ties)
+            assert difference[~tied].sum() <= 0.02 * len(x), f"{name}: results differ: {difference.tolist()}"
+            assert (equal | tied).all(), f"{name}: decisions differ for {unequal(equal | tied)}"
+
+
+def unequal(equal: Tensor) -> list[int]:
+    return (~equal).nonzero().flatten().tolist()
+
+
+def at_ties(samples: int, given: Tensors, made: Tensors, ties: Tensors) -> Tensor:
+    """The samples of which a value was next to a tie and was rounded the other way, [samples]."""
+    found = torch.zeros(samples, dtype=torch.bool)
+    for name in ties.keys() & made.keys():
+        found |= ((made[name].int() != given[name].int()) & ties[name]).flatten(1).any(1)
+    return found
+
+
+def close(outputs: Tensor) -> Tensor:
+    """The samples of which the two best results are equal but for the rounding of a float32 sum, [samples]."""
+    best = outputs.topk(2, dim=1).values if outputs.shape[1] > 1 else torch.cat([outputs, torch.zeros_like(outputs)], 1)
+    margin = (best[:, 0] - best[:, 1]).abs().reshape(len(outputs), -1).amin(1)
+    return margin <= 1e-4 * outputs.abs().max() + 1e-5
+
+
+def holds_onnx(network: IntegerNetwork, config: qat.QuantConfig) -> bool:
+    """Whether an ONNX file can hold it: the schemes, and no recurrent layer."""
+    if any(isinstance(layer, Recurrent) for layer in network.modules()):
+        return False
+    try:
+        check_onnx(config)
+    except ValueError:
+        return False
+    return True
+
+
+def run(seed: int) -> None:
+    """One random network, the whole way.
+
+    Raises:
+        AssertionError: what failed, in words, with the seed and what was drawn from it.
+    """
+    net, x = random_network(seed)
+    config = random_config(seed, channels=not any(step.words.startswith("cat") for step in net.steps))
+    words = describe(seed, net, config)
+    try:
+        prepared = trained(net, config, x)
+        with tempfile.TemporaryDirectory() as folder:
+            assert_files_agree(prepared, config, x, Path(folder))
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}\n{words}") from error
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_parity_of_random_networks(chunk: int) -> None:
+    for seed in range(chunk, IN_CI, CHUNKS):
+        run(seed)
+
+
+def test_a_wrong_lowering_is_found_and_its_seed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = qat.lower
+
+    def wrong(prepared: fx.GraphModule) -> IntegerNetwork:
+        network = right(prepared)
+        layer = next(m for m in network.modules() if isinstance(m, IntegerConv) and m.output is not None)
+        layer.weight.neg_()
+        return network
+
+    monkeypatch.setattr(qat, "lower", wrong)
+    with pytest.raises(AssertionError, match=r"(?s)departs given equal inputs.*QAT_FUZZ_SEED=10\n"):
+        run(10)
+
+
+@pytest.mark.skipif("QAT_FUZZ_SEED" not in os.environ, reason="for a seed that failed: set QAT_FUZZ_SEED")
+def test_one_seed() -> None:
+    run(int(os.environ["QAT_FUZZ_SEED"]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_parity_of_a_thousand_random_networks() -> None:
+    failed: dict[int, str] = {}
+    for seed in track(range(IN_ALL), description="random networks"):
+        try:
+            run(seed)
+        except AssertionError as error:
+            failed[seed] = str(error)
+    assert not failed, f"{len(failed)} of {IN_ALL} seeds fail: {sorted(failed)}\n" + "\n".join(failed.values())

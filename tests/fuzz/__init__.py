@@ -1,0 +1,1 @@
+"""Random networks, random schemes, and what must hold for every pair of them."""
