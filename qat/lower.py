@@ -25,6 +25,7 @@ from qat.lowering import Lowering, grid_of_quantizer
 from qat.mode import Mode
 from qat.modes import quantizers
 from qat.parts import graphs
+from qat.prepared import PreparedPart
 from qat.results import RECURRENT, is_padded
 from qat.runtime import operations as ops
 from qat.runtime.foreign import Foreign
@@ -116,11 +117,13 @@ def _signature(graph: Graph, inputs: dict[str, fx.Node], returned: fx.Node) -> S
     paths = [graph.path_from_outside(node) for node in inputs.values()]
     output = output_form(returned.args[0], itertools.count())
     flat = isinstance(returned.args[0], fx.Node) and not is_structure(returned.args[0])
+    fixed = graph.module.meta["fixed"] if isinstance(graph.module, PreparedPart) else {}
     flat = flat or (isinstance(returned.args[0], tuple) and all(isinstance(a, fx.Node) for a in returned.args[0]))
-    if flat and all(len(path) == 1 for path in paths):
+    if flat and all(len(path) == 1 for path in paths) and not fixed:
         return None
     parameters = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
-    return Signature(parameters, [list(path) for path in paths], output)
+    parameters = graph.module.meta["parameters"] if fixed else parameters
+    return Signature(parameters, [list(path) for path in paths], output, fixed)
 
 
 def _quantizer(lowering: Lowering, node: fx.Node) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -38,7 +39,8 @@ class PreparedNetwork(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         attributes = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("training", "graph")}
-        return _unpickle, (super().__reduce__(), attributes, self._modules)
+        kind = PreparedPart if isinstance(self, PreparedPart) else PreparedNetwork  # each has a class of its own
+        return _unpickle, (kind, super().__reduce__(), attributes, self._modules)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PreparedNetwork":
         result: Any = super().__deepcopy__(memo)
@@ -48,11 +50,42 @@ class PreparedNetwork(fx.GraphModule):
         return result
 
 
+class PreparedPart(PreparedNetwork):
+    """A recording that is called with arguments that it has built in, too: `attention(x, x, x, need_weights=False)`.
+
+    `meta["parameters"]` names the parameters of the module that was recorded, `meta["fixed"]` holds what is built in.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a call as the module did.
+
+        Raises:
+            ValueError: an argument differs from what is built in.
+        """
+        named = dict(zip(self.meta["parameters"], args, strict=False)) | kwargs
+        return super().__call__(**without_fixed(named, self.meta["fixed"]))
+
+
+def without_fixed(named: dict[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call but for those that are built in.
+
+    Raises:
+        ValueError: one of these differs from what is built in.
+    """
+    for name, value in fixed.items():
+        if name in named and named[name] is not value and named[name] != value:
+            raise ValueError(f"{name}={named[name]!r:.60}: the recording has {name}={value!r} built in")
+    return {name: value for name, value in named.items() if name not in fixed}
+
+
 def _unpickle(
-    reduced: tuple[Any, ...], attributes: dict[str, Any], modules: dict[str, nn.Module | None]
+    kind: type[PreparedNetwork],
+    reduced: tuple[Any, ...],
+    attributes: dict[str, Any],
+    modules: dict[str, nn.Module | None],
 ) -> PreparedNetwork:
     module = reduced[0](*reduced[1])
-    prepared = PreparedNetwork(module, module.graph)
+    prepared = kind(module, module.graph)
     prepared.meta.update(attributes.pop("meta"))
     prepared._modules = modules
     bind_functional(prepared)

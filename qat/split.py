@@ -11,6 +11,7 @@ from torch import fx, nn
 from qat.choices import Quantizable
 from qat.layers import SWAPS, type_name
 from qat.place import normalize, quantizable
+from qat.prepared import PreparedNetwork, PreparedPart
 from qat.record import Call
 from qat.structures import only_tensors
 from qat.subclass import is_lightning
@@ -134,10 +135,11 @@ def _recorded(module: nn.Module, call: Call, graph: str, root: bool) -> Part:
         raise ValueError("quant.graph=layers records nothing")
     torchs = _is_torchs(module)
     fixed = _fixed(module, call, every=graph == "required" or torchs, given=root or torchs)
+    called_with_fixed = not root and bool(fixed.keys() & call.bound(module).keys())
     opaque: list[str] = []
     while True:
         try:
-            traced = trace(module, opaque, fixed)
+            traced = trace(module, opaque, fixed, PreparedPart if called_with_fixed else PreparedNetwork)
             break
         except UntraceableError as error:
             if graph == "required" or not error.culprit or error.culprit in opaque:

@@ -6,6 +6,7 @@ module that branches in training and hands its input on in evaluation (stochasti
 branch is refused.
 """
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -106,7 +107,10 @@ LISTS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def trace(
-    net: nn.Module, opaque: Iterable[str] = (), fixed: Mapping[str, Any] = MappingProxyType({})
+    net: nn.Module,
+    opaque: Iterable[str] = (),
+    fixed: Mapping[str, Any] = MappingProxyType({}),
+    kind: type[PreparedNetwork] = PreparedNetwork,
 ) -> fx.GraphModule:
     """Record `net` as a graph. Parameters and submodules are shared with `net`, which is not changed.
 
@@ -114,6 +118,7 @@ def trace(
         net: the network.
         opaque: paths of submodules to take as single operations.
         fixed: parameters of `forward` that are no tensors, and their values: the graph has them built in.
+        kind: class of the result.
 
     Raises:
         UntraceableError: the network cannot be traced, or takes another path in training than in evaluation; says why
@@ -132,7 +137,8 @@ def trace(
         if branch is None:
             break
         whole.add(_passing_scope(net, *branch))
-    traced = PreparedNetwork(net, evaluation, type(net).__name__)
+    traced = kind(net, evaluation, type(net).__name__)
+    traced.meta |= {"parameters": list(inspect.signature(net.forward).parameters), "fixed": dict(fixed)}
     traced.adopt(vars(net))
     traced.meta["identity_in_eval"] = sorted(whole)
     for name in set(vars(net)) - before:  # tensors made in forward, which the trace left behind

@@ -94,6 +94,21 @@ class Alone(nn.Module):
         return layer(*inputs)
 
 
+class Attends(nn.Module):
+    """Calls a module with settings that its recording has built in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 1e9:
+            return x
+        mixed, none = self.attention(x, x, x, None, False, attn_mask=None)
+        assert none is None
+        return mixed
+
+
 @dataclasses.dataclass
 class Pair:
     a: Tensor
@@ -158,6 +173,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "RNN": (lambda: Alone(x=nn.RNN(8, 8)), rows(5, 6, 8)),
     "LSTMCell": (lambda: Alone(x=nn.LSTMCell(8, 8)), A),
     "GRUCell": (lambda: Alone(x=nn.GRUCell(8, 8)), A),
+    "settings built in": (Attends, rows(6, 5, 8)),
     "a layer itself": (lambda: nn.Linear(8, 4), A),
     "a recurrent layer itself": (lambda: nn.LSTM(8, 6, num_layers=2), rows(5, 6, 8)),
     "attention itself": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), (rows(6, 5, 8),) * 3),
@@ -301,6 +317,17 @@ def test_what_the_example_does_not_run_is_named() -> None:
         qat.prepare(nn.Sequential(nn.ReLU()), config(), A)
     with pytest.raises(ValueError, match=r"nothing in Alone can be quantized: qat cannot trace Alone at"):
         qat.prepare(Alone(x=nn.ReLU()), config(), A)
+
+
+def test_other_settings_than_those_built_in_are_refused() -> None:
+    net, x = build("settings built in")
+    prepared = qat.prepare(net, config(), x)
+    for network in (prepared, copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        with pytest.raises(ValueError, match="need_weights=True: the recording has need_weights=False built in"):
+            network.attention(x, x, x, need_weights=True)
+    qat.calibrate(prepared, [x])
+    with pytest.raises(ValueError, match="need_weights=True: the network has need_weights=False built in"):
+        qat.lower(prepared).attention(x, x, x, None, True)
 
 
 def test_a_float_checkpoint_loads_and_training_is_shared() -> None:
