@@ -106,12 +106,12 @@ class IntegerNetwork(nn.Module):
         )  # fmt: skip
         return self.grid(node.inputs[0]) if keeps else None
 
-    def forward(self, *args: Any, **named: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """Inputs (float32; indices are integers), by position or name -> float32 output, or a tuple of them.
 
         With a `signature`, what that says.
         """
-        tensors = self.run(*self.flat(args, named))
+        tensors = self.run(*self.flat(inputs, named))
         outputs = tuple(tensors[name] for name in self.outputs)
         if self.signature is not None:
             return self.signature.build(outputs)
