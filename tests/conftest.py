@@ -15,3 +15,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+LONG = ("test_main_job.py", "test_language_model.py", "test_distributed.py", "test_shard.py", "test_config.py")
+"""Files whose tests start whole runs. They go first, so that no worker is left alone with one in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put LONG files first, the rest in order."""
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
