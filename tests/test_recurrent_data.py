@@ -14,7 +14,7 @@ from torch.nn.utils import rnn
 
 import qat
 from tests.networks.recurrent import Forecaster, KeywordGRU
-from tests.whole_way import assert_files_agree, config
+from tests.whole_way import assert_files_agree, assert_sixteen_bits_are_float, config
 
 SHARED = Path(os.environ.get("QAT_SHARED", Path(__file__).parents[2] / "shared"))
 Inputs = tuple[Tensor, ...]
@@ -62,6 +62,7 @@ def test_a_gru_hears_digits_in_eight_bits(tmp_path: Path) -> None:
     fit(net, train, 300, 1e-2, F.cross_entropy)
     before = accuracy(net)
     assert before > 0.8
+    assert_sixteen_bits_are_float(copy.deepcopy(net), (test[0][:64], test[1][:64]))
     prepared = qat.prepare(copy.deepcopy(net), config(8), (train[0][:4], train[1][:4]))
     qat.calibrate(prepared, [train[:2]])
     fit(prepared, train, 40, 1e-3, F.cross_entropy)
@@ -91,6 +92,7 @@ def test_an_lstm_forecasts_in_eight_bits(tmp_path: Path) -> None:
     stays = float((test[0][:, -1, -1:] - test[1]).square().mean())
     before = error(net)
     assert before < stays  # it has learned something
+    assert_sixteen_bits_are_float(copy.deepcopy(net), (test[0][:64],))
     prepared = qat.prepare(copy.deepcopy(net), config(8), x[:4])
     qat.calibrate(prepared, [(x[:512],)])
     fit(prepared, (x[:4470], y[:4470]), 40, 1e-3, F.mse_loss)
