@@ -9,7 +9,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,18 @@ log = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Store the schema of `quant` and one option a preset (`quant=int8`, ...). May be called again."""
+    """Store the schema of `quant`, one option a preset (`quant=int8`, ...) and a target. May be called again."""
     store = ConfigStore.instance()
     store.store(name="quant_schema", node=QuantConfig, provider="qat")
     for name in PRESETS:
         node = {"defaults": ["/quant_schema@_here_", "_self_"], **fields(name, target=None), "target": "${target.name}"}
         store.store(group="quant", name=name, node=node, provider="qat")
+    for name in TARGETS:
+        store.store(group="target", name=name, node={"name": name}, provider="qat")
     OmegaConf.register_new_resolver("widest", _widest, replace=True)
-    OmegaConf.register_new_resolver("quant_options", _quant_options, replace=True)
+    OmegaConf.register_new_resolver("quant_options", lambda: _options(DESCRIPTIONS), replace=True)
+    OmegaConf.register_new_resolver("target_options", lambda: _options(
+        {name: target.description for name, target in TARGETS.items()}), replace=True)  # fmt: skip
     OmegaConf.register_new_resolver("quant_fields", _quant_fields, replace=True)
 
 
@@ -52,9 +56,9 @@ def _widest(bits: int, *, _root_: DictConfig) -> int:
     return min(bits, target.weight_bits) if target else bits
 
 
-def _quant_options() -> str:
-    """The presets with their descriptions, for `--help`."""
-    return "\n".join(f"  {name:<17} {text}" for name, text in DESCRIPTIONS.items())
+def _options(descriptions: Mapping[str, str]) -> str:
+    """Names with descriptions, for `--help`."""
+    return "\n".join(f"  {name:<21} {text}" for name, text in descriptions.items())
 
 
 def _quant_fields() -> str:

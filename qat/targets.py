@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qat.ranges import RANGES
 from qat.scheme import QuantConfig, TensorScheme, choice, override
@@ -20,6 +21,10 @@ class Target:
             a tensor, output channel or group of inputs.
         onnxruntime_options: session options under which ONNX Runtime computes this target exactly.
         reason: why weights are limited, for the error.
+        requantize: how an accumulator becomes the next layer's integer: `float`, by a float32 scale, or `fixed_point`,
+            by an int32 multiplier and a shift.
+        functions: how GELU, softmax, LayerNorm and the like are computed: in `float`, or in integers after I-BERT
+            (`ibert`).
     """
 
     description: str
@@ -28,6 +33,8 @@ class Target:
     integers_only: bool = False
     onnxruntime_options: dict[str, str] = field(default_factory=dict)
     reason: str = ""
+    requantize: Literal["float", "fixed_point"] = "float"
+    functions: Literal["float", "ibert"] = "float"
 
 
 TARGETS: dict[str, Target] = {
@@ -41,6 +48,21 @@ TARGETS: dict[str, Target] = {
         activation_bits=8,
         integers_only=True,
         reason="its uint8 x int8 kernels add pairs of products in int16, which saturates with 8-bit weights",
+    ),
+    "cmsis_nn": Target(
+        description="CMSIS-NN on Cortex-M: int8, requantized by an int32 multiplier and a shift.",
+        weight_bits=8,
+        activation_bits=8,
+        integers_only=True,
+        requantize="fixed_point",
+    ),
+    "integer_only": Target(
+        description="No float between input and output.",
+        weight_bits=8,
+        activation_bits=8,
+        integers_only=True,
+        requantize="fixed_point",
+        functions="ibert",
     ),
 }
 
