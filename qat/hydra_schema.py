@@ -25,7 +25,6 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from qat.analysis.sweep import collect, results_table, write_results
 from qat.export import EXPORTERS
-from qat.export.onnx_stored import check_onnx
 from qat.presets import DESCRIPTIONS, PRESETS, fields
 from qat.scheme import Granularity, QuantConfig, choice
 from qat.scheme.checks import TABLES
@@ -87,17 +86,24 @@ def quant_config(cfg: DictConfig) -> QuantConfig:
     assert isinstance(data, dict)
     config = QuantConfig.from_dict({str(k): v for k, v in data.items()})
     check_target(config)
-    for name in cfg.export.formats:
-        choice("export.formats", name, EXPORTERS)
-    if "onnx" in cfg.export.formats:
-        try:
-            check_onnx(config)
-        except ValueError as error:
-            if not cfg.export.skip_impossible:
-                raise
-            log.warning("No ONNX file will be written. %s", error)
-            cfg.export.formats = [name for name in cfg.export.formats if name != "onnx"]
+    cfg.export.formats = [name for name in cfg.export.formats if _can_hold(name, config, cfg.export.skip_impossible)]
     return config
+
+
+def _can_hold(name: str, config: QuantConfig, skip: bool) -> bool:
+    """Whether a file format can hold a scheme; refuses an unknown one, and one whose packages are missing."""
+    exporter = choice("export.formats", name, EXPORTERS)
+    exporter.require()
+    if exporter.check is None:
+        return True
+    try:
+        exporter.check(config)
+    except ValueError as error:
+        if not skip:
+            raise
+        log.warning("No %s file will be written. %s", exporter.label, error)
+        return False
+    return True
 
 
 def plain(cfg: Any) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def test_what_trains_is_what_runs(name: str, tmp_path: Path) -> None:
     paths = qat.export(network, tmp_path, x[:2])
     checkpoint = qat.load(paths["int8"])
     assert torch.equal(checkpoint(x), network(x))
-    for pair, parity in measure(prepared, network, checkpoint, paths["onnx"], x).items():
+    for pair, parity in measure(prepared, network, paths, x).items():
         parity.check(pair, ParityLimits(agreement=0.98))
     assert OnnxNetwork(paths["onnx"])(x[:1]).shape == expected[:1].shape
 

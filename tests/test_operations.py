@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 
 import qat
 from qat.export import load, save_checkpoint, save_onnx
-from qat.export.onnxruntime import OnnxNetwork
-from qat.export.parity import integers_given, onnx_integers_given, training_integers
+from qat.export.formats import integers_given
+from qat.export.onnxruntime import OnnxNetwork, onnx_integers_given
+from qat.export.parity import training_integers
 from qat.ptq import round_biases
 from qat.runtime import IntegerNetwork
 from qat.runtime.matmul import IntegerMatmul
@@ -379,7 +380,10 @@ def assert_integers(prepared: fx.GraphModule, network: IntegerNetwork, x: Tensor
     """Each layer, given training's integers, makes training's: at most a step off, hardly ever; so does the file."""
     given = training_integers(prepared, network, x)
     assert given
-    for made in (integers_given(network, x, given), onnx_integers_given(path, "generic", network, x, given)):
+    for made in (
+        integers_given(network, (x,), given),
+        onnx_integers_given(path, "generic", network.grids(), (x,), given),
+    ):
         assert made.keys() == given.keys()
         for name, expected in given.items():
             steps = (made[name].int() - expected.int()).abs()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import qat
-from qat.export.onnxruntime import OnnxNetwork
-from qat.export.parity import integers_given, onnx_integers_given, training_integers
+from qat.export.formats import integers_given
+from qat.export.onnxruntime import OnnxNetwork, onnx_integers_given
+from qat.export.parity import training_integers
 from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerNetwork
 
@@ -83,7 +84,7 @@ def assert_files_agree(prepared: fx.GraphModule, inputs: Inputs, folder: Path, o
     made = [integers_given(network, inputs, given)]
     if onnx:
         path = next(p for p in paths.values() if str(p).endswith(".onnx"))
-        made.append(onnx_integers_given(path, "generic", network, inputs, given))
+        made.append(onnx_integers_given(path, "generic", network.grids(), inputs, given))
         assert (_first(OnnxNetwork(path)(*inputs)) - result).abs().mean() <= 0.02 * simulated.std()
     for integers in made:
         assert integers.keys() == given.keys()

@@ -32,6 +32,7 @@ INK = "#7b7b7b"
 """Text and axes: a contrast of at least 4.2 on white and on near-black."""
 COLORS = ("#2f7fc1", "#d9822b", "#2f9e77", "#9a6bb8", "#c9515b", "#8a8f3c", "#4aa5b5", "#8c8c8c")
 STAGE_COLORS = {"float": "#8c8c8c", "ptq": "#d9822b", "qat": "#2f7fc1", "int8": "#2f9e77", "onnx": "#9a6bb8"}
+FILE_COLOR = "#4aa5b5"
 PHASES = {"float": "float training", "qat": "quantized training"}
 MOST_LAYERS = 40
 """A figure of layers shows at most so many."""
@@ -89,7 +90,7 @@ def stages_figure(summary: Summary) -> "Figure":
     metric = (metric_names(summary) or ["metric"])[0]
     rows = [stage for stage in stages(summary) if metric in stage.metrics or stage.size is not None]
     sized = any(stage.size is not None for stage in rows)
-    colors = [STAGE_COLORS[stage.key] for stage in rows]
+    colors = [STAGE_COLORS.get(stage.key, FILE_COLOR) for stage in rows]
     with style():
         fig = new_figure(7.5, 0.6 + 0.36 * max(len(rows), 1))
         panels = fig.subplots(1, 2 if sized else 1, squeeze=False, width_ratios=[3, 2] if sized else [1])[0]

@@ -10,12 +10,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from qat.export.formats import EXPORTERS
+from qat.export.parity import pairs_of
+
 Summary = dict[str, Any]
 
-STAGES = {"float": "Float", "ptq": "PTQ", "qat": "QAT", "int8": "int8 checkpoint", "onnx": "ONNX"}
+FILES = {name: exporter.label for name, exporter in EXPORTERS.items()}
+STAGES = {"float": "Float", "ptq": "PTQ", "qat": "QAT", **FILES}
 """Key in `summary["stages"]` -> what people read, in the order of a run."""
 
-PAIRS = {"qat_int8": "QAT / int8 checkpoint", "qat_onnx": "QAT / ONNX", "int8_onnx": "int8 checkpoint / ONNX"}
+PAIRS = {f"{a}_{b}": f"{STAGES[a]} / {STAGES[b]}" for a, b in pairs_of(FILES)}
 """Key in `summary["parity"]` -> what people read."""
 
 MISSING = "\N{EN DASH}"
@@ -104,6 +108,16 @@ def stages(summary: Summary) -> list[Stage]:
             )
         )
     return rows
+
+
+def stage_of(column: str) -> tuple[str, str] | None:
+    """`<stage>_<metric>`, a column of a sweep's results, in two; None for another column.
+
+    >>> stage_of("int8_val_loss"), stage_of("weight_bits")
+    (('int8', 'val_loss'), None)
+    """
+    fits = [key for key in STAGES if column.startswith(f"{key}_")]
+    return (max(fits, key=len), column[len(max(fits, key=len)) + 1 :]) if fits else None
 
 
 def metric_names(summary: Summary) -> list[str]:

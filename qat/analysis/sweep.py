@@ -12,7 +12,18 @@ from rich.text import Text
 
 from qat.analysis import plots
 from qat.analysis.console import heading, new_table
-from qat.analysis.summary import MISSING, STAGES, bytes_text, is_share, metric_text, number, pick_metric, stages
+from qat.analysis.summary import (
+    FILES,
+    MISSING,
+    STAGES,
+    bytes_text,
+    is_share,
+    metric_text,
+    number,
+    pick_metric,
+    stage_of,
+    stages,
+)
 
 Row = dict[str, Any]
 
@@ -78,7 +89,7 @@ def override_names(rows: Sequence[Row]) -> list[str]:
 def measured_names(rows: Sequence[Row]) -> list[str]:
     """Columns that a summary gave: `<stage>_<metric>` and `<stage>_bytes`."""
     names = dict.fromkeys(key for row in rows for key in row if key not in row["overrides"])
-    return [key for key in names if key.partition("_")[0] in STAGES]
+    return [key for key in names if stage_of(key)]
 
 
 def is_bits(name: str) -> bool:
@@ -93,7 +104,7 @@ def varying(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 def sweep_metric(rows: Sequence[Row]) -> str | None:
     """The metric to judge a sweep by (see `qat.analysis.summary.pick_metric`)."""
-    names = dict.fromkeys(key.partition("_")[2] for key in measured_names(rows))
+    names = dict.fromkeys(column[1] for key in measured_names(rows) if (column := stage_of(key)))
     return pick_metric(name for name in names if name != "bytes")
 
 
@@ -105,7 +116,7 @@ def results_table(rows: Sequence[Row]) -> Table:
     """
     metric = sweep_metric(rows) or "metric"
     overrides = [name for name in varying(rows, override_names(rows)) if not is_bits(name)]
-    exported = next((key for key in ("int8", "onnx") if any(f"{key}_bytes" in row for row in rows)), "int8")
+    exported = next((key for key in FILES if any(f"{key}_bytes" in row for row in rows)), "int8")
     numbers = {"weight_bits": "weight\nbits", "activation_bits": "act.\nbits"}
     numbers |= {f"{key}_{metric}": STAGES[key] for key in ("float", "ptq", "qat")}
     numbers |= {f"{exported}_{metric}": exported, f"{exported}_bytes": f"{exported}\nsize"}

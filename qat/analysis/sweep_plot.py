@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from qat.analysis import plots
-from qat.analysis.summary import is_share, lower_is_better
+from qat.analysis.summary import FILES, is_share, lower_is_better
 from qat.analysis.sweep import Row, is_bits, override_names, sweep_metric, varying
 
 if TYPE_CHECKING:
@@ -208,16 +208,15 @@ def _against_axis(axes: "Axes", rows: Sequence[Row], metric: str, axis: Axis) ->
 
 
 def _against_size(axes: "Axes", rows: Sequence[Row], metric: str, axis: Axis) -> None:
-    stage = next((key for key in ("int8", "onnx") if any(f"{key}_bytes" in row for row in rows)), "int8")
+    stage = next((key for key in FILES if any(f"{key}_bytes" in row for row in rows)), "int8")
     points, labels = [], []
     for row in rows:
         value = row.get(f"{stage}_{metric}", row.get(f"qat_{metric}", row.get(f"ptq_{metric}")))
         if value is not None and f"{stage}_bytes" in row:
             points.append((row[f"{stage}_bytes"] / 1e3, value * (100 if is_share(metric) else 1)))
             labels.append(axis.name(row))
-    file = {"int8": "int8 checkpoint", "onnx": "ONNX file"}[stage]
     axes.set_title(f"{metric} against file size")
-    axes.set_xlabel(f"size of the {file} (KB)")
+    axes.set_xlabel(f"size of the {FILES[stage]} file (KB)" if stage != "int8" else "size of the int8 checkpoint (KB)")
     if not points:
         axes.set_xticks([])
         axes.text(0.5, 0.5, "no job exported a file", transform=axes.transAxes, ha="center")

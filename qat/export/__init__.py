@@ -1,27 +1,15 @@
-"""Exporters. EXPORTERS is the table that configurations choose from: a new one is a function and a line here."""
+"""Exported files: EXPORTERS in `formats` is the table that configurations choose from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from qat.export.checkpoint import load_checkpoint, save_checkpoint
+from qat.export.formats import EXPORTERS, Exporter
 from qat.export.onnx import save_onnx
 from qat.runtime.network import IntegerNetwork
 from qat.scheme import choice
-
-
-def _int8(network: IntegerNetwork, folder: Path, example_inputs: tuple[Tensor, ...]) -> Path:
-    save_checkpoint(network, folder / "model.safetensors")
-    return folder / "model.safetensors"
-
-
-def _onnx(network: IntegerNetwork, folder: Path, example_inputs: tuple[Tensor, ...]) -> Path:
-    save_onnx(network, folder / "model.onnx", example_inputs)
-    return folder / "model.onnx"
-
-
-EXPORTERS: dict[str, Callable[[IntegerNetwork, Path, tuple[Tensor, ...]], Path]] = {"int8": _int8, "onnx": _onnx}
 
 
 def export(
@@ -47,7 +35,7 @@ def export(
         OSError: the folder or disk refuses.
     """
     for name in formats:
-        choice("export.formats", name, EXPORTERS)
+        choice("export.formats", name, EXPORTERS).require()
     if not isinstance(network, IntegerNetwork):
         inside = [f"lowered.{name}" for name, module in network.named_modules() if isinstance(module, IntegerNetwork)]
         raise ValueError(
@@ -61,9 +49,12 @@ def export(
             {"name": name, "shape": [None, *x.shape[1:]], "dtype": str(x.dtype).removeprefix("torch.")}
             for name, x in zip(network.inputs, inputs, strict=True)
         ]
-    return {name: EXPORTERS[name](network, Path(folder), inputs) for name in formats}
+    paths = {name: Path(folder) / EXPORTERS[name].file for name in formats}
+    for name, path in paths.items():
+        EXPORTERS[name].write(network, path, inputs)
+    return paths
 
 
 load = load_checkpoint
 
-__all__ = ["EXPORTERS", "export", "load", "load_checkpoint", "save_checkpoint", "save_onnx"]
+__all__ = ["EXPORTERS", "Exporter", "export", "load", "load_checkpoint", "save_checkpoint", "save_onnx"]

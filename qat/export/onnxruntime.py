@@ -1,6 +1,7 @@
 """Running exported ONNX files with ONNX Runtime."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat.export.onnx_model import storage
+from qat.runtime.grid import Quantize
 from qat.targets import TARGETS
 
 
@@ -48,6 +51,47 @@ class OnnxNetwork:
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output by name."""
         return dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
+
+
+def onnx_integers_given(
+    path: Path, target: str, grids: Mapping[str, Quantize], inputs: tuple[Tensor, ...], given: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What each layer of an ONNX file, read back from disk and run by ONNX Runtime, makes of `given` integers.
+
+    The file's graph is cut at every integer activation: readers get a new input instead, and the tensor is an output.
+
+    Args:
+        path: the file.
+        target: key of `TARGETS`.
+        grids: of the tensors in `given`.
+        inputs: of the network, batch dimension first.
+        given: name of tensor -> its integers.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    graph = model.graph
+    kinds = {value.name: value for value in [*graph.value_info, *graph.output]}
+    own = [value.name for value in graph.input]
+    present = [name for name in given if name in kinds]
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name in given:
+                node.input[i] = f"{name}/given"
+    for name in present:
+        value = onnx.ValueInfoProto()
+        value.CopyFrom(kinds[name])
+        value.name = f"{name}/given"
+        graph.input.append(value)
+        if name not in {output.name for output in graph.output}:
+            graph.output.append(kinds[name])
+    session = OnnxNetwork(model.SerializeToString(), target)
+    feeds = {name: x.numpy() for name, x in zip(own, inputs, strict=True)}
+    for name in present:
+        dtype, offset = storage(grids[name])
+        feeds[f"{name}/given"] = (given[name].int() + offset).numpy().astype(dtype)
+    made = session.run({name: feeds[name] for name in session.inputs})
+    return {name: torch.from_numpy(made[name].astype(np.int32)) - storage(grids[name])[1] for name in present}
 
 
 def count_kernels(path: Path, target: str = "generic") -> dict[str, int]:

@@ -7,17 +7,15 @@ logits and the decisions of whole networks are compared.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from qat.export.onnx import storage
-from qat.export.onnxruntime import OnnxNetwork
+from qat.export.formats import EXPORTERS, Integers, integers_given
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 
@@ -150,20 +148,6 @@ def training_integers(prepared: fx.GraphModule, network: IntegerNetwork, *inputs
 
 
 @torch.no_grad()
-def integers_given(network: IntegerNetwork, inputs: Batch, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What each layer of `network` makes of `given` integers, by name of tensor."""
-    made: dict[str, Tensor] = {}
-
-    def watch(name: str, tensor: Tensor) -> Tensor:
-        if name in given:
-            made[name] = tensor
-        return given.get(name, tensor)
-
-    network.run(*_arguments(inputs), watch=watch)
-    return made
-
-
-@torch.no_grad()
 def ties_given(network: IntegerNetwork, inputs: Batch, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Where a layer of `network`, given equal inputs, rounds a value next to a tie (TIE), by name of tensor."""
     found: dict[str, Tensor] = {}
@@ -179,50 +163,11 @@ def ties_given(network: IntegerNetwork, inputs: Batch, given: dict[str, Tensor])
     layers = ((node.name, network.layer(node.name)) for node in network.nodes if node.name in given)
     handles = [layer.output.register_forward_pre_hook(hook(name)) for name, layer in layers if layer.output is not None]
     try:
-        integers_given(network, inputs, given)
+        integers_given(network, _arguments(inputs), given)
     finally:
         for handle in handles:
             handle.remove()
     return found
-
-
-def onnx_integers_given(path: Path, target: str, network: IntegerNetwork, inputs: Batch, given: dict[str, Tensor]) -> (
-    dict[str, Tensor]
-):  # fmt: skip
-    """What each layer of an ONNX file, read back from disk and run by ONNX Runtime, makes of `given` integers.
-
-    The file's graph is cut at every integer activation: readers get a new input instead, and the tensor is an output.
-    """
-    import onnx
-
-    model = onnx.load(path)
-    graph = model.graph
-    kinds = {value.name: value for value in [*graph.value_info, *graph.output]}
-    present = [name for name in given if name in kinds]
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            if name in given:
-                node.input[i] = f"{name}/given"
-    for name in present:
-        value = onnx.ValueInfoProto()
-        value.CopyFrom(kinds[name])
-        value.name = f"{name}/given"
-        graph.input.append(value)
-        if name not in {output.name for output in graph.output}:
-            graph.output.append(kinds[name])
-    session = OnnxNetwork(model.SerializeToString(), target)
-    feeds = {name: x.numpy() for name, x in zip(network.inputs, _arguments(inputs), strict=True)}
-    for name in present:
-        dtype, offset = _storage(network, name)
-        feeds[f"{name}/given"] = (given[name].int() + offset).numpy().astype(dtype)
-    made = session.run({name: feeds[name] for name in session.inputs})
-    return {name: torch.from_numpy(made[name].astype(np.int32)) - _storage(network, name)[1] for name in present}
-
-
-def _storage(network: IntegerNetwork, name: str) -> tuple[np.dtype[Any], int]:
-    grid = network.grid(name)
-    assert grid is not None
-    return storage(grid)
 
 
 def compare(
@@ -292,8 +237,7 @@ def decisions(outputs: Tensor, class_dim: int = 1) -> Tensor:
 def measure(
     prepared: fx.GraphModule,
     network: IntegerNetwork,
-    checkpoint: IntegerNetwork | None,
-    onnx_path: Path | None,
+    files: Mapping[str, Path],
     inputs: Batch,
     *,
     target: str = "generic",
@@ -306,41 +250,48 @@ def measure(
     Args:
         prepared: what training simulated, in eval mode.
         network: lowered from `prepared`.
-        checkpoint: the int8 checkpoint as reloaded from disk; None if there is none.
-        onnx_path: the ONNX file; None if there is none.
+        files: key of EXPORTERS -> path of its file, as `export` returns it.
         inputs: real test inputs, shape [samples, ...]; a tuple for a network of several arguments (where their numbers
             of samples differ, as of indices and offsets, they stay one batch).
-        target: key of TARGETS, how the ONNX file is run.
+        target: key of TARGETS, how files are run.
         layer_samples: how many samples are compared layer by layer.
         batch_size: samples at a time.
         class_dim: the dimension of the outputs along which the classes lie.
 
     Returns:
-        `qat_int8`, `qat_onnx` and `int8_onnx`, those of them whose files are there.
+        `qat_FORMAT` for every file, and `int8_FORMAT` for every other file where there is an int8 checkpoint.
     """
     prepared.eval()
     batches = _split(_arguments(inputs), batch_size)
     outputs = {"qat": torch.cat([_first(prepared(*x)) for x in batches])}
-    integers: dict[str, list[dict[str, Tensor]]] = {"qat": [], "int8": [], "onnx": []}
+    for name, path in files.items():
+        run = EXPORTERS[name].open(path, target)
+        outputs[name] = torch.cat([_first(run(*x)) for x in batches])
+    grids = network.grids()
+    integers: dict[str, list[Integers]] = {name: [] for name in outputs}
     ties: list[dict[str, Tensor]] = []
-    if checkpoint is not None:
-        outputs["int8"] = torch.cat([_first(checkpoint(*x)) for x in batches])
-    if onnx_path is not None:
-        session = OnnxNetwork(onnx_path, target)
-        outputs["onnx"] = torch.cat([session(*x) for x in batches])
     for x in _split(_arguments(inputs), batch_size, layer_samples):
         given = training_integers(prepared, network, *x)
         integers["qat"].append(given)
         ties.append(ties_given(network, x, given))
-        if checkpoint is not None:
-            integers["int8"].append(integers_given(checkpoint, x, given))
-        if onnx_path is not None:
-            integers["onnx"].append(onnx_integers_given(onnx_path, target, network, x, given))
+        for name, path in files.items():
+            of_file = EXPORTERS[name].given
+            integers[name].append({} if of_file is None else of_file(path, target, grids, x, given))
     return {
         f"{a}_{b}": compare((outputs[a], outputs[b]), list(zip(integers[a], integers[b], strict=True)), class_dim, ties)
-        for a, b in (("qat", "int8"), ("qat", "onnx"), ("int8", "onnx"))
-        if a in outputs and b in outputs
+        for a, b in pairs_of(files)
     }
+
+
+def pairs_of(files: Iterable[str]) -> list[tuple[str, str]]:
+    """Who is compared: training with every file, and the int8 checkpoint with every other.
+
+    >>> pairs_of(["int8", "onnx"])
+    [('qat', 'int8'), ('qat', 'onnx'), ('int8', 'onnx')]
+    """
+    names = list(files)
+    others = [name for name in names if name != "int8"]
+    return [("qat", name) for name in names] + [("int8", name) for name in others if "int8" in names]
 
 
 def _arguments(inputs: Batch) -> tuple[Tensor, ...]:

@@ -106,6 +106,10 @@ class IntegerNetwork(nn.Module):
         )  # fmt: skip
         return self.grid(node.inputs[0]) if keeps else None
 
+    def grids(self) -> dict[str, Quantize]:
+        """The grid of every integer tensor, by name, in order of execution."""
+        return {node.name: grid for node in self.nodes if (grid := self.grid(node.name)) is not None}
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Inputs (float32; indices are integers), by position or name -> float32 output, or a tuple of them.
 

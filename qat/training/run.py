@@ -13,9 +13,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed, fx, nn
 
-from qat.export.checkpoint import load_checkpoint
 from qat.export.files import write_atomically
-from qat.export.onnxruntime import OnnxNetwork
+from qat.export.formats import EXPORTERS
 from qat.export.parity import Parity, measure
 from qat.runtime.network import IntegerNetwork
 from qat.training.provenance import provenance
@@ -88,13 +87,10 @@ class Run:
     def exports(self, net: fx.GraphModule, integer: IntegerNetwork, paths: Mapping[str, Path]) -> dict[str, Parity]:
         """Measure every exported file as reloaded from disk, and how far they and the trained network agree."""
         target = integer.info["quant"]["target"]
-        int8 = load_checkpoint(paths["int8"]) if "int8" in paths else None
-        if int8 is not None:
-            self.stage("int8", int8, paths["int8"])
-        if "onnx" in paths:
-            self.stage("onnx", OnnxNetwork(paths["onnx"], target), paths["onnx"])
+        for name, path in paths.items():
+            self.stage(name, EXPORTERS[name].open(path, target), path)
         pairs = measure(
-            net, integer, int8, paths.get("onnx"), self.inputs, target=target,
+            net, integer, paths, self.inputs, target=target,
             layer_samples=self.config["export"]["layer_samples"], class_dim=getattr(self.task, "class_dim", 1),
         )  # fmt: skip
         self.summary["parity"] = {pair: measured.to_dict() for pair, measured in pairs.items()}
@@ -177,6 +173,6 @@ def close_loggers(loggers: Iterable[Logger], artifacts: Mapping[str, Path] | Non
 
                 artifact = wandb.Artifact(f"exported-{logger.experiment.id}", type="model")
                 for path in artifacts.values():
-                    artifact.add_file(str(path))
+                    (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path))
                 logger.experiment.log_artifact(artifact)
             logger.experiment.finish()

@@ -38,9 +38,14 @@ def measure_stage(
         metrics.update(network(x), y)
     return {
         "metrics": {name: float(value) for name, value in metrics.compute().items()},
-        "bytes": None if file is None else file.stat().st_size,
+        "bytes": None if file is None else size_of(file),
         "latency_ms": {str(n): latency_ms(network, inputs[:n]) for n in (1, 64) if len(inputs) >= n},
     }
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 @torch.no_grad()

@@ -15,17 +15,10 @@ from rich.progress import track
 from torch import Tensor, fx
 
 import qat
+from qat.export.formats import integers_given
 from qat.export.onnx_stored import check_onnx
-from qat.export.onnxruntime import OnnxNetwork
-from qat.export.parity import (
-    ParityLimits,
-    decisions,
-    integers_given,
-    measure,
-    onnx_integers_given,
-    ties_given,
-    training_integers,
-)
+from qat.export.onnxruntime import OnnxNetwork, onnx_integers_given
+from qat.export.parity import ParityLimits, decisions, measure, ties_given, training_integers
 from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerConv, IntegerNetwork
 from qat.runtime.recurrent import Recurrent
@@ -69,16 +62,16 @@ def assert_files_agree(prepared: fx.GraphModule, config: qat.QuantConfig, x: Ten
     paths = qat.export(network, folder, x[:2], formats=formats)
     reloaded = qat.load(paths["int8"])
     assert torch.equal(reloaded(x), network(x))
-    pairs = measure(prepared, network, reloaded, paths.get("onnx"), x, target=config.target)
+    pairs = measure(prepared, network, paths, x, target=config.target)
     for pair, parity in pairs.items():
         parity.check(pair, ParityLimits(agreement=0.0))
     given = training_integers(prepared, network, x)
     ties = ties_given(network, x, given)
     expected = prepared(x)
-    files = {"int8": (reloaded(x), integers_given(reloaded, x, given))}
+    files = {"int8": (reloaded(x), integers_given(reloaded, (x,), given))}
     if "onnx" in paths:
         onnx, target = paths["onnx"], config.target
-        files["onnx"] = OnnxNetwork(onnx, target)(x), onnx_integers_given(onnx, target, network, x, given)
+        files["onnx"] = OnnxNetwork(onnx, target)(x), onnx_integers_given(onnx, target, network.grids(), (x,), given)
     for name, (outputs, integers) in files.items():
         difference = (outputs - expected).abs().reshape(len(x), -1).mean(1) / expected.std().clamp(min=1e-5)
         equal = (decisions(expected) == decisions(outputs)).reshape(len(x), -1).all(1) | close(expected)

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import qat
+from qat.export.checkpoint import save_checkpoint
+from qat.export.formats import integers_given
 from qat.export.onnx import save_onnx
+from qat.export.onnxruntime import onnx_integers_given
 from qat.export.parity import (
     LayerParity,
     Parity,
@@ -16,9 +19,7 @@ from qat.export.parity import (
     ParityLimits,
     compare,
     decisions,
-    integers_given,
     measure,
-    onnx_integers_given,
     ties_given,
     training_integers,
 )
@@ -51,13 +52,14 @@ class Exported:
     def reloaded(self) -> IntegerNetwork:
         return qat.load(self.paths["int8"])
 
-    def onnx_of(self, network: IntegerNetwork) -> Path:
-        path = self.folder / "corrupted.onnx"
-        save_onnx(network, path, (self.x[:2],))
+    def file_of(self, network: IntegerNetwork, kind: str) -> Path:
+        path = self.folder / f"corrupted.{kind}"
+        save_onnx(network, path, (self.x[:2],)) if kind == "onnx" else save_checkpoint(network, path)
         return path
 
-    def measure(self, checkpoint: IntegerNetwork | None = None, onnx_path: Path | None = None) -> dict[str, Parity]:
-        return measure(self.prepared, self.network, checkpoint, onnx_path, self.x)
+    def measure(self, **files: Path | IntegerNetwork) -> dict[str, Parity]:
+        paths = {k: self.file_of(v, k) if isinstance(v, IntegerNetwork) else v for k, v in files.items()}
+        return measure(self.prepared, self.network, paths, self.x)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ LAYERS = ["x.quantized", "stem.0", "block.conv1", "block.conv2", "block.add", "c
 
 
 def test_faithful_files_agree(exported: Exported) -> None:
-    pairs = exported.measure(exported.reloaded(), exported.paths["onnx"])
+    pairs = exported.measure(**exported.paths)
     assert list(pairs) == ["qat_int8", "qat_onnx", "int8_onnx"]
     for pair, parity in pairs.items():
         assert [layer.name for layer in parity.layers] == LAYERS
@@ -131,14 +133,13 @@ def test_corrupted_layer_is_named(
     exported: Exported, name: str, corrupt: Callable[[IntegerNetwork, str], IntegerNetwork], file: str
 ) -> None:
     damaged = corrupt(exported.reloaded(), name)
-    files = {"checkpoint": damaged} if file == "int8" else {"onnx_path": exported.onnx_of(damaged)}
-    parity = exported.measure(**files)[f"qat_{file}"]
+    parity = exported.measure(**{file: damaged})[f"qat_{file}"]
     departing = [layer.name for layer in parity.layers if layer.max_steps > 1]
     assert departing == [name]  # layers behind it are given equal inputs, and are not blamed
     with pytest.raises(ParityError, match=rf"qat_{file}: layer '{name}' departs given equal inputs") as error:
         parity.check(f"qat_{file}", ParityLimits())
     given = training_integers(exported.prepared, exported.network, exported.x[:128])
-    made = integers_given(damaged, exported.x[:128], given)[name].flatten()
+    made = integers_given(damaged, (exported.x[:128],), given)[name].flatten()
     index = int(torch.nonzero(made != given[name].flatten())[0])
     shown = f"flat index {index}: {int(given[name].flatten()[index])} against {int(made[index])}."
     if file == "int8":
@@ -149,7 +150,7 @@ def test_corrupted_layer_is_named(
 
 def test_first_of_two_corrupted_layers_is_named(exported: Exported) -> None:
     damaged = corrupt_bias(corrupt_weight(exported.reloaded(), "conv2.0"), "block.conv2")
-    parity = exported.measure(checkpoint=damaged)["qat_int8"]
+    parity = exported.measure(int8=damaged)["qat_int8"]
     assert {layer.name for layer in parity.layers if layer.max_steps > 1} >= {"conv2.0"}
     with pytest.raises(ParityError, match=r"layer 'block\.conv2'"):
         parity.check("pair", ParityLimits())
@@ -157,7 +158,7 @@ def test_first_of_two_corrupted_layers_is_named(exported: Exported) -> None:
 
 def test_int8_against_onnx_is_measured_too(exported: Exported) -> None:
     damaged = corrupt_bias(exported.reloaded(), "conv1.0")
-    pairs = exported.measure(damaged, exported.paths["onnx"])
+    pairs = exported.measure(int8=damaged, onnx=exported.paths["onnx"])
     pairs["qat_onnx"].check("qat_onnx", ParityLimits(agreement=0.99))
     for pair in ("qat_int8", "int8_onnx"):
         with pytest.raises(ParityError, match=rf"{pair}: layer 'conv1.0'"):
@@ -167,7 +168,7 @@ def test_int8_against_onnx_is_measured_too(exported: Exported) -> None:
 def test_corrupted_last_layer_shows_in_the_logits(exported: Exported) -> None:
     damaged = exported.reloaded()
     damaged.layer("linear").bias.add_(torch.arange(10, dtype=torch.int32) * 2000)
-    parity = exported.measure(checkpoint=damaged)["qat_int8"]
+    parity = exported.measure(int8=damaged)["qat_int8"]
     unit = damaged.layer("linear").input_scale * damaged.layer("linear").weight_scale
     assert parity.max_abs == pytest.approx(float((unit * torch.arange(10) * 2000).max()), rel=0.1)
     assert parity.max_steps <= 1
@@ -179,8 +180,8 @@ def test_onnx_layers_are_fed_the_given_integers(exported: Exported) -> None:
     x = exported.x[:16]
     given = training_integers(exported.prepared, exported.network, x)
     shuffled = {name: tensor.flip(0) for name, tensor in given.items()}
-    runtime = integers_given(exported.network, x, shuffled)
-    engine = onnx_integers_given(exported.paths["onnx"], "generic", exported.network, x, shuffled)
+    runtime = integers_given(exported.network, (x,), shuffled)
+    engine = onnx_integers_given(exported.paths["onnx"], "generic", exported.network.grids(), (x,), shuffled)
     assert set(engine) == set(LAYERS)
     for name in LAYERS:
         assert (engine[name] - runtime[name].int()).abs().max() <= 1
@@ -191,7 +192,7 @@ def test_onnx_layers_are_fed_the_given_integers(exported: Exported) -> None:
 
 
 def test_sixteen_bit_grids_are_judged_by_steps_only(wide: Exported) -> None:
-    for pair, parity in wide.measure(wide.reloaded(), wide.paths["onnx"]).items():
+    for pair, parity in wide.measure(**wide.paths).items():
         assert all(layer.bits >= 16 for layer in parity.layers)
         assert parity.max_steps <= 1
         parity.check(pair, ParityLimits(equal_share=2.0, agreement=0.99))  # a share that nothing reaches is not asked
@@ -308,7 +309,7 @@ def test_networks_with_several_outputs(tmp_path: Path) -> None:
     finalize(prepared, [x], PTQConfig(), trained=False)
     network = qat.lower(prepared)
     paths = qat.export(network, tmp_path, x)
-    for pair, parity in measure(prepared, network, qat.load(paths["int8"]), paths["onnx"], x).items():
+    for pair, parity in measure(prepared, network, paths, x).items():
         parity.check(pair, ParityLimits(agreement=0.98))
 
 
@@ -339,6 +340,6 @@ def test_layers_called_several_times(bits: int, tmp_path: Path) -> None:
     finalize(prepared, [x], PTQConfig(), trained=False)
     network = qat.lower(prepared)
     paths = qat.export(network, tmp_path, x)
-    pairs = measure(prepared, network, qat.load(paths["int8"]), paths["onnx"], x)
+    pairs = measure(prepared, network, paths, x)
     assert all(parity.equal_share == parity.agreement == 1.0 for parity in pairs.values())
     assert all(parity.max_abs < 1e-5 for parity in pairs.values())
