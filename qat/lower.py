@@ -22,8 +22,7 @@ from qat.kinds import IDENTITIES, Kind
 from qat.layers import Functional, QuantizedLayer
 from qat.lower_layers import float_layer, integer_layer, look_up, real_layer
 from qat.lowering import Lowering, grid_of_quantizer
-from qat.mode import Mode
-from qat.modes import quantizers
+from qat.modes import check_simulates
 from qat.parts import graphs
 from qat.prepared import PreparedPart
 from qat.results import RECURRENT, is_padded
@@ -60,15 +59,7 @@ def lower(prepared: nn.Module) -> nn.Module:
         RuntimeError: a quantizer has no range yet, or is in a mode that simulates nothing.
         ValueError: an operation that the integer runtime does not have; names it and where it stands.
     """
-    for name, quantizer in quantizers(prepared):
-        if not quantizer.calibrated:
-            raise RuntimeError(f"quantizer '{name}' has no range yet; run qat.calibrate(net, batches) before lowering")
-    for name, quantizer in quantizers(prepared):
-        if quantizer.mode in (Mode.float, Mode.observe):
-            raise RuntimeError(
-                f"quantizer '{name}': a network in mode 'float' or 'observe' cannot be lowered; "
-                f"qat.set_mode(net, 'quantize') first"
-            )
+    check_simulates(prepared)
     return _lowered(prepared, "", graphs(prepared))
 
 

@@ -14,6 +14,23 @@ def quantizers(net: nn.Module) -> Iterator[tuple[str, FakeQuantize]]:
     return ((name, module) for name, module in net.named_modules() if isinstance(module, FakeQuantize))
 
 
+def check_simulates(net: nn.Module) -> None:
+    """Refuse a network that does not compute what it would compute in integers.
+
+    Raises:
+        RuntimeError: a quantizer has no range yet, or is in a mode that simulates nothing; names it.
+    """
+    for name, quantizer in quantizers(net):
+        if not quantizer.calibrated:
+            raise RuntimeError(f"quantizer '{name}' has no range yet; run qat.calibrate(net, batches) before lowering")
+    for name, quantizer in quantizers(net):
+        if quantizer.mode in (Mode.float, Mode.observe):
+            raise RuntimeError(
+                f"quantizer '{name}': a network in mode 'float' or 'observe' cannot be lowered; "
+                f"qat.set_mode(net, 'quantize') first"
+            )
+
+
 def set_mode(net: nn.Module, mode: Mode | str) -> None:
     """Set the mode of every FakeQuantize in `net`.
 

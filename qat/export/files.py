@@ -1,7 +1,10 @@
-"""Files that are either whole or not there."""
+"""Files and folders that are either whole or not there."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -23,3 +26,53 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replaced_folder(path: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """A new folder to write into, which takes the place of `path` once the block ends without an error.
+
+    Files of the earlier folder that are not written anew stay. It survives any failure.
+
+    Args:
+        path: of the folder.
+        ours: whether a folder that is there, and not empty, may be replaced.
+
+    Raises:
+        ValueError: `path` is a file, or a folder that holds something else.
+        OSError: the disk refuses.
+    """
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or ours(path))):
+        raise ValueError(f"'{path}' is there, and is no earlier export: name a new or an empty folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    old = new.with_name(f"{new.name}.old")
+    try:
+        yield new
+        for file in path.iterdir() if path.exists() else ():
+            if not (new / file.name).exists():
+                shutil.copytree(file, new / file.name) if file.is_dir() else shutil.copy2(file, new / file.name)
+        for entry in [*new.rglob("*"), new]:
+            _sync(entry)
+        new.chmod(0o755)
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

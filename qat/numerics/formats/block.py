@@ -58,11 +58,17 @@ def nvfp4_scales(amax: Tensor, grid: Grid) -> Tensor:
     >>> nvfp4_scales(torch.tensor([[2688.0, 6.0], [306.0, 0.0]]), E2M1.grid(4, signed=True, narrow=False)).tolist()
     [[448.0, 1.0], [52.0, 0.001953125]]
     """
+    blocks, tensor_scale = nvfp4_parts(amax, grid)
+    return blocks * tensor_scale
+
+
+def nvfp4_parts(amax: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The two factors of `nvfp4_scales`: of each block, values of e4m3fn, shape [rows, blocks], and of the tensor."""
     if amax.numel() == 0:
-        return torch.ones_like(amax)
+        return torch.ones_like(amax), torch.ones((), device=amax.device)
     amax = torch.nan_to_num(amax, nan=0.0)
     largest = amax.amax()
     tensor_scale = (largest / (grid.high * E4M3FN.high)).clamp_(min=_TENSOR_SCALE_SMALLEST)
     tensor_scale = torch.where(largest > 0, tensor_scale, 1.0)
     float8 = E4M3FN.grid(8, False, False)
-    return float8.snap(amax / grid.high / tensor_scale, torch.round).clamp_(min=_E4M3_SMALLEST) * tensor_scale
+    return float8.snap(amax / grid.high / tensor_scale, torch.round).clamp_(min=_E4M3_SMALLEST), tensor_scale
