@@ -72,5 +72,15 @@ NONNEGATIVE = {"relu6", "sigmoid", "hardsigmoid", "softmax", "softplus", "abs", 
 KEEPS_SIGN = {"mul", "div", "matmul", "einsum"}
 """Arithmetic whose result is not negative where no operand is."""
 
+POINTWISE = {
+    "add", "sub", "rsub", "mul", "div", "pow", "relu6", "sigmoid", "tanh", "gelu", "silu", "mish", "hardswish",
+    "hardsigmoid", "hardtanh", "leaky_relu", "elu", "prelu", "softplus", "clamp", "neg", "abs", "exp", "log", "sqrt",
+    "rsqrt", "square", "gt", "ge", "lt", "le", "eq", "ne", "logical_not",
+}  # fmt: skip
+"""Operations (of CALLS) that make each value from one value of a tensor (and numbers)."""
+
+ROW_WISE = {"softmax", "layer_norm", "rms_norm", "group_norm", "instance_norm", "sum", "argmax", "argmin"}
+"""Operations of one tensor that make values from many of its values."""
+
 NEAREST, AVERAGED = ("nearest", "nearest-exact"), ("linear", "bilinear", "trilinear", "area")
 """Modes of interpolation that move values, and that average them; others make values outside their input's range."""

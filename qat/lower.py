@@ -20,6 +20,7 @@ from qat.fold import BatchNorm, batch_norm_affine
 from qat.graph import Graph, is_structure, output_form, tensor_list, tensors_returned
 from qat.kinds import IDENTITIES, Kind
 from qat.layers import Functional, QuantizedLayer
+from qat.lower_fixed import fixed_point
 from qat.lower_layers import float_layer, integer_layer, look_up, real_layer
 from qat.lowering import Lowering, grid_of_quantizer
 from qat.modes import check_simulates
@@ -35,6 +36,7 @@ from qat.runtime.signature import Signature
 from qat.runtime.stored import Simulate
 from qat.scheme import QuantConfig
 from qat.split import join
+from qat.targets import TARGETS
 
 
 @overload
@@ -100,6 +102,8 @@ def _run(lowering: Lowering) -> IntegerNetwork:
         for node in graph.nodes
         if lowering.is_simulated(node) and lowering.grids[lowering.made[node]] is not None
     }
+    if TARGETS[config.target].requantize == "fixed_point":
+        network = fixed_point(network, lowering.sizes.example(), config.target)
     return network.eval()
 
 

@@ -134,22 +134,6 @@ def output_padding(graph: Graph, sizes: Sizes, node: fx.Node, geometry: dict[str
     return {"output_padding": [size - smallest for size, smallest in least]}
 
 
-def clamp_bounds(graph: Graph, node: fx.Node) -> tuple[float, float] | None:
-    """Lowest and highest value of an operation that does nothing but limit values to a range with 0 in it."""
-    if graph.kind(node) is Kind.relu:
-        return 0.0, torch.inf
-    operation = CALLS.get(graph.key(node))
-    if operation is None or operation.name not in ("relu6", "hardtanh", "clamp"):
-        return None
-    bound = graph.arguments(node)
-    if operation.name == "relu6":
-        return 0.0, 6.0
-    low, high = (bound["min_val"], bound["max_val"]) if operation.name == "hardtanh" else (bound["min"], bound["max"])
-    low, high = -torch.inf if low is None else low, torch.inf if high is None else high
-    fits = isinstance(low, int | float) and isinstance(high, int | float) and low <= 0 <= high
-    return (low, high) if fits else None
-
-
 def spatial_sizes(key: Any, value: Any) -> list[int | None]:
     """The output sizes of an adaptive pooling, one a dimension; None keeps the input's."""
     dims = int(key.__name__[-2])

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from qat import lower_calls, translate
 from qat.fake_quant import FakeQuantize
+from qat.function_inputs import limits
 from qat.graph import Graph
 from qat.kinds import Kind
 from qat.lower_layers import grid_of
@@ -88,7 +89,7 @@ class Lowering:
         module = None if reader is None else self.graph.submodule(reader)
         if reader is not None and isinstance(module, FakeQuantize) and module.integer:
             return (reader,)
-        if reader is not None and lower_calls.clamp_bounds(self.graph, reader):
+        if reader is not None and limits(self.graph, reader):
             behind = self.fused_quantizer(reader)
             return (reader, *behind) if behind else ()
         return ()
@@ -100,7 +101,7 @@ class Lowering:
             return None
         grid = grid_of_quantizer(self.graph.submodule(quantizer))
         for clamp in clamps:
-            bounds = lower_calls.clamp_bounds(self.graph, clamp)
+            bounds = limits(self.graph, clamp)
             assert bounds is not None
             grid = grid.clamped(*bounds)
         return grid

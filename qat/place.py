@@ -14,6 +14,7 @@ from qat.calls import CALLS
 from qat.choices import Choice, Quantizable
 from qat.decompose import decompose_attention, decompose_extremes
 from qat.fake_quant import FakeQuantize
+from qat.function_inputs import function_inputs
 from qat.functional import insert_functional
 from qat.graph import Graph
 from qat.inside import INSIDE
@@ -25,6 +26,7 @@ from qat.prepared import bind_functional
 from qat.record import Call, without_fast_path
 from qat.scheme import Granularity, QuantConfig, TensorScheme
 from qat.structures import map_tensors, tensors
+from qat.targets import TARGETS
 
 QUANTIZERS = "quantizers"
 """Where activation quantizers live in a prepared network."""
@@ -162,10 +164,12 @@ def _requests(
     for node in graph.nodes:
         kind = graph.kind(node)
         scheme = choices[str(node.target)].activation if kind is Kind.layer else config.activation
-        reads = kind in (Kind.layer, Kind.add, Kind.arithmetic, Kind.average) and node not in weights
-        if not reads or not scheme.quantized:
+        reads = kind in (Kind.layer, Kind.add, Kind.arithmetic, Kind.average)
+        functions = TARGETS[config.target].requantize == "fixed_point"
+        operands = graph.operands(node) if reads else function_inputs(graph, node) if functions else []
+        if node in weights or not scheme.quantized:
             continue
-        for arg in graph.operands(node):
+        for arg in operands:
             # numbers and masks have no grid; what a recurrent layer makes is on one already
             sources = [s for s in graph.sources(arg) if s in shapes and graph.given_grid(s) is None]
             group = list(dict.fromkeys(member for s in sources for member in shared.get(s, [s])))

@@ -48,15 +48,19 @@ class Sizes:
                 self._runs = [self._run(factor) for factor in (1, 2)]
         return self._runs
 
-    def _run(self, factor: int) -> dict[fx.Node, Any]:
-        inputs: dict[str, Any] = self.prepared.meta["qat"]["inputs"]
+    def example(self, factor: int = 1) -> list[Any]:
+        """Zeros in the shapes of the example inputs, `factor` times as many samples."""
         device = next((t.device for t in self.prepared.state_dict().values()), torch.device("cpu"))
-        noter = _Noter(self.prepared)
 
-        def example(t: Tensor) -> Tensor:
+        def zeros(t: Tensor) -> Tensor:
             return torch.zeros(t.shape[0] * factor, *t.shape[1:], dtype=t.dtype, device=device)
 
-        noter.run(*map_tensors(example, list(inputs.values())))
+        made: list[Any] = map_tensors(zeros, list(self.prepared.meta["qat"]["inputs"].values()))
+        return made
+
+    def _run(self, factor: int) -> dict[fx.Node, Any]:
+        noter = _Noter(self.prepared)
+        noter.run(*self.example(factor))
         return noter.noted
 
 

@@ -155,7 +155,7 @@ def ties_given(network: IntegerNetwork, inputs: Batch, given: dict[str, Tensor])
     def hook(name: str) -> Any:
         def note(grid: nn.Module, values: tuple[Tensor, ...]) -> None:
             assert isinstance(grid, Quantize)
-            v = values[0].float() / grid.scale
+            v = grid.steps(values[0])
             found[name] = (v - torch.floor(v) - 0.5).abs() < TIE
 
         return note

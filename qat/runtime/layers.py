@@ -58,7 +58,7 @@ class RuntimeLayer(nn.Module):
     def from_spec(cls, spec: dict[str, Any]) -> Self:
         """Build a layer with empty buffers; `load_state_dict` fills them."""
         grids: dict[str, Any] = {
-            k: None if spec[k] is None else Quantize(**spec[k]) for k in ("output", "grid") if k in spec
+            k: None if spec[k] is None else Quantize.from_spec(spec[k]) for k in ("output", "grid") if k in spec
         }
         return cls(**{**spec, **grids})
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.runtime import layers, lookup, matmul, operations, outer, recurrent, stored
+from qat.runtime import fixed, layers, lookup, matmul, operations, outer, recurrent, stored
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import IntegerConv, RuntimeLayer
 from qat.runtime.signature import Signature
@@ -41,6 +41,16 @@ LAYERS: dict[str, type[RuntimeLayer]] = {
     "move": operations.Move,
     "constant": operations.Constant,
     "integer_matmul": matmul.IntegerMatmul,
+    "fixed_conv": fixed.FixedConv,
+    "fixed_matmul": fixed.FixedMatmul,
+    "fixed_sum": fixed.FixedSum,
+    "fixed_product": fixed.FixedProduct,
+    "fixed_affine": fixed.FixedAffine,
+    "fixed_average": fixed.FixedAverage,
+    "fixed_mean": fixed.FixedMean,
+    "fixed_softmax": fixed.FixedSoftmax,
+    "fixed_norm": fixed.FixedNorm,
+    "table": fixed.Table,
 }
 """Every layer that an exported checkpoint can name."""
 
@@ -147,7 +157,7 @@ class IntegerNetwork(nn.Module):
     def set_reference(self, reference: bool = True) -> None:
         """Choose the readable int32 computation (slow) or the fast one; both give the same integers."""
         for layer in self.modules():
-            if isinstance(layer, IntegerConv):
+            if isinstance(layer, IntegerConv | fixed.FixedMatmul):
                 layer.reference = reference
 
     def spec(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Each is built from plain data (`spec`). On integers, `Pad` and `Relu` are given the zero point, which stands for 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,10 +107,13 @@ class MaxPool(_Configured):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         s = self.settings
+        one = len(s["kernel"]) == 1 and not x.is_floating_point()  # integers are pooled in two and three dimensions
+        if one:
+            x, s = x.unsqueeze(-2), {k: v if k == "ceil_mode" else [int(k != "padding"), *v] for k, v in s.items()}
         pool: Any = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[len(s["kernel"])]
-        # torch pools few integer types; 16-bit integers are exact in float32
-        y = pool(x.float(), s["kernel"], s["stride"], s["padding"], s["dilation"], s["ceil_mode"])
-        return y.to(x.dtype)
+        wide = x if x.is_floating_point() else x.int()  # torch counts places in the type of the values
+        y = pool(wide, s["kernel"], s["stride"], s["padding"], s["dilation"], s["ceil_mode"]).to(x.dtype)
+        return y.squeeze(-2) if one else y
 
 
 class Reshape(_Configured):
@@ -141,6 +144,14 @@ class Slice(_Configured):
         return x
 
 
+_PLACES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "reflect": lambda i, size: size - 1 - (size - 1 - i.abs()).abs(),
+    "replicate": lambda i, size: i.clamp(0, size - 1),
+    "circular": lambda i, size: i % size,
+}
+"""Which value stands at a position beyond the ends."""
+
+
 class Pad(_Configured):
     """Padding; `pads` is (before, after) for the last dimensions, `value` the zero point on integers.
 
@@ -152,7 +163,10 @@ class Pad(_Configured):
         mode = self.settings.get("mode", "constant")
         if mode == "constant":
             return F.pad(x, flat, value=self.settings["value"])
-        return F.pad(x.float(), flat, mode=mode).to(x.dtype)  # torch repeats floats only; they hold 16 bits exactly
+        for i, (before, after) in enumerate(reversed(self.settings["pads"]), 1):
+            places = _PLACES[mode](torch.arange(-before, x.shape[-i] + after, device=x.device), x.shape[-i])
+            x = x.index_select(-i, places)
+        return x
 
 
 class Concat(_Configured):

@@ -1,0 +1,290 @@
+"""Integer network -> one without any float between input and output: what targets with `requantize=fixed_point` run.
+
+`lower` makes a network whose layers scale their integer sums in float. Here every such scale becomes a multiplier and a
+shift, every function of one tensor a table, softmax and norms integer arithmetic; grids are moved to signed integers
+(int8), in which nothing but the zero points changes. What is left over is refused by name.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat import fixed_layers as make
+from qat.fixed_layers import Total, signed
+from qat.kinds import POINTWISE
+from qat.runtime import fixed
+from qat.runtime import operations as ops
+from qat.runtime.grid import Quantize, Requantize
+from qat.runtime.layers import IntegerConv, RuntimeLayer
+from qat.runtime.lookup import LookUp
+from qat.runtime.matmul import IntegerMatmul
+from qat.runtime.network import IntegerNetwork, Node
+
+MOVES = (
+    ops.Relu | ops.MaxPool | ops.Reshape | ops.Permute | ops.Slice | ops.Pad | ops.Concat | ops.Move
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Real:
+    """Real numbers that are a function of the integers `source`, value by value."""
+
+    source: str
+    compute: Callable[[Tensor], Tensor] | None = None  # of the dequantized integers; None for these themselves
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a layer sums up, before it is put on a grid."""
+
+    layer: RuntimeLayer
+    inputs: list[str]
+    total: Total
+    relu: bool = False
+
+
+@torch.no_grad()
+def fixed_point(network: IntegerNetwork, inputs: Sequence[Any], target: str) -> IntegerNetwork:
+    """The network in which no tensor between input and output is a float.
+
+    Args:
+        network: from lowering; its layers scale in float.
+        inputs: an example: a mean divides by the number of values that it has there.
+        target: its name, for messages.
+
+    Raises:
+        ValueError: a layer that has no form without floats; names it and what to write instead.
+    """
+    tensors = network.run(*network.flat(inputs, {}))
+    return _Conversion(network, target, {name: list(t.shape) for name, t in tensors.items()}).run()
+
+
+@dataclass
+class _Conversion:
+    network: IntegerNetwork
+    target: str
+    shapes: dict[str, list[int]]
+    nodes: list[Node] = field(default_factory=list)
+    layers: dict[str, RuntimeLayer] = field(default_factory=dict)
+    grids: dict[str, Quantize] = field(default_factory=dict)  # integer tensor -> its grid
+    values: dict[str, Real | Sums] = field(default_factory=dict)  # tensor of real numbers -> what it is
+    plain: set[str] = field(default_factory=set)  # inputs, masks, indices
+
+    def run(self) -> IntegerNetwork:
+        old = self.network
+        self.plain |= set(old.inputs)
+        self.readers = Counter(name for node in old.nodes for name in node.inputs) + Counter(old.outputs)
+        for node in old.nodes:
+            self._convert(node, old.layer(node.name))
+        outputs = [self._output(name) for name in old.outputs]
+        new = IntegerNetwork(old.inputs, self.nodes, self.layers, outputs, old.info, old.signature)
+        new.edges = {name: node for name, node in old.edges.items() if name in self.grids}
+        return new.eval()
+
+    def _convert(self, node: Node, layer: RuntimeLayer) -> None:
+        name, inputs, output = node.name, list(node.inputs), layer.output
+        if isinstance(layer, ops.Dequantize):
+            self.values[name] = Real(inputs[0])
+        elif isinstance(layer, ops.Constant):
+            self._constant(name, layer)
+        elif isinstance(layer, ops.QuantizeInput) and inputs[0] in self.plain:
+            assert output is not None
+            self._add(name, ops.QuantizeInput(signed(output)), inputs)
+        elif isinstance(layer, ops.QuantizeInput):
+            self._put(name, inputs[0], output)
+        elif isinstance(layer, IntegerConv):
+            step, total = make.conv(layer, self.grids[inputs[0]])
+            self._emit(name, Sums(step, inputs, total), output)
+        elif isinstance(layer, IntegerMatmul):
+            grids = [self.grids[i] for i in inputs]
+            step, total = make.matmul(grids[0], grids[1], self.shapes[inputs[0]][-1])
+            self._emit(name, Sums(step, inputs, total), output)
+        elif isinstance(layer, LookUp) and layer.pooling is None:
+            rows = layer.rows(torch.arange(layer.weight.shape[0], device=layer.weight.device))
+            self._table(name, rows, 0, inputs[0], output)
+        elif isinstance(layer, MOVES) and all(i in self.grids or i in self.plain for i in inputs):
+            self._move(name, layer, inputs)
+        else:
+            self._operation(node, layer)
+
+    def _operation(self, node: Node, layer: RuntimeLayer) -> None:
+        """An operation on real numbers."""
+        name, inputs, output = node.name, list(node.inputs), layer.output
+        kind = layer.name if isinstance(layer, ops.Function) else type(layer).__name__
+        found = [self.values.get(i) for i in inputs]
+        sums = found[0] if isinstance(found[0], Sums) and self.readers[inputs[0]] == 1 else None
+        factor = make.number(layer)
+        if sums is not None and kind == "Relu":
+            self._emit(name, Sums(sums.layer, sums.inputs, sums.total, relu=True), output)
+        elif sums is not None and factor is not None and factor > 0:
+            self._emit(name, Sums(sums.layer, sums.inputs, sums.total.times(factor), sums.relu), output)
+        elif kind in (*POINTWISE, "Relu", "Add") and make.scalars(layer) and self._one_source(inputs):
+            self._pointwise(name, layer, inputs, output)
+        elif kind in ("Add", "add", "sub") and len(inputs) == 2:
+            names = [self._integers(i) for i in inputs]
+            step, total = make.addition(layer, [self.grids[i] for i in names])
+            self._emit(name, Sums(step, names, total), output)
+        elif kind == "mul" and len(inputs) == 2:
+            names = [self._integers(i) for i in inputs]
+            step, total = make.product(*(self.grids[i] for i in names))
+            self._emit(name, Sums(step, names, total), output)
+        elif kind in make.OF_ONE and len(inputs) == 1:
+            source = self._integers(inputs[0])
+            try:
+                step, total = make.OF_ONE[kind](layer, self.grids[source], self.shapes[inputs[0]])
+            except ValueError as error:
+                raise self._refused(name, layer, str(error)) from None
+            self._emit(name, Sums(step, [source], total), output)
+        elif kind in ("argmax", "argmin"):
+            self._add(name, layer, [self._integers(inputs[0])])
+        elif isinstance(layer, MOVES):
+            value = self.values.get(inputs[0])
+            source = value.source if isinstance(value, Real) else self._integers(inputs[0])
+            self._move(f"{name}.integers", layer, [source, *inputs[1:]])
+            self.values[name] = Real(f"{name}.integers", value.compute if isinstance(value, Real) else None)
+        else:
+            raise self._refused(name, layer, make.ADVICE.get(kind, make.ADVICE["other"]))
+
+    def _refused(self, name: str, layer: RuntimeLayer, why: str) -> ValueError:
+        kind = layer.name if isinstance(layer, ops.Function) else type(layer).__name__
+        return ValueError(f"'{name}' ({kind}) cannot be computed without floats, which target={self.target} asks: {why}")
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+    def _add(self, name: str, layer: RuntimeLayer, inputs: list[str]) -> str:
+        self.nodes.append(Node(name, tuple(inputs)))
+        self.layers[name] = layer
+        if layer.output is None:
+            self.plain.add(name)
+        else:
+            self.grids[name] = layer.output
+        return name
+
+    def _constant(self, name: str, layer: ops.Constant) -> None:
+        if layer.output is None and layer.value.is_floating_point():
+            raise self._refused(name, layer, make.ADVICE["Constant"])
+        step = copy.deepcopy(layer)
+        if layer.output is not None:
+            grid = signed(layer.output)
+            moved = layer.value.int() + (grid.quant_min - layer.output.quant_min)
+            step = ops.Constant(list(moved.shape), str(grid.dtype).removeprefix("torch."), grid)
+            step.value.copy_(moved)
+        self._add(name, step, [])
+
+    def _move(self, name: str, layer: RuntimeLayer, inputs: list[str]) -> None:
+        step = copy.deepcopy(layer)
+        grid = self.grids.get(inputs[0])
+        if grid is None:  # of masks
+            self._add(name, step, inputs)
+            return
+        assert isinstance(layer, MOVES)
+        for key in ("zero", "value"):  # what stands for 0
+            if key in layer.settings:
+                step.settings[key] = int(grid.zero_point)
+        step.output = None
+        self.nodes.append(Node(name, tuple(inputs)))
+        self.layers[name], self.grids[name] = step, grid
+
+    def _emit(self, name: str, sums: Sums, output: Quantize | None) -> None:
+        """Append what sums up, with its grid; without one it waits for the next step."""
+        if output is None:
+            self.values[name] = sums
+            return
+        grid = signed(output)
+        grid.relu = grid.relu or (sums.relu and int(grid.zero_point) != grid.quant_min)
+        sums.layer.output = Requantize.of(grid, sums.total.unit)
+        self._add(name, sums.layer, sums.inputs)
+
+    def _put(self, name: str, of: str, output: Quantize | None) -> None:
+        """Put real numbers on a grid."""
+        assert output is not None
+        value = self.values[of]
+        if isinstance(value, Sums) and self.readers[of] == 1:
+            self._emit(name, value, output)
+            return
+        source = value.source if isinstance(value, Real) else self._integers(of)
+        grid = self.grids[source]
+        if grid.quant_max - grid.quant_min >= make.LARGEST_TABLE:
+            step, total = make.rescaling(grid)
+            self._emit(name, Sums(step, [source], total), output)
+        else:
+            self._table(name, self._tabulated(value), grid.quant_min, source, output)
+
+    # ---- functions of one tensor ------------------------------------------------------------------------------------
+    def _one_source(self, inputs: list[str]) -> bool:
+        found = [self.values.get(i) for i in inputs]
+        sources = {value.source if isinstance(value, Real) else None for value in found}
+        return len(sources) == 1 and None not in sources
+
+    def _pointwise(self, name: str, layer: RuntimeLayer, inputs: list[str], output: Quantize | None) -> None:
+        found = [value for value in (self.values[i] for i in inputs) if isinstance(value, Real)]
+        function = copy.deepcopy(layer)
+        function.output = None
+
+        def compute(x: Tensor) -> Tensor:
+            made: Tensor = function(*(x if value.compute is None else value.compute(x) for value in found))
+            return made
+
+        value = Real(found[0].source, compute)
+        grid = self.grids[value.source]
+        if grid.quant_max - grid.quant_min >= make.LARGEST_TABLE:
+            raise self._refused(name, layer, make.ADVICE["wide"])
+        made = self._tabulated(value)
+        if made.dtype == torch.bool:
+            self._add(name, fixed.Table.of(made, grid.quant_min, None), [value.source])
+        elif output is None:
+            self.values[name] = value
+        else:
+            self._table(name, made, grid.quant_min, value.source, output)
+
+    def _tabulated(self, value: Real | Sums) -> Tensor:
+        """The real numbers for every integer of the source."""
+        assert isinstance(value, Real)
+        grid = self.grids[value.source]
+        x = grid.dequantize(torch.arange(grid.quant_min, grid.quant_max + 1, device=grid.scale.device))
+        return x if value.compute is None else value.compute(x)
+
+    def _table(self, name: str, values: Tensor, low: int, source: str, output: Quantize | None) -> None:
+        """Append a look-up; without a grid on one that is fine enough for anything (31 bits)."""
+        grid = make.fine(float(values.abs().max())) if output is None else signed(output)
+        integers = grid(values) if output is not None else (values.double() / float(grid.scale)).round().int()
+        self._add(name, fixed.Table.of(integers, low, grid), [source])
+        if output is None:
+            self.values[name] = Real(name)
+
+    def _integers(self, name: str) -> str:
+        """The integers that stand for a tensor of real numbers."""
+        if name in self.grids:
+            return name
+        value = self.values.get(name)
+        if value is None:
+            raise ValueError(f"'{name}' {make.ADVICE['input']}")
+        made = f"{name}.integers"
+        if isinstance(value, Real) and value.compute is None:
+            return value.source
+        if made not in self.grids and isinstance(value, Real):
+            low = self.grids[value.source].quant_min
+            self._table(made, self._tabulated(value), low, value.source, None)
+        elif made not in self.grids:
+            assert isinstance(value, Sums)
+            largest = float((value.total.unit * value.total.largest).max())
+            self._emit(made, Sums(copy.deepcopy(value.layer), value.inputs, value.total, value.relu),
+                       make.fine(largest))  # fmt: skip
+        return made
+
+    def _output(self, name: str) -> str:
+        """Real numbers for the outside."""
+        if name in self.plain:
+            return name
+        source = self._integers(name)
+        real = f"{name}.out" if name in self.layers else name
+        grid = self.grids[source]
+        out = Quantize(grid.quant_min, grid.quant_max, False, float(grid.scale), int(grid.zero_point))
+        self.nodes.append(Node(real, (source,)))
+        self.layers[real] = ops.Dequantize(out)
+        return real
+
