@@ -29,6 +29,7 @@ ADVICE = {
     "Simulate": "an activation with a dynamic range, scales per channel or a float format; use range=running or "
                 "learned, granularity=tensor, format=int",
     "Recurrent": "recurrent layers compute their gates in float; use target=generic",
+    "mask": "a mask of real numbers; give a boolean one, or one of zeros and minus infinity that the network holds",
     "input": "reaches an operation without a quantizer: it is float; set quant.input.bits",
 }  # fmt: skip
 ADVICE |= dict.fromkeys(("TableConv", "ProductConv"), ADVICE["FloatConv"]) | {"Take": ADVICE["Recurrent"]}
@@ -55,8 +56,8 @@ Made = tuple[RuntimeLayer, Total]
 
 
 def signed(grid: Quantize) -> Quantize:
-    """The same real numbers as integers around 0, which int8 (int16) holds: [0, 255] becomes [-128, 127]."""
-    offset = 128 if 127 < grid.quant_max <= 255 else 2**15 if 2**15 <= grid.quant_max < 2**16 else 0
+    """The same real numbers as integers around 0: [0, 255] becomes [-128, 127], and int8 holds it."""
+    offset = 2 ** (grid.quant_max.bit_length() - 1) if grid.quant_min >= 0 < grid.quant_max else 0
     low, high = grid.quant_min - offset, grid.quant_max - offset
     return Quantize(low, high, grid.relu, float(grid.scale), int(grid.zero_point) - offset)
 
@@ -164,7 +165,7 @@ def _average(layer: Any, grid: Quantize, shape: list[int]) -> Made:
     size = math.prod(s["kernel"])
     uneven = s["ceil_mode"] or (any(s["padding"]) and not s["count_include_pad"])
     common = math.prod(math.lcm(*range(1, k + 1)) for k in s["kernel"]) if uneven else None
-    if common is not None and common * width(grid) >= 2**61:
+    if common is not None and common > 2**20:
         raise ValueError(f"windows of different sizes up to {s['kernel']} have no small common multiple; use "
                          f"count_include_pad=True and ceil_mode=False")  # fmt: skip
     step = fixed.FixedAverage(**s, common=common)
@@ -183,18 +184,17 @@ def _mean(layer: Any, grid: Quantize, shape: list[int]) -> Made:
 
 
 def _affine(layer: Any, grid: Quantize, shape: list[int]) -> Made:
-    """Factor and offset a channel with as many bits as leave room for the sum: 20, fewer where an offset is far."""
+    """Factors of 20 bits; fewer where an offset is so far away that the sum would have no room."""
     factor, offset = layer.factor.double(), layer.offset.double()
     step = fixed.FixedAffine(factor.numel())
     scale = grid.scale.double()
-    bits = 20 - torch.log2(factor.abs().clamp(min=2.0**-60)).ceil()
-    bits = torch.minimum(bits, 50 - torch.log2((offset.abs() / scale).clamp(min=2.0**-60)).ceil()).clamp(-30, 80)
+    bits = 20 - math.ceil(math.log2(max(float(factor.abs().max()), 2.0**-60)))
+    bits = min(bits, 40 - math.ceil(math.log2(max(float((offset.abs() / scale).max()), 2.0**-60))))
     step.factor.copy_(torch.round(factor * 2.0**bits))
     step.offset.copy_(torch.round(offset / scale * 2.0**bits))
     step.zero_point.copy_(grid.zero_point)
     largest = step.factor.abs().double() * width(grid) + step.offset.abs().double()
-    channels = (-1, *[1] * (len(shape) - 2))
-    return step, _total((scale * 2.0**-bits).reshape(channels), largest.reshape(channels))
+    return step, _total(scale * 2.0**-bits, largest.max())
 
 
 def _softmax(layer: Any, grid: Quantize, shape: list[int]) -> Made:
@@ -210,7 +210,7 @@ def _softmax(layer: Any, grid: Quantize, shape: list[int]) -> Made:
 def _norm(layer: Any, grid: Quantize, shape: list[int]) -> Made:
     """Factor and offset have 20 bits behind the point, the root as many as an int64 has room for."""
     settings, name, device = layer.settings, layer.name, grid.scale.device
-    groups = 0
+    groups = None
     if name in ("group_norm", "instance_norm"):
         groups = settings["num_groups"] if name == "group_norm" else shape[1]
     if name == "instance_norm" and not settings.get("use_input_stats", True):
@@ -222,22 +222,20 @@ def _norm(layer: Any, grid: Quantize, shape: list[int]) -> Made:
     centred, variance = name != "rms_norm", n * n * eps / scale**2
     largest = (n * width(grid) * (2 if centred else 1)) ** 2 + variance
     left = (61 - math.ceil(math.log2(largest))) // 2
-    left = min(left, 61 - fixed.FRACTION - math.ceil(math.log2(largest) / 2))
+    left = min(left, 61 - fixed.FixedNorm.BITS - math.ceil(math.log2(largest) / 2))
     if left < 0:
         raise ValueError(f"{n} values of {grid.quant_max - grid.quant_min + 1} levels: their variance outgrows 64 bits")
     step = fixed.FixedNorm(groups, inside, centred, left)
     for key, default in (("weight", 1.0), ("bias", 0.0)):
         given = layer.constant(key).double() if key in layer.constants else None
         value = torch.full(inside, default, dtype=torch.float64, device=device) if given is None else given
-        bits, buffer = (_FACTOR, step.factor) if key == "weight" else (_FACTOR + fixed.FRACTION, step.offset)
+        bits, buffer = (20, step.factor) if key == "weight" else (20 + fixed.FixedNorm.BITS, step.offset)
         buffer.copy_(torch.round(value.reshape(inside) * 2.0**bits))
     step.epsilon.copy_(torch.tensor(round(variance * 4**left)))
     step.zero_point.copy_(grid.zero_point)
-    bound = math.sqrt(n) * 2**fixed.FRACTION * step.factor.abs().max().double() + step.offset.abs().max().double()
-    return step, _total(2.0 ** -(_FACTOR + fixed.FRACTION), bound)
+    bound = math.sqrt(n) * step.factor.abs().max().double() + step.offset.abs().max().double() / 2**fixed.FixedNorm.BITS
+    return step, _total(2.0**-20, bound)
 
-
-_FACTOR = 20
 
 OF_ONE: dict[str, Callable[[Any, Quantize, list[int]], Made]] = {
     "Average": _average, "Mean": _mean, "sum": _mean, "Affine": _affine, "softmax": _softmax,

@@ -12,7 +12,7 @@ from qat.calls import CALLS
 from qat.graph import Graph
 from qat.kinds import POINTWISE, ROW_WISE, Kind
 
-MASKS = ("causal", "add_mask", "mask_out")
+MASKS = ("causal", "add_mask", "mask_out", "masked_fill")
 
 
 def function_inputs(graph: Graph, node: fx.Node) -> list[fx.Node]:

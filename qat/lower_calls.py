@@ -9,7 +9,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from qat.calls import CALLS
 from qat.graph import Graph
-from qat.kinds import Kind
 from qat.results import is_padded
 from qat.runtime import operations as ops
 from qat.runtime.functions import encode

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qat import fixed_layers as make
 from qat.fixed_layers import Total, signed
+from qat.function_inputs import MASKS
 from qat.kinds import POINTWISE
 from qat.runtime import fixed
 from qat.runtime import operations as ops
@@ -74,6 +75,8 @@ class _Conversion:
     grids: dict[str, Quantize] = field(default_factory=dict)  # integer tensor -> its grid
     values: dict[str, Real | Sums] = field(default_factory=dict)  # tensor of real numbers -> what it is
     plain: set[str] = field(default_factory=set)  # inputs, masks, indices
+    held: dict[str, Tensor] = field(default_factory=dict)  # numbers of the network that nothing has quantized
+    masks: dict[str, tuple[str, list[str]]] = field(default_factory=dict)  # masked scores -> what hides them, how
 
     def run(self) -> IntegerNetwork:
         old = self.network
@@ -88,10 +91,12 @@ class _Conversion:
 
     def _convert(self, node: Node, layer: RuntimeLayer) -> None:
         name, inputs, output = node.name, list(node.inputs), layer.output
-        if isinstance(layer, ops.Dequantize):
+        if inputs and all(i in self.held for i in inputs):
+            self._hold(name, layer(*(self.held[i] for i in inputs)), output)
+        elif isinstance(layer, ops.Dequantize):
             self.values[name] = Real(inputs[0])
         elif isinstance(layer, ops.Constant):
-            self._constant(name, layer)
+            self._hold(name, layer.value, output)
         elif isinstance(layer, ops.QuantizeInput) and inputs[0] in self.plain:
             assert output is not None
             self._add(name, ops.QuantizeInput(signed(output)), inputs)
@@ -133,13 +138,20 @@ class _Conversion:
             names = [self._integers(i) for i in inputs]
             step, total = make.product(*(self.grids[i] for i in names))
             self._emit(name, Sums(step, names, total), output)
+        elif kind in MASKS and len(inputs) <= 2 and inputs[0] not in self.masks:
+            self._mask(name, layer, kind, inputs)
         elif kind in make.OF_ONE and len(inputs) == 1:
             source = self._integers(inputs[0])
             try:
                 step, total = make.OF_ONE[kind](layer, self.grids[source], self.shapes[inputs[0]])
             except ValueError as error:
                 raise self._refused(name, layer, str(error)) from None
-            self._emit(name, Sums(step, [source], total), output)
+            hidden, mask = self.masks.get(inputs[0], (None, []))
+            if hidden is not None:
+                if not isinstance(step, fixed.FixedSoftmax):
+                    raise self._refused(name, layer, "its input is masked with minus infinity")
+                step.masked = hidden
+            self._emit(name, Sums(step, [source, *mask], total), output)
         elif kind in ("argmax", "argmin"):
             self._add(name, layer, [self._integers(inputs[0])])
         elif isinstance(layer, MOVES):
@@ -152,7 +164,9 @@ class _Conversion:
 
     def _refused(self, name: str, layer: RuntimeLayer, why: str) -> ValueError:
         kind = layer.name if isinstance(layer, ops.Function) else type(layer).__name__
-        return ValueError(f"'{name}' ({kind}) cannot be computed without floats, which target={self.target} asks: {why}")
+        return ValueError(
+            f"'{name}' ({kind}) cannot be computed without floats, which target={self.target} asks: {why}"
+        )
 
     # ---- steps ------------------------------------------------------------------------------------------------------
     def _add(self, name: str, layer: RuntimeLayer, inputs: list[str]) -> str:
@@ -164,16 +178,40 @@ class _Conversion:
             self.grids[name] = layer.output
         return name
 
-    def _constant(self, name: str, layer: ops.Constant) -> None:
-        if layer.output is None and layer.value.is_floating_point():
-            raise self._refused(name, layer, make.ADVICE["Constant"])
-        step = copy.deepcopy(layer)
-        if layer.output is not None:
-            grid = signed(layer.output)
-            moved = layer.value.int() + (grid.quant_min - layer.output.quant_min)
-            step = ops.Constant(list(moved.shape), str(grid.dtype).removeprefix("torch."), grid)
-            step.value.copy_(moved)
+    def _hold(self, name: str, value: Tensor, output: Quantize | None) -> None:
+        """A tensor of the network: integers of a grid, a mask, or numbers that wait for an operation of such alone."""
+        if output is None:
+            self.held[name] = value
+            return
+        grid = signed(output)
+        moved = value.int() + (grid.quant_min - output.quant_min)
+        step = ops.Constant(list(moved.shape), str(grid.dtype).removeprefix("torch."), grid)
+        step.value.copy_(moved)
         self._add(name, step, [])
+
+    def _mask(self, name: str, layer: RuntimeLayer, kind: str, inputs: list[str]) -> None:
+        """Scores of which some do not count: noted, for the softmax that reads them."""
+        assert isinstance(layer, ops.Function)
+        if layer.settings.get("value", -torch.inf) != -torch.inf:
+            raise self._refused(name, layer, make.ADVICE["other"])
+        self.values[name] = self.values[inputs[0]]
+        if kind == "causal":
+            self.masks[name] = ("causal", [])
+            return
+        mask, how = inputs[1], "false" if kind == "add_mask" else "true"
+        if mask in self.held:
+            value = self.held[mask]
+            if value.is_floating_point():
+                if not bool(((value == 0) | (value == -torch.inf)).all()):
+                    raise self._refused(name, layer, make.ADVICE["mask"])
+                value, how = value != 0, "true"
+            mask = f"{name}.mask"
+            step = ops.Constant(list(value.shape), str(value.dtype).removeprefix("torch."))
+            step.value.copy_(value)
+            self._add(mask, step, [])
+        elif mask not in self.plain:
+            raise self._refused(name, layer, make.ADVICE["mask"])
+        self.masks[name] = (how, [mask])
 
     def _move(self, name: str, layer: RuntimeLayer, inputs: list[str]) -> None:
         step = copy.deepcopy(layer)
@@ -181,9 +219,9 @@ class _Conversion:
         if grid is None:  # of masks
             self._add(name, step, inputs)
             return
-        assert isinstance(layer, MOVES)
+        assert isinstance(step, MOVES)
         for key in ("zero", "value"):  # what stands for 0
-            if key in layer.settings:
+            if key in step.settings:
                 step.settings[key] = int(grid.zero_point)
         step.output = None
         self.nodes.append(Node(name, tuple(inputs)))
@@ -196,7 +234,9 @@ class _Conversion:
             return
         grid = signed(output)
         grid.relu = grid.relu or (sums.relu and int(grid.zero_point) != grid.quant_min)
-        sums.layer.output = Requantize.of(grid, sums.total.unit)
+        sums.layer.output = step = Requantize.of(grid, sums.total.unit)
+        reach = sums.total.largest * sums.total.unit / grid.scale.double()
+        assert bool(((step.multiplier > 0) | (reach < 0.5)).all()), name  # nothing that counts is below 2^-32
         self._add(name, sums.layer, sums.inputs)
 
     def _put(self, name: str, of: str, output: Quantize | None) -> None:
@@ -280,6 +320,8 @@ class _Conversion:
         """Real numbers for the outside."""
         if name in self.plain:
             return name
+        if name in self.masks:
+            raise self._refused(name, ops.Move(), "minus infinity is returned, which no grid holds")
         source = self._integers(name)
         real = f"{name}.out" if name in self.layers else name
         grid = self.grids[source]
@@ -287,4 +329,3 @@ class _Conversion:
         self.nodes.append(Node(real, (source,)))
         self.layers[real] = ops.Dequantize(out)
         return real
-

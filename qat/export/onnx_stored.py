@@ -22,6 +22,7 @@ from qat.runtime.layers import RuntimeLayer
 from qat.runtime.network import Node
 from qat.runtime.stored import ProductConv, Simulate, StoredConv, TableConv
 from qat.scheme import Granularity, QuantConfig, TensorScheme, override
+from qat.targets import TARGETS
 
 CASTS = {"e4m3fn": "FLOAT8E4M3FN", "e5m2": "FLOAT8E5M2", "bf16": "BFLOAT16", "fp16": "FLOAT16"}
 """Float format -> the ONNX type whose Cast rounds to it in ONNX Runtime."""
@@ -70,6 +71,11 @@ def check_onnx(config: QuantConfig) -> None:
     Raises:
         ValueError: names the field and its value, the reason, and what to write instead.
     """
+    if TARGETS[config.target].requantize == "fixed_point":
+        raise ValueError(
+            f"export.formats=onnx: target={config.target} scales by an int32 multiplier and a shift, which ONNX has "
+            f"no operators for; use export=int8 (no ONNX file), or target=generic"
+        )
     schemes = {"quant.activation": config.activation, "quant.input": config.input}
     for i, rule in enumerate(config.rules):
         where = f"quant.rules[{i}].activation"

@@ -16,7 +16,7 @@ from qat.runtime.grid import Quantize
 from qat.runtime.layers import IntegerConv, RuntimeLayer
 from qat.runtime.matmul import IntegerMatmul
 
-FRACTION = 16
+FRACTION = 8
 """Bits behind the point of a bias that lies between the integers of a sum."""
 
 
@@ -26,8 +26,8 @@ class FixedConv(IntegerConv):
     `remainder` counts 2^-FRACTION of the sum's unit, and the sum then, too.
     """
 
-    def __init__(self, *args: Any, remainder: bool = False, **settings: Any) -> None:
-        super().__init__(*args, remainder=remainder, **settings)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         if self.remainder is not None:
             self.remainder = torch.zeros(self.weight.shape[0], dtype=torch.int64)
 
@@ -241,35 +241,52 @@ class FixedSoftmax(RuntimeLayer):
     Args:
         dim: the dimension.
         entries: of the table: one for each distance.
+        masked: what does not count: `causal` (keys behind their query), or where a mask, the second input, is
+            `false` or `true`; None where all counts. A row of which nothing counts becomes zeros.
         output: grid of the result.
     """
 
     BITS = 31
     powers: Tensor
 
-    def __init__(self, dim: int, entries: int, output: Quantize | None = None) -> None:
+    def __init__(self, dim: int, entries: int, masked: str | None = None, output: Quantize | None = None) -> None:
         super().__init__(output)
-        self.dim = dim
+        self.dim, self.masked = dim, masked
         self.register_buffer("powers", torch.zeros(entries, dtype=torch.int32))  # in units of 2^-30
 
     def spec(self) -> dict[str, Any]:  # noqa: D102
-        return super().spec() | {"dim": self.dim, "entries": self.powers.numel()}
+        return super().spec() | {"dim": self.dim, "entries": self.powers.numel(), "masked": self.masked}
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, *mask: Tensor) -> Tensor:  # noqa: D102
         x = x.long()
-        e = self.powers[x.amax(self.dim, keepdim=True) - x].long()
-        summed = e.sum(self.dim, keepdim=True)
+        hidden = self._hidden(x, *mask)
+        if hidden is None:
+            e = self.powers[x.amax(self.dim, keepdim=True) - x].long()
+        else:
+            largest = x.masked_fill(hidden, torch.iinfo(torch.int32).min).amax(self.dim, keepdim=True)
+            places = (largest - x).clamp(0, self.powers.numel() - 1)
+            e = self.powers[places].long().masked_fill(hidden, 0)
+        summed = e.sum(self.dim, keepdim=True).clamp(min=1)
         return self.emit(((e << self.BITS) + (summed >> 1)).div(summed, rounding_mode="floor"))
+
+    def _hidden(self, x: Tensor, *mask: Tensor) -> Tensor | None:
+        """Where values do not count."""
+        if self.masked is None:
+            return None
+        if self.masked == "causal":
+            return torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        given = mask[0].reshape(x.shape) if mask[0].dim() == 3 and x.dim() == 4 else mask[0]
+        return given.bool() if self.masked == "true" else ~given.bool()
 
 
 class FixedNorm(RuntimeLayer):
     """LayerNorm, RMSNorm, GroupNorm: deviations divided by an integer square root, then factor and offset.
 
         d_i = n x_i - sum x  (RMSNorm: n (x_i - zero))          root = isqrt(4^left (sum d^2 // n) + epsilon)
-        v_i = round(2^(left + FRACTION) d_i / root)             total_i = v_i factor_i + offset_i
+        v_i = round(2^(left + BITS) d_i / root)          total_i = (v_i factor_i + offset_i) / 2^BITS
 
     Args:
-        groups: of channels (dimension 1) that share statistics; 0 for statistics over the last dimensions.
+        groups: of channels (dimension 1) that share statistics; None for statistics over the last dimensions.
         shape: of factor and offset: the last dimensions, or the channels.
         centred: whether the mean is taken away.
         left: bits of the root behind the point.
@@ -278,13 +295,14 @@ class FixedNorm(RuntimeLayer):
     Source: Kim et al. 2021, "I-BERT", section 3.6 (the integer square root).
     """
 
+    BITS = 16
     factor: Tensor
     offset: Tensor
     epsilon: Tensor
     zero_point: Tensor
 
     def __init__(
-        self, groups: int, shape: list[int], centred: bool, left: int, output: Quantize | None = None
+        self, groups: int | None, shape: list[int], centred: bool, left: int, output: Quantize | None = None
     ) -> None:  # fmt: skip
         super().__init__(output)
         self.groups, self.shape, self.centred, self.left = groups, shape, centred, left
@@ -305,6 +323,7 @@ class FixedNorm(RuntimeLayer):
         d = n * rows - (rows.sum(-1, keepdim=True) if self.centred else 0)
         variance = (d * d).sum(-1, keepdim=True).div(n, rounding_mode="floor")
         root = integer_sqrt((variance << 2 * self.left) + self.epsilon).clamp(min=1)
-        v = ((d << self.left + FRACTION) + (root >> 1)).div(root, rounding_mode="floor").reshape(x.shape)
+        v = ((d << self.left + self.BITS) + (root >> 1)).div(root, rounding_mode="floor").reshape(x.shape)
         columns = (-1, *[1] * (x.dim() - 2)) if self.groups else self.shape
-        return self.emit(v * self.factor.reshape(columns) + self.offset.reshape(columns))
+        total = v * self.factor.reshape(columns) + self.offset.reshape(columns)
+        return self.emit((total + 2 ** (self.BITS - 1)) >> self.BITS)
