@@ -69,20 +69,19 @@ def run(cfg: DictConfig) -> float:
         trainer = fit(cfg, "qat", module, data, cfg.ckpt_path if resume == "qat" else None, schedule)
     main_process_only()
 
-    # 4. The PTQ step on the trained weights, lowering, export
+    # 4. The PTQ step on the trained weights, lowering, export; every file as reloaded from disk on the same test set
     with result.timed("export"):
         net = module.prepared
         finalize(net, calibration, ptq, trained=True)
         integer = qat.lower(net)
         integer.info |= result.about(net, model, data, Path(__file__).parent)
-        paths = qat.export(integer, result.folder / "export", example, list(cfg.export.formats))
+        limits = ParityLimits(**cfg.export.parity)
+        paths = result.exports(net, integer, example, list(cfg.export.formats), limits)
 
-    # 5. Every file as reloaded from disk on the same test set; then what people look at
-    pairs = result.exports(net, integer, paths)
+    # 5. What people look at
     metric = result.write(layer_table(net), OmegaConf.to_yaml(cfg, resolve=True))
     close_loggers(trainer.loggers, paths)
-    for pair, parity in pairs.items():
-        parity.check(pair, ParityLimits(**cfg.export.parity))
+    result.check()
     return metric
 
 

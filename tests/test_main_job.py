@@ -26,7 +26,7 @@ from qat.zoo.data import Digits
 TRAIN = Path(__file__).parents[1] / "train.py"
 STAGES = ("float", "ptq", "qat", "int8", "onnx")
 PAIRS = ("qat_int8", "qat_onnx", "int8_onnx")
-QUICK = ("trainer.max_epochs=1", "callbacks=quiet")
+QUICK = ("trainer.max_epochs=1", "callbacks=quiet", "export.fresh_process=false")
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,13 @@ def test_summary_has_the_structure_that_was_promised(default: tuple[Path, str]) 
         assert all(0 < ms < 10_000 for ms in measured["latency_ms"].values()), stage
     assert tuple(summary["parity"]) == PAIRS
     for pair, measured in summary["parity"].items():
-        assert set(measured) == {"max_abs", "max_steps", "agreement", "equal_share"}, pair
+        assert set(measured) == {
+            "max_abs", "max_steps", "mean_steps", "agreement", "agreement_outside_ties", "equal_share", "metrics",
+            "layers",
+        }, pair  # fmt: skip
+        assert measured["metrics"] == {"accuracy": 0.0}, pair
+        assert measured["layers"][0]["name"] == "x.quantized", pair
+        assert {layer["name"] for layer in measured["layers"]} >= {"stem.0", "block.conv1", "block.add"}, pair
         assert 0 <= measured["max_abs"] < 0.1, pair
         assert isinstance(measured["max_steps"], int), pair
     assert set(summary["seconds"]) == {"float", "qat", "export"}
@@ -389,7 +395,11 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no parity": (
         ["float_checkpoint={default}/float.safetensors", "export.parity.equal_share=1.1"],
-        ["ParityError: qat_int8: layer '", "departs given equal inputs"],
+        [
+            "ParityError: qat_int8: layer '",
+            "departs given equal inputs",
+            "Not for use, kept to be looked at: export/model.safetensors.failed, export/model.onnx.failed",
+        ],
     ),
 }
 BEFORE_TRAINING = set(BAD) - {"NaN in the data", "no parity"}
@@ -431,7 +441,8 @@ def test_bad_input_ends_with_one_clear_message(refused: dict[str, Any], case: st
         assert "Traceback" in (folder / "error.txt").read_text()
     if case == "no parity":
         assert summary_of(folder)["parity"]["qat_int8"]["max_steps"] <= 1  # the numbers are there to be read
-        assert (folder / "report.html").is_file()
+        assert "int8 checkpoint is not for use" in (folder / "report.html").read_text()
+        assert all(path.suffix == ".failed" for path in (folder / "export").iterdir())
 
 
 def test_help_reads_well(home: Path) -> None:

@@ -86,21 +86,28 @@ def summary_table(summary: Summary) -> Table:
 
 
 def parity_table(summary: Summary) -> Table:
-    """One row a pair of stages: how far their outputs are from each other."""
+    """One row a pair of stages: how far their outputs are from each other.
+
+    Red are the pairs of a file that does not hold the limits. The last column is the difference of the first metric.
+    """
     table = new_table("Parity")
-    table.add_column("Pair", no_wrap=True)
+    table.add_column("Pair", overflow="fold")
     for name in ("largest\ndifference", "largest,\nin steps", "same\nprediction", "equal\nvalues"):
         table.add_column(name, justify="right", no_wrap=True)
-    parity = summary.get("parity") or {}
+    parity, failed = summary.get("parity") or {}, summary.get("failed") or {}
+    metric = next(iter(metric_names(summary)), None)
+    known = metric is not None and any(metric in (pair.get("metrics") or {}) for pair in parity.values())
+    if metric is not None and known:
+        table.add_column(
+            Text(f"{heading(metric)},\npoints") if is_share(metric) else heading(metric), justify="right", no_wrap=True
+        )
     for key, label in PAIRS.items():
         if pair := parity.get(key):
-            table.add_row(
-                label,
-                number_text(pair.get("max_abs")),
-                number_text(pair.get("max_steps")),
-                share_text(pair.get("agreement")),
-                share_text(pair.get("equal_share")),
-            )
+            cells = [number_text(pair.get("max_abs")), number_text(pair.get("max_steps"))]
+            cells += [share_text(pair.get("agreement")), share_text(pair.get("equal_share"))]
+            if metric is not None and known:
+                cells.append(difference_text(metric, (pair.get("metrics") or {}).get(metric)))
+            table.add_row(label, *cells, style="red" if any(key.endswith(f"_{name}") for name in failed) else None)
     return table
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qat.analysis import plots
 from qat.analysis.console import number_text, verdict
 from qat.analysis.summary import (
+    FILES,
     MISSING,
     PAIRS,
     STAGES,
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 PARITY_HELP = {
     "Largest difference": "the largest absolute difference between two output values, in the output's unit.",
     "In steps": "the same, counted in steps of the quantizer: 0 is identical, 1 is a tie rounded the other way.",
+    "Mean, in steps": "the mean over all compared integers.",
     "Same prediction": "share of the predictions (of samples, or of their positions) that are the same class.",
-    "Equal values": "share of the compared integers that are exactly equal.",
+    "Outside ties": "the same, without those where two classes are equal or a value at a tie was rounded otherwise.",
+    "Equal values": "share of the compared integers that are equal, those at ties apart.",
 }
 """Column of the parity table -> what it says."""
 
@@ -91,6 +94,8 @@ def write_report(
         training_plot=_inline(plots.training_figure(history), "training") if history else "",
         parity=_parity_table(summary),
         parity_help=PARITY_HELP,
+        parity_layers=_parity_layers_table(summary),
+        failed={FILES.get(key, key): text for key, text in (summary.get("failed") or {}).items()},
         layers=_layers_table(layers),
         layers_plot=_inline(plots.layers_figure(measured), "layers") if measured else "",
         config_yaml=config_yaml,
@@ -139,6 +144,8 @@ def _stages_table(summary: Summary) -> Table:
 
 def _parity_table(summary: Summary) -> Table:
     columns = [("Pair", False), *((name, True) for name in PARITY_HELP)]
+    metrics = metric_names(summary)
+    columns += [(f"{name}, points" if is_share(name) else name, True) for name in metrics]
     table = Table("How far the outputs of two stages are apart", columns, sortable=False)
     parity = summary.get("parity") or {}
     for key, label in PAIRS.items():
@@ -148,10 +155,33 @@ def _parity_table(summary: Summary) -> Table:
                     (label, None),
                     _number(pair.get("max_abs"), number_text),
                     _number(pair.get("max_steps"), number_text),
+                    _number(pair.get("mean_steps"), number_text),
                     _number(pair.get("agreement"), share_text),
+                    _number(pair.get("agreement_outside_ties"), share_text),
                     _number(pair.get("equal_share"), share_text),
+                    *((difference_text(n, d), d) for n in metrics for d in [(pair.get("metrics") or {}).get(n)]),
                 ]
             )
+    return table
+
+
+def _parity_layers_table(summary: Summary) -> Table:
+    """Every layer, as each file computes it from the integers of training: columns of three for each file."""
+    parity = summary.get("parity") or {}
+    files = {key: label for key, label in FILES.items() if (parity.get(f"qat_{key}") or {}).get("layers")}
+    table = Table("Difference to training, in steps, given equal inputs", [("Layer", False)])
+    rows: dict[str, list[Cell]] = {}
+    for i, (key, label) in enumerate(files.items()):
+        table.columns += [(f"{label}: worst", True), ("mean", True), ("equal", True)]
+        for layer in parity[f"qat_{key}"]["layers"]:
+            cells = rows.setdefault(layer["name"], [(layer["name"], layer["name"])])
+            cells += [(MISSING, None)] * (1 + 3 * i - len(cells))
+            cells += [
+                _number(layer["max_steps"], number_text),
+                _number(layer["mean_steps"], number_text),
+                _number(layer["equal_share"], share_text),
+            ]
+    table.rows = [[*cells, *[(MISSING, None)] * (len(table.columns) - len(cells))] for cells in rows.values()]
     return table
 
 

@@ -28,6 +28,26 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def replace(source: Path, path: Path) -> None:
+    """Move a finished file or folder to `path`, on the same disk, in the place of what is there.
+
+    Raises:
+        OSError: the folder refuses; what was there is there still.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_dir():
+        os.replace(source, path)
+        return
+    old = path.with_name(f".{path.name}.old")
+    path.rename(old)
+    try:
+        source.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
 @contextmanager
 def replaced_folder(path: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `path` once the block ends without an error.

@@ -1,8 +1,9 @@
 """What a run of the main job keeps and says: times, stages, files, tables, `summary.json`, `report.html`."""
 
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,25 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from torch import distributed, fx, nn
+from torch import Tensor, distributed, fx, nn
 
-from qat.export.files import write_atomically
-from qat.export.formats import EXPORTERS
-from qat.export.parity import Parity, measure
+from qat.export import export
+from qat.export.agreement import Parity, ParityError, ParityLimits
+from qat.export.files import replace, write_atomically
+from qat.export.parity import measure, pairs_of, split
+from qat.export.reloaded import Reloaded
 from qat.runtime.network import IntegerNetwork
 from qat.training.provenance import provenance
-from qat.training.stages import Network, measure_stage, save_weights, write_summary
+from qat.training.stages import (
+    BATCH,
+    LATENCY_BATCHES,
+    Network,
+    measure_stage,
+    save_weights,
+    size_of,
+    task_metrics,
+    write_summary,
+)
 from qat.training.weights import flatten
 
 
@@ -43,6 +55,7 @@ class Run:
             "data_sha256": data.checksum(),
             "stages": {},
             "parity": {},
+            "failed": {},
             "seconds": {},
             "files": {},
         }
@@ -84,17 +97,73 @@ class Run:
             "provenance": provenance(self.config, self.summary["data_sha256"], code),
         }
 
-    def exports(self, net: fx.GraphModule, integer: IntegerNetwork, paths: Mapping[str, Path]) -> dict[str, Parity]:
-        """Measure every exported file as reloaded from disk, and how far they and the trained network agree."""
-        target = integer.info["quant"]["target"]
-        for name, path in paths.items():
-            self.stage(name, EXPORTERS[name].open(path, target), path)
-        pairs = measure(
-            net, integer, paths, self.inputs, target=target,
-            layer_samples=self.config["export"]["layer_samples"], class_dim=getattr(self.task, "class_dim", 1),
-        )  # fmt: skip
-        self.summary["parity"] = {pair: measured.to_dict() for pair, measured in pairs.items()}
-        return pairs
+    def exports(
+        self, net: fx.GraphModule, integer: IntegerNetwork, example: Tensor, formats: Sequence[str],
+        limits: ParityLimits | None = None,
+    ) -> dict[str, Path]:  # fmt: skip
+        """Write files, measure each as reloaded from disk, and compare them with the trained network and one another.
+
+        They are written elsewhere first. One that holds the limits replaces an earlier file in `export`; one that does
+        not is kept beside it, with `.failed` behind its name, and `check` raises.
+
+        Args:
+            net: what training simulated.
+            integer: lowered from it.
+            example: two inputs.
+            formats: keys of EXPORTERS.
+            limits: what is allowed.
+
+        Returns:
+            Format -> path of the files that hold the limits.
+        """
+        settings, class_dim = self.config["export"], getattr(self.task, "class_dim", 1)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=self.folder) as new:
+            written = export(integer, new, example, formats)
+            with Reloaded(written, integer.info["quant"]["target"], settings["fresh_process"]) as reloaded:
+                outputs = {name: reloaded.outputs(name, split((self.inputs,), BATCH)) for name in written}
+                for name in written:
+                    batches = [n for n in LATENCY_BATCHES if len(self.inputs) >= n]
+                    self.summary["stages"][name] = {
+                        "metrics": self._metrics(outputs[name]),
+                        "bytes": size_of(written[name]),
+                        "latency_ms": {str(n): reloaded.latency_ms(name, (self.inputs[:n],)) for n in batches},
+                    }
+                pairs = measure(
+                    net, integer, reloaded, self.inputs, layer_samples=settings["layer_samples"], class_dim=class_dim,
+                    outputs=outputs, metrics=self._metrics,
+                )  # fmt: skip
+            self.summary["parity"] = {pair: measured.to_dict(layers=True) for pair, measured in pairs.items()}
+            return self._publish(written, pairs, limits or ParityLimits())
+
+    def _publish(
+        self, written: Mapping[str, Path], pairs: Mapping[str, Parity], limits: ParityLimits
+    ) -> dict[str, Path]:
+        """Move files that agree to where people look for them; say of the others what is wrong."""
+        failed: dict[str, str] = self.summary["failed"]
+        for a, b in pairs_of(written):
+            try:
+                if a not in failed:  # a file is not to blame for what it is compared with
+                    pairs[f"{a}_{b}"].check(f"{a}_{b}", limits)
+            except ParityError as error:
+                failed.setdefault(b, str(error))
+        passed = {}
+        for name, path in written.items():
+            final = self.folder / "export" / (f"{path.name}.failed" if name in failed else path.name)
+            replace(path, final)
+            self.summary["files"][name] = str(final.relative_to(self.folder))
+            if name not in failed:
+                passed[name] = final
+        return passed
+
+    def check(self) -> None:
+        """Raise ParityError if a file does not hold the limits: of the first that was written."""
+        failed: dict[str, str] = self.summary["failed"]
+        if failed:
+            kept = ", ".join(self.summary["files"][name] for name in failed)
+            raise ParityError(f"{next(iter(failed.values()))}\nNot for use, kept to be looked at: {kept}")
+
+    def _metrics(self, outputs: Tensor) -> dict[str, float]:
+        return task_metrics(self.task, zip(outputs.split(BATCH), self.targets.split(BATCH), strict=True))
 
     def write(self, layers: list[dict[str, Any]], config_yaml: str) -> float:
         """Write `summary.json` and `report.html`, print the tables; returns the last stage's first metric."""

@@ -1,9 +1,7 @@
 """What a run measures of each stage, and the files in which it says so."""
 
 import json
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,17 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from qat.export.files import write_atomically
+from qat.export.reloaded import median_ms
 
 Network = Callable[[Tensor], Tensor]
+BATCH = 256
+"""How many samples are evaluated at a time."""
+LATENCY_BATCHES = (1, 64)
 
 
 @torch.no_grad()
 def measure_stage(
-    network: Network, task: Any, inputs: Tensor, targets: Tensor, file: Path | None = None, batch_size: int = 256
+    network: Network, task: Any, inputs: Tensor, targets: Tensor, file: Path | None = None
 ) -> dict[str, Any]:
     """Metrics, size and latency of one stage, as in `summary.json`.
 
@@ -27,39 +29,31 @@ def measure_stage(
         task: has `metrics()`.
         inputs, targets: the whole test set.
         file: the stage's file, if it has one.
-        batch_size: samples at a time.
     """
     if isinstance(network, nn.Module):
         network.eval()
+    batches = zip(inputs.split(BATCH), targets.split(BATCH), strict=True)
+    sizes = [n for n in LATENCY_BATCHES if len(inputs) >= n]
+    return {
+        "metrics": task_metrics(task, ((network(x), y) for x, y in batches)),
+        "bytes": None if file is None else size_of(file),
+        "latency_ms": {str(n): median_ms(network, inputs[:n]) for n in sizes},
+    }
+
+
+def task_metrics(task: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The task's metrics over batches of (outputs, targets)."""
     metrics = task.metrics()
     for metric in metrics.values():  # of a distributed run, one process measures: nothing to gather
         metric.distributed_available_fn = lambda: False
-    for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        metrics.update(network(x), y)
-    return {
-        "metrics": {name: float(value) for name, value in metrics.compute().items()},
-        "bytes": None if file is None else size_of(file),
-        "latency_ms": {str(n): latency_ms(network, inputs[:n]) for n in (1, 64) if len(inputs) >= n},
-    }
+    for outputs, targets in batches:
+        metrics.update(outputs, targets)
+    return {name: float(value) for name, value in metrics.compute().items()}
 
 
 def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
-
-
-@torch.no_grad()
-def latency_ms(network: Network, inputs: Tensor, seconds: float = 0.3) -> float:
-    """Median time of a call in milliseconds, after a warm-up, over at least 5 calls and `seconds`."""
-    network(inputs)
-    times: list[float] = []
-    while len(times) < 5 or sum(times) < seconds:
-        start = time.perf_counter()
-        network(inputs)
-        times.append(time.perf_counter() - start)
-        if len(times) >= 500:
-            break
-    return round(1000 * statistics.median(times), 4)
 
 
 def save_weights(net: nn.Module, path: Path) -> Path:

@@ -21,8 +21,26 @@ SUMMARY = {
         "onnx": {"metrics": {"loss": 0.0902, "accuracy": 0.9776}, "bytes": 14321, "latency_ms": {"1": 0.1, "64": 1.3}},
     },
     "parity": {
-        "qat_int8": {"max_abs": 1e-4, "max_steps": 1, "agreement": 1.0, "equal_share": 0.99998},
-        "qat_onnx": {"max_abs": 0.0013, "max_steps": 2, "agreement": 0.9999, "equal_share": 0.9998},
+        "qat_int8": {
+            "max_abs": 1e-4,
+            "max_steps": 1,
+            "mean_steps": 2e-5,
+            "agreement": 0.9975,
+            "agreement_outside_ties": 1.0,
+            "equal_share": 0.99998,
+            "metrics": {"loss": 0.0, "accuracy": -0.0012},
+            "layers": [
+                {"name": "stem", "max_steps": 0, "mean_steps": 0.0, "equal_share": 1.0, "bits": 8, "ties": 0},
+                {"name": "fc", "max_steps": 1, "mean_steps": 4e-5, "equal_share": 0.99996, "bits": 8, "ties": 2},
+            ],
+        },
+        "qat_onnx": {
+            "max_abs": 0.0013,
+            "max_steps": 2,
+            "agreement": 0.9999,
+            "equal_share": 0.9998,
+            "layers": [{"name": "fc", "max_steps": 2, "mean_steps": 0.5, "equal_share": 0.5, "bits": 8, "ties": 0}],
+        },
         "int8_onnx": {"max_abs": 0.0, "max_steps": 0, "agreement": 1.0, "equal_share": 1.0},
     },
     "seconds": {"float": 12.0, "qat": 9.0, "export": 3.5},

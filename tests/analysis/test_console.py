@@ -48,11 +48,11 @@ def test_many_metrics_fit_80_columns_with_no_number_cut(summary: Summary) -> Non
 
 def test_parity_rounds_down(summary: Summary) -> None:
     table = parity_table(summary)
-    assert row_of(table, "QAT / int8 checkpoint") == ["0.0001", "1", "100", "%", "99.998", "%"]
-    assert row_of(table, "QAT / ONNX") == ["0.0013", "2", "99.99", "%", "99.98", "%"]
-    assert row_of(table, "int8 checkpoint / ONNX") == ["0", "0", "100", "%", "100", "%"]
+    assert row_of(table, "QAT / int8 checkpoint") == ["0.0001", "1", "99.75", "%", "99.998", "%", "\N{MINUS SIGN}0.12"]
+    assert row_of(table, "QAT / ONNX") == ["0.0013", "2", "99.99", "%", "99.98", "%", "\N{EN DASH}"]
+    assert row_of(table, "int8 checkpoint / ONNX") == ["0", "0", "100", "%", "100", "%", "\N{EN DASH}"]
     summary["parity"]["qat_onnx"]["equal_share"] = 0.12345678
-    assert row_of(parity_table(summary), "QAT / ONNX")[-2] == "12.3456"
+    assert row_of(parity_table(summary), "QAT / ONNX")[-3] == "12.3456"
     summary["parity"] = {"qat_int8": {"max_abs": 0.5, "agreement": 1 - 1e-12}}
     assert row_of(parity_table(summary), "QAT / int8 checkpoint") == ["0.5", "\u2013", "99.9999", "%", "\u2013"]
 

@@ -65,12 +65,18 @@ def test_sections_and_numbers(text: str, summary: dict[str, Any]) -> None:
         "Configuration",
         "Files and time",
     ]
-    stages, parity, layers, files, seconds = page.tables
+    stages, parity, parity_layers, layers, files, seconds = page.tables
     minus, dash, times = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
     assert stages[3][:5] == ["QAT", "97.78 %", f"{minus}0.22", "0.0901", "+0.0089"]
     assert stages[4][5:] == ["9.1 KB", "22 %", "1.20", "12.4"]
-    assert parity[1] == ["QAT / int8 checkpoint", "0.0001", "1", "100 %", "99.998 %"]
-    assert parity[0][1:] == list(PARITY_HELP)
+    between = ["0.0001", "1", "2e-05", "99.75 %", "100 %", "99.998 %", f"{minus}0.12", "0"]
+    assert parity[1] == ["QAT / int8 checkpoint", *between]
+    assert parity[0][1:] == [*PARITY_HELP, "accuracy, points", "loss"]
+    assert parity_layers == [
+        ["Layer", "int8 checkpoint: worst", "mean", "equal", "ONNX: worst", "mean", "equal"],
+        ["stem", "0", "0", "100 %", dash, dash, dash],
+        ["fc", "1", "4e-05", "99.996 %", "2", "0.5", "50 %"],
+    ]
     shape = times.join(("16", "3", "3", "3"))
     assert layers[1] == [
         "stem.conv", "QuantConv2d", "int8 symmetric channel", "8", shape, "1,432", "1.4 KB", "0.001 to 0.02", "36.3",
@@ -80,6 +86,14 @@ def test_sections_and_numbers(text: str, summary: dict[str, Any]) -> None:
     assert files[1] == ["int8 checkpoint", "export/model.safetensors", "9.1 KB"]
     assert seconds[-1] == ["Together", "24.5"]
     assert "<pre>seed: 1\n</pre>" in text
+
+
+def test_a_file_that_failed_is_named(tmp_path: Path, summary: dict[str, Any]) -> None:
+    summary["failed"] = {"onnx": "layer 'fc' departs <by> 2 steps"}
+    text = write_report(tmp_path / "report.html", summary).read_text(encoding="utf-8")
+    assert "<strong>ONNX is not for use:</strong>" in text
+    assert "layer &#39;fc&#39; departs &lt;by&gt; 2 steps" in text
+    assert "<details open>" in text
 
 
 def test_nothing_is_loaded(text: str) -> None:
@@ -103,7 +117,7 @@ def test_everything_is_escaped(tmp_path: Path, summary: dict[str, Any], layers: 
     page = Page(write_report(tmp_path / "r.html", summary, layers, history, evil).read_text(encoding="utf-8"))
     assert Counter(tag for tag, _ in page.elements)["script"] == 1
     assert all("onclick" not in attributes for _, attributes in page.elements)
-    assert page.tables[2][1][0] == evil
+    assert page.tables[3][1][0] == evil
 
 
 def test_ids_are_unique_and_references_resolve(text: str) -> None:
@@ -118,10 +132,12 @@ def test_ids_are_unique_and_references_resolve(text: str) -> None:
 
 def test_layers_sort_by_button_and_hold_numbers(text: str) -> None:
     page = Page(text)
-    assert len([1 for tag, _ in page.elements if tag == "button"]) == 10
-    assert len([1 for tag, attributes in page.elements if tag == "th" and attributes.get("aria-sort") == "none"]) == 10
+    assert len([1 for tag, _ in page.elements if tag == "button"]) == 7 + 10
+    assert (
+        len([1 for tag, attributes in page.elements if tag == "th" and attributes.get("aria-sort") == "none"]) == 7 + 10
+    )
     assert '<td class="number" data-value="36.28">36.3</td>' in text
-    assert text.count("<caption>") == len(page.tables) == 5
+    assert text.count("<caption>") == len(page.tables) == 6
 
 
 def test_plots_take_the_colour_of_the_page(text: str) -> None:

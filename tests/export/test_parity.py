@@ -97,7 +97,7 @@ def test_equal_implementations_give_zeros(exported: Exported) -> None:
     parity = compare((y, y), [(given, given)])
     assert (parity.max_abs, parity.max_steps, parity.agreement, parity.equal_share) == (0, 0, 1, 1)
     assert [layer.max_steps for layer in parity.layers] == [0] * len(LAYERS)
-    assert all(layer.first == "" for layer in parity.layers)
+    assert all(layer.differences == [] for layer in parity.layers)
     parity.check("same_same", ParityLimits(agreement=1, max_steps=0, equal_share=1))
 
 
@@ -141,11 +141,20 @@ def test_corrupted_layer_is_named(
     given = training_integers(exported.prepared, exported.network, exported.x[:128])
     made = integers_given(damaged, (exported.x[:128],), given)[name].flatten()
     index = int(torch.nonzero(made != given[name].flatten())[0])
-    shown = f"flat index {index}: {int(given[name].flatten()[index])} against {int(made[index])}."
+    place = [int(i) for i in torch.unravel_index(torch.tensor(index), given[name].shape)]
+    was, grid = int(given[name].flatten()[index]), exported.network.grid(name)
+    values = [(q - int(grid.zero_point)) * float(grid.scale) for q in (was, int(made[index]))]
     if file == "int8":
-        assert shown in str(error.value)
+        real = f"({values[0]:.6g} against {values[1]:.6g})"
+        assert f"at {place}: qat {was} against int8 {int(made[index])} {real}" in str(error.value)
     else:
-        assert "First difference at flat index" in str(error.value)
+        assert f"at {place}: qat {was} against onnx " in str(error.value)
+    assert f"its grid: scale {float(grid.scale):.9g}, zero point 0" in str(error.value)
+    assert str(error.value).count("\n  at [") == 5
+    reads = {"stem.0": "x.quantized", "block.conv1": "stem.0", "conv2.0": "conv1.0"}[name]
+    read = training_integers(exported.prepared, exported.network, exported.x[:256])[reads]
+    assert f"it was given '{reads}' ({int(read.min())} to {int(read.max())})" in str(error.value)
+    assert f"In order of execution it is number {LAYERS.index(name) + 1} of 8, and the first of 1 " in str(error.value)
 
 
 def test_first_of_two_corrupted_layers_is_named(exported: Exported) -> None:
@@ -241,9 +250,13 @@ def test_compare_by_hand() -> None:
     assert parity.equal_share == pytest.approx(1 - 3 / 7)
     u, v = parity.layers
     assert (u.name, u.max_steps, u.equal_share, u.bits) == ("u", 255, 0.5, 8)
-    assert u.first == "First difference at flat index 1: 2 against 4."
-    assert (v.max_steps, v.equal_share, v.first) == (0, 1.0, "")
-    assert parity.to_dict() == {k: getattr(parity, k) for k in ("max_abs", "max_steps", "agreement", "equal_share")}
+    assert u.differences == [([0, 1], 2, 4), ([1, 1], 251, 250), ([0, 1], 0, 255)]
+    assert u.mean_steps == pytest.approx((2 + 1 + 255) / 6)
+    assert (v.max_steps, v.mean_steps, v.equal_share, v.differences) == (0, 0.0, 1.0, [])
+    assert parity.mean_steps == pytest.approx(258 / 7)
+    numbers = {"max_abs", "max_steps", "mean_steps", "agreement", "agreement_outside_ties", "equal_share", "metrics"}
+    assert set(parity.to_dict()) == numbers
+    assert set(parity.to_dict(layers=True)) == numbers | {"layers"}
     assert [row["name"] for row in parity.to_dict(layers=True)["layers"]] == ["u", "v"]
 
 
@@ -253,7 +266,7 @@ def test_a_step_at_a_tie_is_no_difference() -> None:
     y = torch.zeros(1, 2)
     (row,) = compare((y, y), [(a, b)], ties=ties).layers
     assert (row.max_steps, row.equal_share, row.ties) == (2, 0.5, 1)  # two steps are a difference, tie or not
-    assert row.first == "First difference at flat index 1: 2 against 3."
+    assert row.differences == [([1], 2, 3), ([2], 3, 5)]
     assert compare((y, y), [(a, b)]).layers[0].equal_share == 0.25
 
 

@@ -1,0 +1,196 @@
+"""Exported files, opened and run, by a process that has never seen what was trained.
+
+`Reloaded` asks; `answer` is what both this process and the fresh one do. Between the two travels plain data: a line of
+JSON, and tensors in safetensors files. Nothing is pickled.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qat.export.formats import EXPORTERS, Inputs, Integers
+from qat.runtime.grid import Quantize
+
+Tensors = dict[str, Tensor]
+PACKAGE = Path(__file__).parents[2]
+"""The folder from which `qat` is imported."""
+
+
+class Reloaded:
+    """Exported files as they run after being read from disk. A context manager; one process serves all files.
+
+    Args:
+        files: key of EXPORTERS -> path.
+        target: key of TARGETS, how files are run.
+        fresh: in a process of their own; else here.
+    """
+
+    def __init__(self, files: Mapping[str, Path], target: str = "generic", fresh: bool = True) -> None:
+        self.files, self.target, self.fresh = dict(files), target, fresh
+        self._process: subprocess.Popen[str] | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Reloaded":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None:
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()  # it ends with its input
+            self._process.wait()
+            self._process = None
+        self._stack.close()
+
+    def outputs(self, name: str, batches: Sequence[Inputs]) -> Tensor:
+        """The first output of the file `name`, of all batches, [samples, ...]."""
+        return self._ask({"do": "outputs", "format": name}, _numbered(batches))["outputs"]
+
+    def integers(
+        self, name: str, grids: Mapping[str, Quantize], batches: Sequence[Inputs], given: Sequence[Integers]
+    ) -> list[Integers]:
+        """What each layer of the file makes of `given` integers, a dict a batch; empty ones if it cannot be asked."""
+        if EXPORTERS[name].given is None:
+            return [{} for _ in batches]
+        wanted = {key: grid_spec(grids[key]) for key in {key for integers in given for key in integers}}
+        tensors = _numbered(batches) | {f"{i}/given/{key}": q for i, of in enumerate(given) for key, q in of.items()}
+        made = self._ask({"do": "integers", "format": name, "grids": wanted}, tensors)
+        return [
+            {key: made[f"{i}/{key}"] for key in integers if f"{i}/{key}" in made} for i, integers in enumerate(given)
+        ]
+
+    def latency_ms(self, name: str, inputs: Inputs) -> float:
+        """Median time of a call in milliseconds."""
+        return float(self._ask({"do": "latency", "format": name}, _numbered([inputs]))["ms"])
+
+    def _ask(self, request: dict[str, Any], tensors: Tensors) -> Tensors:
+        path = self.files[request["format"]]
+        request |= {"path": str(Path(path).resolve()), "target": self.target}
+        if not self.fresh:
+            return answer(request, tensors)
+        if self._process is None:
+            self._start()
+        folder = self._folder
+        _save(tensors, folder / "asked")
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it died before: its silence says so
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            said = (folder / "errors").read_text(errors="replace").strip()[-2000:]
+            raise RuntimeError(f"the fresh process that ran '{path}' {how}. It said: {said or 'nothing'}")
+        if (error := json.loads(line)["error"]) is not None:
+            raise RuntimeError(f"a fresh process could not run '{path}': {error}")
+        return load_file(folder / "answer")
+
+    def _start(self) -> None:
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="qat-parity-")))
+        errors = self._stack.enter_context((self._folder / "errors").open("w"))
+        path = os.pathsep.join([str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from qat.export.reloaded import serve; serve()"], cwd=self._folder, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+
+
+def serve() -> None:
+    """Answer requests until there are no more: the fresh process. Tensors lie in `asked` and `answer`."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what engines print is no answer
+    for line in sys.stdin:
+        try:
+            _save(answer(json.loads(line), load_file("asked")), Path("answer"))
+            error = None
+        except Exception as problem:  # whatever it is, the other process raises it
+            error = f"{type(problem).__name__}: {problem}"
+        channel.write(json.dumps({"error": error}) + "\n")
+        channel.flush()
+
+
+@torch.no_grad()
+def answer(request: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Open a file and run it: `outputs`, `integers` or `latency`."""
+    exporter, path, target = EXPORTERS[request["format"]], Path(request["path"]), request["target"]
+    batches = _batches(tensors)
+    if request["do"] == "integers":
+        assert exporter.given is not None
+        grids = {name: grid_from(spec) for name, spec in request["grids"].items()}
+        made: Tensors = {}
+        for i, x in enumerate(batches):
+            start = f"{i}/given/"
+            given = {key.removeprefix(start): q for key, q in tensors.items() if key.startswith(start)}
+            integers = exporter.given(path, target, grids, x, given)
+            made |= {f"{i}/{key}": q for key, q in integers.items()}
+        return made
+    run = exporter.open(path, target)
+    if request["do"] == "latency":
+        return {"ms": torch.tensor(median_ms(run, *batches[0]), dtype=torch.float64)}
+    return {"outputs": torch.cat([first(run(*x)) for x in batches])}
+
+
+def median_ms(call: Callable[..., Any], *inputs: Tensor, seconds: float = 0.3) -> float:
+    """Median time of a call in milliseconds, after a warm-up, over at least 5 calls and `seconds`."""
+    call(*inputs)
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < seconds:
+        start = time.perf_counter()
+        call(*inputs)
+        times.append(time.perf_counter() - start)
+        if len(times) >= 500:
+            break
+    return round(1000 * statistics.median(times), 4)
+
+
+def first(output: Any) -> Tensor:
+    """The first tensor that a network returns."""
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
+
+
+def grid_spec(grid: Quantize) -> dict[str, Any]:
+    """A grid as plain data: what its integers stand for, whatever the step to them is."""
+    ends = {"quant_min": grid.quant_min, "quant_max": grid.quant_max}
+    return {**ends, "scale": float(grid.scale), "zero_point": int(grid.zero_point)}
+
+
+def grid_from(spec: Mapping[str, Any]) -> Quantize:
+    """The grid of which `grid_spec` is the plain data."""
+    return Quantize(**spec)
+
+
+def _save(tensors: Tensors, path: Path) -> None:
+    """Write tensors, of which several may be views of one memory."""
+    whole = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    save_file(whole, path)
+
+
+def _numbered(batches: Sequence[Inputs]) -> Tensors:
+    return {f"{i}/inputs/{j}": x for i, inputs in enumerate(batches) for j, x in enumerate(inputs)}
+
+
+def _batches(tensors: Tensors) -> list[Inputs]:
+    found: list[list[Tensor]] = []
+    while f"{len(found)}/inputs/0" in tensors:
+        start = f"{len(found)}/inputs/"
+        count = sum(key.startswith(start) for key in tensors)
+        found.append([tensors[f"{start}{j}"] for j in range(count)])
+    return [tuple(inputs) for inputs in found]
