@@ -134,7 +134,8 @@ def recur(
         steps = x.unsqueeze(1) if alone else x.transpose(0, 1) if form.batch_first else x
         data, sizes = steps.flatten(0, 1), [steps.shape[1]] * steps.shape[0]
         initial = tuple(state.unsqueeze(1) for state in initial) if alone else initial
-    batch, ends = sizes[0], list[State]()
+    batch = sizes[0]
+    ends: list[State] = []
     for layer in range(form.layers):
         outputs = []
         for direction in range(form.directions):
@@ -164,11 +165,12 @@ def _run(
     kind: str, cell: Cell, read: Tensor, sizes: list[int], state: State, backward: bool
 ) -> tuple[Tensor, State]:  # fmt: skip
     """All steps of one cell. Sequences are sorted by length, so the first `sizes[t]` are those that have a step `t`."""
-    inputs, outputs = read.split(sizes), dict[int, Tensor]()
+    inputs = read.split(sizes)
+    outputs: dict[int, Tensor] = {}
     for t in reversed(range(len(sizes))) if backward else range(len(sizes)):
         active = tuple(s[: sizes[t]] for s in state)
         new = STEPS[kind](inputs[t], cell.recall(active[0]), active, cell)
         outputs[t] = new[0]
-        whole = sizes[t] == len(state[0])
+        whole = sizes[t] == state[0].shape[0]  # not its len(), which fixes a batch that torch.export keeps open
         state = new if whole else tuple(torch.cat([n, s[sizes[t] :]]) for n, s in zip(new, state, strict=True))
     return torch.cat([outputs[t] for t in range(len(sizes))]), state

@@ -42,9 +42,10 @@ def reference_conv(
             bare sum, without a bias.
 
     Returns:
-        int32 (int64 where inputs are wider than 8 bits), shape [n, out, *spatial].
+        int32 (int64 where inputs are wider than 8 bits, or the bias is int64), shape [n, out, *spatial].
     """
-    wide = torch.int64 if x_q.dtype in (torch.int16, torch.int32) else torch.int32
+    beyond = x_q.dtype in (torch.int16, torch.int32) or (bias is not None and bias.dtype is torch.int64)
+    wide = torch.int64 if beyond else torch.int32
     flat_padding = [p for pair in reversed(padding) for p in pair]
     x = F.pad(x_q.to(wide), flat_padding, value=x_zero)
     patches = windows(x, w_q.shape[2:], stride, dilation)

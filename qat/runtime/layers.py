@@ -5,7 +5,9 @@ they are the exported checkpoint.
 """
 
 import math
-from typing import Any, Self
+import operator
+from collections.abc import Callable
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from qat.numerics.granularity import from_rows, rows_of, swap_channels
 from qat.runtime.accumulate import centred, exact_dtype, folded_bias, reference_conv, reference_conv_transpose
 from qat.runtime.grid import Quantize, storage_dtype
+
+T = TypeVar("T")
 
 
 def convolve(
@@ -114,8 +118,25 @@ class IntegerConv(RuntimeLayer):
         self.register_buffer("bias", torch.zeros(out, dtype=torch.int64 if input_bounds[1] > 255 else torch.int32))
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
-        self._fast: tuple[Tensor, int] | None = None  # made at the first call
-        self._folded_bias: Tensor | None = None
+        # int32 unless so many inputs, all at the end of their grid, could leave it
+        span = (input_bounds[1] - input_bounds[0]) * (weight_bounds[1] - weight_bounds[0])
+        self._sums = torch.int64 if math.prod(weight_shape[1:]) * span >= 2**30 else self.bias.dtype
+        self._made: dict[str, tuple[list[Tensor], list[int], Any]] = {}  # tensors, versions, what they made
+
+    def _once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returns, computed again only if a number of the layer has changed since."""
+        tensors = [self.weight, self.weight_zero_point, self.input_zero_point, self.bias]
+        versions = [0 if x.is_inference() else x._version for x in tensors]  # those cannot be edited
+        if name in self._made:
+            before, then, result = self._made[name]
+            if then == versions and all(map(operator.is_, before, tensors)):
+                return cast(T, result)
+        result = make()
+        self._made[name] = (tensors, versions, result)
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": {}}
 
     def spec(self) -> dict[str, Any]:  # noqa: D102
         return super().spec() | {
@@ -133,34 +154,39 @@ class IntegerConv(RuntimeLayer):
             weight = self.weight if dims else self.weight.unsqueeze(2)
             x = x_q if dims else x_q.reshape(-1, x_q.shape[-1], 1)
             geometry = (self.stride, self.padding, self.dilation) if dims else ([1], [[0, 0]], [1])
-            if self._folded_bias is None:
-                self._folded_bias = folded_bias(self.bias, weight, zero, self.weight_zero_point)
+            bias = self._once("bias", lambda: folded_bias(self._bias(), weight, zero, self.weight_zero_point))
             arguments = (x, weight, zero, self.weight_zero_point, *geometry, self.groups)
             if self.output_padding is not None:
-                return reference_conv_transpose(*arguments, self.output_padding, self._folded_bias)
-            total = reference_conv(*arguments, self._folded_bias)
+                return reference_conv_transpose(*arguments, self.output_padding, bias)
+            total = reference_conv(*arguments, bias)
             return total if dims else total.reshape(*x_q.shape[:-1], -1)
         weight, x_zero = self._fast_form()
         total = convolve(
             centred(x_q, x_zero, weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups,
             self.output_padding,
         )  # fmt: skip
-        return self.bias.reshape(-1, *[1] * dims) + total.to(self.bias.dtype)
+        return self._bias().reshape(-1, *[1] * dims) + total.to(self._sums)
+
+    def _bias(self) -> Tensor:
+        return self.bias.to(self._sums)
 
     def _fast_form(self) -> tuple[Tensor, int | Tensor]:
         """`w_q - w_zero` in the float dtype that holds every sum exactly, and the input's zero point.
 
-        Made once per set of weights. While torch.export or torch.compile traces a layer that has not run yet, numbers
-        cannot be read: float64 holds the sums of any weights.
+        Made once per set of numbers. While torch.export or torch.compile traces, numbers cannot be read: what the last
+        call has made is used, and float64, which holds the sums of any weights, for a layer that has not run yet.
         """
-        if self._fast is not None and self._fast[0].device == self.weight.device:
-            return self._fast
         if torch.compiler.is_compiling():
+            if "fast" in self._made and self._made["fast"][2][0].device == self.weight.device:
+                made: tuple[Tensor, int] = self._made["fast"][2]
+                return made
             return self._centred_weight(torch.float64), self.input_zero_point.double()
+        return self._once("fast", self._exact_form)
+
+    def _exact_form(self) -> tuple[Tensor, int]:
         zero = int(self.input_zero_point)
         largest = max(self.input_bounds[1] - zero, zero - self.input_bounds[0])
-        self._fast = self._centred_weight(exact_dtype(self.weight, self.weight_zero_point, largest)), zero
-        return self._fast
+        return self._centred_weight(exact_dtype(self.weight, self.weight_zero_point, largest)), zero
 
     def _centred_weight(self, dtype: torch.dtype) -> Tensor:
         w_zero = self.weight_zero_point.to(dtype).reshape(-1, *[1] * (self.weight.dim() - 1))
@@ -168,7 +194,7 @@ class IntegerConv(RuntimeLayer):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._fast = self._folded_bias = None
+        self._made = {}
 
     def forward(self, x_q: Tensor) -> Tensor:
         """Integers of the input's grid -> integers of the output's grid, or float32."""

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from qat.runtime import fixed, layers, lookup, matmul, operations, outer, recurrent, stored
+from qat.runtime import fast, fixed, layers, lookup, matmul, operations, outer, recurrent, stored
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import IntegerConv, RuntimeLayer
 from qat.runtime.signature import Signature
@@ -93,6 +94,7 @@ class IntegerNetwork(nn.Module):
         self.signature = signature
         self.inputs, self.nodes, self.outputs, self.info = inputs, nodes, outputs, info or {}
         self.edges: dict[str, str] = {}
+        self._fast: fast.FastPath | None = None
         self.layers = nn.ModuleDict({_key(node.name): layers[node.name] for node in nodes})
 
     def layer(self, name: str) -> RuntimeLayer:
@@ -125,11 +127,42 @@ class IntegerNetwork(nn.Module):
 
         With a `signature`, what that says.
         """
-        tensors = self.run(*self.flat(inputs, named))
-        outputs = tuple(tensors[name] for name in self.outputs)
+        outputs = self._results(self.flat(inputs, named))
         if self.signature is not None:
             return self.signature.build(outputs)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def _results(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The outputs, by the fast path where there is one."""
+        if torch.compiler.is_compiling():
+            found = not torch.compiler.is_exporting() and make_kernels(self)
+            tensors = self.run(*inputs, kernels=self._fast.layers if found and self._fast is not None else {})
+        elif len(inputs) == len(self.inputs) and fast.is_ordinary_call(inputs):
+            path = self.fast_path()
+            if path.plan is not None and path.is_asked_for():
+                with torch.autocast("cpu", enabled=False):  # half precision does not hold the sums
+                    return path.plan(*inputs)
+            tensors = self.run(*inputs)
+        else:
+            tensors = self.run(*inputs)
+        return tuple(tensors[name] for name in self.outputs)
+
+    def fast_path(self) -> fast.FastPath:
+        """The kernels of the network as it is now."""
+        if self._fast is None or not self._fast.is_current():
+            self._fast = fast.FastPath(self)
+        return self._fast
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._fast = None  # what torch.compile made asks for it, and compiles again
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._fast = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_fast": None}  # packed weights are neither copied nor stored
 
     def flat(self, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The tensors of a call's arguments, in the order of `inputs`."""
@@ -141,8 +174,17 @@ class IntegerNetwork(nn.Module):
             raise ValueError(f"the network takes {', '.join(self.inputs)}; got {', '.join(rest)} beside these")
         return found
 
-    def run(self, *inputs: Tensor, watch: Callable[[str, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-        """Every tensor by name. `watch(name, tensor)` sees each as it is made and returns what later steps read."""
+    def run(
+        self, *inputs: Tensor, watch: Callable[[str, Tensor], Tensor] | None = None,
+        kernels: Mapping[str, Callable[..., Tensor]] = MappingProxyType({}),
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Every tensor by name, made by the layers themselves.
+
+        Args:
+            inputs: as the network takes them.
+            watch: `watch(name, tensor)` sees each tensor as it is made and returns what later steps read.
+            kernels: node -> what is called in place of its layer.
+        """
         if len(inputs) != len(self.inputs):
             raise ValueError(
                 f"the network takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(inputs)}"
@@ -150,7 +192,8 @@ class IntegerNetwork(nn.Module):
         tensors = dict(zip(self.inputs, inputs, strict=True))
         with torch.autocast(inputs[0].device.type, enabled=False):  # half precision does not hold the sums
             for node in self.nodes:
-                y = self.layers[_key(node.name)](*(tensors[name] for name in node.inputs))
+                layer = kernels[node.name] if node.name in kernels else self.layers[_key(node.name)]
+                y = layer(*(tensors[name] for name in node.inputs))
                 tensors[node.name] = y if watch is None else watch(node.name, y)
         return tensors
 
@@ -192,6 +235,12 @@ class IntegerNetwork(nn.Module):
             dict(spec["info"]),
             Signature(**spec["signature"]) if "signature" in spec else None,
         )
+
+
+@torch.compiler.assume_constant_result
+def make_kernels(network: IntegerNetwork) -> bool:
+    """Make the kernels while torch.compile traces: it runs this as it is, and finds the packed weights there."""
+    return bool(network.fast_path().layers)
 
 
 def _key(name: str) -> str:
