@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat.export.c_header import check_c_header, open_c_header, save_c_header
 from qat.export.checkpoint import load_checkpoint, save_checkpoint
 from qat.export.onnx import save_onnx
 from qat.export.onnx_stored import check_onnx
@@ -100,5 +101,13 @@ EXPORTERS: dict[str, Exporter] = {
         check=check_onnx,
         packages=("onnx", "onnxruntime"),
         extra="export",
+    ),
+    "c_header": Exporter(
+        label="C header",
+        file="c_header",
+        write=save_c_header,
+        open=open_c_header,
+        check=check_c_header,
+        packages=("numpy",),
     ),
 }

@@ -1,0 +1,1 @@
+"""What an exported C header is run by: `run.py` (NumPy alone) and `model.c`, copied beside it as they are."""
