@@ -30,7 +30,7 @@ ADVICE = {
                 "learned, granularity=tensor, format=int",
     "Recurrent": "recurrent layers compute their gates in float; use target=generic",
     "mask": "a mask of real numbers; give a boolean one, or one of zeros and minus infinity that the network holds",
-    "input": "reaches an operation without a quantizer: it is float; set quant.input.bits",
+    "input": "it reaches an operation without a quantizer; set quant.input.bits",
 }  # fmt: skip
 ADVICE |= dict.fromkeys(("TableConv", "ProductConv"), ADVICE["FloatConv"]) | {"Take": ADVICE["Recurrent"]}
 
@@ -173,6 +173,21 @@ def _average(layer: Any, grid: Quantize, shape: list[int]) -> Made:
     return step, _total(grid.scale.double() / (common or size), width(grid) * (common or size))
 
 
+def _adaptive(layer: Any, grid: Quantize, shape: list[int]) -> Made:
+    """Windows of one size: the input's, divided by the output's."""
+    wanted = layer.settings["output_size"]
+    sizes = shape[-len(wanted) :]
+    if any(size % (n or size) for size, n in zip(sizes, wanted, strict=True)):
+        raise ValueError(
+            f"windows of different sizes: {sizes} values become {wanted}; give an output size that divides"
+        )
+    kernel = [size // (n or size) for size, n in zip(sizes, wanted, strict=True)]
+    pooling = ops.Average(
+        kernel=kernel, stride=kernel, padding=[0] * len(kernel), ceil_mode=False, count_include_pad=True
+    )  # fmt: skip
+    return _average(pooling, grid, shape)
+
+
 def _mean(layer: Any, grid: Quantize, shape: list[int]) -> Made:
     adds = isinstance(layer, ops.Function)
     dims = layer.settings["dim"] if adds else layer.settings["dims"]
@@ -238,7 +253,8 @@ def _norm(layer: Any, grid: Quantize, shape: list[int]) -> Made:
 
 
 OF_ONE: dict[str, Callable[[Any, Quantize, list[int]], Made]] = {
-    "Average": _average, "Mean": _mean, "sum": _mean, "Affine": _affine, "softmax": _softmax,
+    "Average": _average, "adaptive_avg_pool": _adaptive, "Mean": _mean, "sum": _mean, "Affine": _affine,
+    "softmax": _softmax,
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "instance_norm"), _norm),
 }  # fmt: skip
 """Operations of one tensor that are no function value by value: name -> layer for a grid and a shape."""

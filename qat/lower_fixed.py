@@ -62,7 +62,8 @@ def fixed_point(network: IntegerNetwork, inputs: Sequence[Any], target: str) -> 
         ValueError: a layer that has no form without floats; names it and what to write instead.
     """
     tensors = network.run(*network.flat(inputs, {}))
-    return _Conversion(network, target, {name: list(t.shape) for name, t in tensors.items()}).run()
+    shapes = {name: list(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return _Conversion(network, target, shapes).run()
 
 
 @dataclass
@@ -155,7 +156,9 @@ class _Conversion:
         elif kind in ("argmax", "argmin"):
             self._add(name, layer, [self._integers(inputs[0])])
         elif isinstance(layer, MOVES):
-            value = self.values.get(inputs[0])
+            value, joined = self.values.get(inputs[0]), [i for i in inputs if i not in self.plain]
+            if len(joined) > 1:
+                value, inputs = None, [*self._on_one_grid(joined), *inputs[len(joined) :]]
             source = value.source if isinstance(value, Real) else self._integers(inputs[0])
             self._move(f"{name}.integers", layer, [source, *inputs[1:]])
             self.values[name] = Real(f"{name}.integers", value.compute if isinstance(value, Real) else None)
@@ -302,7 +305,9 @@ class _Conversion:
             return name
         value = self.values.get(name)
         if value is None:
-            raise ValueError(f"'{name}' {make.ADVICE['input']}")
+            raise ValueError(
+                f"'{name}' cannot be computed without floats, which target={self.target} asks: {make.ADVICE['input']}"
+            )
         made = f"{name}.integers"
         if isinstance(value, Real) and value.compute is None:
             return value.source
@@ -315,6 +320,16 @@ class _Conversion:
             self._emit(made, Sums(copy.deepcopy(value.layer), value.inputs, value.total, value.relu),
                        make.fine(largest))  # fmt: skip
         return made
+
+    def _on_one_grid(self, names: list[str]) -> list[str]:
+        """Tensors that are joined, and that training has on grids of their own or on none, on one that is fine."""
+        sources = [self._integers(name) for name in names]
+        grid = make.fine(max(make.width(self.grids[s]) * float(self.grids[s].scale) for s in sources))
+        for source, name in zip(sources, names, strict=True):
+            if f"{name}.joined" not in self.grids:
+                step, total = make.rescaling(self.grids[source])
+                self._emit(f"{name}.joined", Sums(step, [source], total), grid)
+        return [f"{name}.joined" for name in names]
 
     def _output(self, name: str) -> str:
         """Real numbers for the outside."""

@@ -125,6 +125,7 @@ OPERATIONS: dict[str, Case] = {
     "average_ceil": between(lambda s, y: F.avg_pool2d(y, (3, 2), 2, (1, 0), True, True), fixed.FixedAverage),
     "average_1d": between(lambda s, y: F.avg_pool1d(y, 3, 2), fixed.FixedAverage, dims=1),
     "average_3d": between(lambda s, y: F.avg_pool3d(y, 2), fixed.FixedAverage, dims=3),
+    "adaptive": between(lambda s, y: F.adaptive_avg_pool2d(y, (7, 2)), fixed.FixedAverage),
     "mean": between(lambda s, y: y.mean(dim=(2, 3)), fixed.FixedMean),
     "sum": between(lambda s, y: y.sum(dim=1), fixed.FixedMean),
     "max": between(lambda s, y: F.max_pool2d(y, 3, 2, 1, ceil_mode=True)),
@@ -161,6 +162,9 @@ OPERATIONS: dict[str, Case] = {
     ),
     "softmax_at_the_end": Case(lambda: nn.Sequential(nn.Linear(8, 6), nn.Softmax(dim=1)), (8,), fixed.FixedSoftmax),
     "function_at_the_end": Case(lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh()), (8,), fixed.Table),
+    "joined_at_the_end": Case(
+        lambda: Net(lambda s, x: torch.cat([torch.tanh(s.a(x)), s.b(x)], 1), a=nn.Linear(8, 3), b=nn.Linear(8, 4)), (8,)
+    ),
     "sum_at_the_end": between(lambda s, y: (y + s.b(y)).mean((2, 3)), **OTHER),
 }  # fmt: skip
 OPERATIONS |= {
@@ -309,6 +313,8 @@ def test_the_result_of_the_network_is_one_grid_of_integers() -> None:
          {"rules": [{"match": "0", "weight": {"bits": None}, "activation": {"bits": None}}]}, "FloatConv"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 2, 1)),
          (3, 8, 8), {}, "interpolate"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(4), nn.Conv2d(4, 2, 1)), (3, 8, 8), {},
+         "adaptive_avg_pool"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.PReLU(4), nn.Conv2d(4, 2, 1)), (3, 8, 8), {}, "prelu"),
     ],
 )  # fmt: skip

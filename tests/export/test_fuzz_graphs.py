@@ -23,10 +23,12 @@ from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerConv, IntegerNetwork
 from qat.runtime.recurrent import Recurrent
 from qat.runtime.stored import Simulate
+from qat.targets import TARGETS
 from tests.fuzz.networks import Network, random_network
 from tests.fuzz.schemes import random_config
 
 Tensors = dict[str, Tensor]
+WITHOUT_FLOATS = "cannot be computed without floats"
 IN_CI, IN_ALL, CHUNKS = 40, 1000, 8
 
 
@@ -128,6 +130,8 @@ def run(seed: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             assert_files_agree(prepared, config, x, Path(folder))
     except Exception as error:
+        if TARGETS[config.target].requantize == "fixed_point" and WITHOUT_FLOATS in str(error):
+            return  # a layer that has no integer form, refused by name
         raise AssertionError(f"{type(error).__name__}: {error}\n{words}") from error
 
 
