@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from qat import inspection
+from qat import comparison, inspection
 from qat.analysis import show
 
-COMMANDS = {"show": show, "inspect": inspection}
-"""Name -> module with a docstring (its first line is the help), `arguments(parser)` and `run(args)`."""
+COMMANDS = {"show": show, "inspect": inspection, "compare": comparison}
+"""Name -> module with a docstring (its first line is the help), `arguments(parser)` and `run(args)`, which
+returns the exit code, or None for 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.arguments(parsers[name])
     args = parser.parse_args(argv)
     try:
-        COMMANDS[args.command].run(args)
+        code: int | None = COMMANDS[args.command].run(args)
     except (ValueError, OSError, ImportError) as error:
         parsers[args.command].error(str(error))
-    return 0
+    return code or 0
 
 
 if __name__ == "__main__":

@@ -147,8 +147,21 @@ def example_input(cfg: DictConfig) -> Any:
     Raises:
         ValueError, OSError: what the data module says about its settings and files.
     """
+    return _of_data(cfg, "example_input")
+
+
+def test_tensors(cfg: DictConfig) -> tuple[Any, Any]:
+    """Inputs and targets of the test set of a composed config.
+
+    Raises:
+        ValueError, OSError: what the data module says about its settings and files.
+    """
+    return _of_data(cfg, "test_tensors")
+
+
+def _of_data(cfg: DictConfig, what: str) -> Any:
     try:
-        return instantiate(cfg.data).example_input()
+        return getattr(instantiate(cfg.data), what)()
     except InstantiationException as error:  # Hydra wraps what a constructor says
         raise error.__cause__ if isinstance(error.__cause__, USER_ERRORS) else ValueError(str(error)) from error
 

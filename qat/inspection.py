@@ -58,8 +58,13 @@ def prepared_report(settings: list[str], folder: Path | None = None) -> str:
     from qat import hydra_schema  # not above: `python -m qat` starts without hydra and lightning
     from qat.training.module import build
 
-    here = Path("conf")
-    cfg = hydra_schema.composed(settings, folder or (here if (here / "config.yaml").is_file() else REPOSITORY))
+    cfg = hydra_schema.composed(settings, configuration(folder))
     config = hydra_schema.quant_config(cfg)
     net = build(hydra_schema.plain(cfg.model))
     return report(prepare(net.eval(), config, hydra_schema.example_input(cfg)))
+
+
+def configuration(folder: Path | None) -> Path:
+    """The folder with config.yaml: the one that was named, ./conf, or the repository's."""
+    here = Path("conf")
+    return folder or (here if (here / "config.yaml").is_file() else REPOSITORY)

@@ -75,6 +75,8 @@ ORDER = [
     "qat.zoo",
     "qat.hydra_schema",
     "qat.inspection",
+    "qat.sides",
+    "qat.comparison",
     "qat",  # __init__: the public names
     "qat.__main__",
 ]

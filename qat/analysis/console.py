@@ -1,6 +1,8 @@
 """A run in the terminal: two tables and a closing sentence. Tables fit 80 columns."""
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
@@ -21,6 +23,7 @@ from qat.analysis.summary import (
     metric_names,
     metric_text,
     percent_text,
+    pick_metric,
     share_text,
     stages,
     time_text,
@@ -85,7 +88,19 @@ def summary_table(summary: Summary) -> Table:
     return table
 
 
-def parity_table(summary: Summary) -> Table:
+def layer_parity_table(layers: Sequence[dict[str, Any]]) -> Table:
+    """One row a layer, of `Parity.to_dict(layers=True)`: how far two forms of it are apart, given equal inputs."""
+    table = new_table("Layer by layer, given equal inputs")
+    table.add_column("Layer", overflow="fold")
+    for name in ("largest,\nin steps", "mean,\nin steps", "equal\nvalues", "at\nties"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in layers:
+        numbers = [number_text(row["max_steps"]), number_text(row["mean_steps"]), share_text(row["equal_share"])]
+        table.add_row(Text(row["name"]), *numbers, str(row["ties"]))
+    return table
+
+
+def parity_table(summary: Summary, pairs: Mapping[str, str] = PAIRS) -> Table:
     """One row a pair of stages: how far their outputs are from each other.
 
     Red are the pairs of a file that does not hold the limits. The last column is the difference of the first metric.
@@ -95,17 +110,16 @@ def parity_table(summary: Summary) -> Table:
     for name in ("largest\ndifference", "largest,\nin steps", "same\nprediction", "equal\nvalues"):
         table.add_column(name, justify="right", no_wrap=True)
     parity, failed = summary.get("parity") or {}, summary.get("failed") or {}
-    metric = next(iter(metric_names(summary)), None)
-    known = metric is not None and any(metric in (pair.get("metrics") or {}) for pair in parity.values())
-    if metric is not None and known:
+    metric = pick_metric(name for pair in parity.values() for name in pair.get("metrics") or ())
+    if metric is not None:
         table.add_column(
             Text(f"{heading(metric)},\npoints") if is_share(metric) else heading(metric), justify="right", no_wrap=True
         )
-    for key, label in PAIRS.items():
+    for key, label in pairs.items():
         if pair := parity.get(key):
             cells = [number_text(pair.get("max_abs")), number_text(pair.get("max_steps"))]
             cells += [share_text(pair.get("agreement")), share_text(pair.get("equal_share"))]
-            if metric is not None and known:
+            if metric is not None:
                 cells.append(difference_text(metric, (pair.get("metrics") or {}).get(metric)))
             table.add_row(label, *cells, style="red" if any(key.endswith(f"_{name}") for name in failed) else None)
     return table

@@ -1,0 +1,130 @@
+"""The two sides of a comparison: a training checkpoint, or an exported file of any format."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qat.export.checkpoint import read_description
+from qat.export.formats import EXPORTERS, Inputs, Integers, integers_given
+from qat.export.reloaded import first
+from qat.export.simulated import own_integers, training_integers
+from qat.lower import lower
+from qat.modes import set_mode
+from qat.ptq.bias import round_biases
+from qat.runtime.grid import Quantize
+from qat.runtime.network import IntegerNetwork
+
+
+@dataclass
+class Side:
+    """One of the two.
+
+    Attributes:
+        label: its format.
+        outputs: what it makes of a batch.
+        target: key of TARGETS.
+        says_target: whether the file says so itself.
+        network: where it is, or was lowered to, an IntegerNetwork.
+        integers: (batch) -> its own integers, by name; None where it shows none.
+        given: (grids, batch, integers) -> what each layer makes of these integers; None where it cannot be asked.
+    """
+
+    label: str
+    outputs: Callable[..., Any]
+    target: str = "generic"
+    says_target: bool = False
+    network: IntegerNetwork | None = None
+    integers: Callable[[Inputs], Integers] | None = None
+    given: Callable[[Mapping[str, Quantize], Inputs, Integers], Integers] | None = None
+
+    @torch.no_grad()
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Its first output.
+
+        Raises:
+            ValueError: these inputs are not what it takes.
+        """
+        try:
+            return first(self.outputs(*inputs))
+        except Exception as error:  # each engine has exceptions of its own for what it does not take
+            shapes = ", ".join(f"{x.dtype} {list(x.shape)}" for x in inputs)
+            raise ValueError(f"{self.label} cannot be run on the data ({shapes}): {error}") from error
+
+
+def open_side(text: str, target: str | None = None) -> Side:
+    """Open `PATH` or `FORMAT:PATH`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a format that is not known, or a file that is damaged.
+    """
+    name, colon, rest = text.partition(":")
+    if not (colon and name in EXPORTERS):
+        name, rest = "", text
+    path = Path(rest)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no '{rest}'")
+    if not name and path.suffix == ".ckpt":
+        return _training(path)
+    name = name or format_of(path)
+    exporter = EXPORTERS[name]
+    exporter.require()
+    says = name == "int8"
+    if says:
+        target = target or str(read_description(path)["network"]["info"].get("quant", {}).get("target", "generic"))
+    chosen = target or "generic"
+    try:
+        opened = exporter.open(path, chosen)
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # each engine has an exception of its own for a file that it cannot read
+        raise ValueError(f"'{path}' cannot be opened as {exporter.label}: {error}") from error
+    side = Side(exporter.label, opened, chosen, says)
+    if exporter.given is not None:
+        of_file = exporter.given
+        side.given = lambda grids, x, given: of_file(path, chosen, grids, x, given)
+    if isinstance(opened, IntegerNetwork):
+        side.network = opened
+        side.integers = lambda x: own_integers(opened, x)
+        side.given = lambda grids, x, given: integers_given(opened, x, given)
+    return side
+
+
+def format_of(path: Path) -> str:
+    """The key of EXPORTERS whose file has this name, or else this suffix (a file that failed keeps its own)."""
+    plain = path.with_suffix("") if path.suffix == ".failed" else path
+    same = [name for name, e in EXPORTERS.items() if e.file == plain.name]
+    same += [name for name, e in EXPORTERS.items() if plain.suffix and Path(e.file).suffix == plain.suffix]
+    if not same:
+        known = ", ".join(f"{name} ({e.file})" for name, e in EXPORTERS.items())
+        raise ValueError(
+            f"'{path}': its name says no format; write FORMAT:{path}, with one of {known}, or give a .ckpt of training"
+        )
+    return same[0]
+
+
+def _training(path: Path) -> Side:
+    """A checkpoint of a run's qat phase, as export takes it."""
+    from qat.training.module import QATModule  # not above: lightning takes seconds to import
+
+    try:
+        module = QATModule.load_from_checkpoint(path, map_location="cpu")
+    except (KeyError, TypeError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as e:
+        raise ValueError(f"'{path}' is not a checkpoint of a training run ({type(e).__name__}: {e})") from e
+    if not isinstance(module.net, fx.GraphModule):
+        raise ValueError(
+            f"'{path}' is of the float phase: there are no integers to compare; give one of checkpoints/qat"
+        )
+    prepared = module.prepared
+    set_mode(prepared, "frozen")
+    round_biases(prepared.eval())
+    network = lower(prepared)
+    return Side(
+        label="QAT", outputs=prepared, target=network.info["quant"]["target"], says_target=True, network=network,
+        integers=lambda x: training_integers(prepared, network, *x),
+    )  # fmt: skip

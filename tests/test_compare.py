@@ -1,0 +1,135 @@
+"""`python -m qat compare`: what agrees, what departs, what cannot be compared, and what is no input."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import qat
+from qat.__main__ import main
+from qat.export.checkpoint import save_checkpoint
+from qat.ptq import PTQConfig, finalize
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Exports of one network, one of them damaged, one of other scales; and inputs in every form."""
+    path = tmp_path_factory.mktemp("compare")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(90, 6)
+    for name, inputs in (("good", x), ("other", 2 * x)):
+        prepared = qat.prepare(net, qat.preset("int8"), x[:2])
+        finalize(prepared, [inputs], PTQConfig(), trained=False)
+        qat.export(qat.lower(prepared), path / name, x[:2])
+    damaged = qat.load(path / "good" / "model.safetensors")
+    layer = damaged.layer("2")
+    layer.bias[3] += int(5 * layer.output.scale / (layer.input_scale * layer.weight_scale[3]))
+    save_checkpoint(damaged, path / "damaged.safetensors")
+    np.save(path / "x.npy", x.numpy())
+    np.savez(path / "x.npz", x=x.numpy().astype(np.float64))
+    save_file({"x": x}, path / "x.safetensors")
+    (path / "parts").mkdir()
+    np.save(path / "parts" / "0.npy", x[:50].numpy())
+    np.save(path / "parts" / "1.npy", x[50:].numpy())
+    np.save(path / "wide.npy", torch.randn(4, 7).numpy())
+    np.save(path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(path / "empty.npy", np.zeros((0, 6), np.float32))
+    (path / "text.txt").write_text("no inputs")
+    (path / "nothing").mkdir()
+    (path / "cut.onnx").write_bytes((path / "good" / "model.onnx").read_bytes()[:500])
+    (path / "foreign.ckpt").write_bytes(b"no checkpoint")
+    torch.save({"state_dict": {}}, path / "other.ckpt")
+    return path
+
+
+def compare(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    code = main(["compare", *(word.replace("@", f"{folder}/") for word in words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("data", ["x.npy", "x.npz", "x.safetensors", "parts"])
+def test_equal_files_agree_on_inputs_in_any_form(folder: Path, capsys: Any, data: str) -> None:
+    code, found = compare(capsys, folder, "@good/model.safetensors", "@good/model.onnx", "--data", f"@{data}")
+    assert code == 0
+    assert found["samples"] == 90
+    assert [layer["name"] for layer in found["layers"]] == ["input.quantized", "0", "2"]
+    assert (found["max_steps"], found["agreement"], found["breach"]) == (0, 1.0, None)
+    with torch.no_grad():
+        x = torch.from_numpy(np.load(folder / "x.npy"))
+        outputs = [qat.load(folder / "good" / "model.safetensors")(x)]
+    assert found["max_abs"] <= 1e-5 * float(outputs[0].abs().max())
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_damaged_layer_is_named(folder: Path, capsys: Any, swapped: bool) -> None:
+    files = ["@damaged.safetensors", "@good/model.onnx"][:: -1 if swapped else 1]
+    code, found = compare(capsys, folder, *files, "--data", "@x.npy", "--layer-samples", "20")
+    assert code == 1
+    assert "layer '2' departs given equal inputs: worst 5 steps" in found["breach"]
+    assert found["breach"].index("ONNX") < found["breach"].index("int8") or not swapped
+    assert [layer["max_steps"] > 1 for layer in found["layers"]] == [False, False, True]
+    code, found = compare(capsys, folder, *files, "--data", "@x.npy", "--max-steps", "9", "--equal-share", "0",
+                          "--agreement", "0")  # fmt: skip
+    assert (code, found["breach"]) == (0, None)
+
+
+def test_layers_of_other_scales_are_not_compared(folder: Path, capsys: Any) -> None:
+    files = ["@good/model.safetensors", "@other/model.safetensors"]
+    _, found = compare(capsys, folder, *files, "--data", "@x.npy")
+    assert found["layers"] == []
+    (note,) = found["notes"]
+    assert "their scales differ: 'input.quantized' (" in note
+
+
+def test_two_files_without_a_checkpoint_are_compared_from_end_to_end(folder: Path, capsys: Any) -> None:
+    _, found = compare(
+        capsys, folder, "@good/model.onnx", "onnx:@other/model.onnx", "--data", "@x.npy", "--samples", "7"
+    )
+    assert found["layers"] == []
+    assert "From end to end only" in found["notes"][0]
+    assert found["samples"] == 7
+    assert found["max_abs"] > 0
+
+
+def test_the_tables_fit_a_terminal(folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = [str(folder / "good" / "model.safetensors"), str(folder / "damaged.safetensors")]
+    assert main(["compare", *arguments, "--data", str(folder / "x.npy")]) == 1
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "layer '2' departs" in said
+    assert "int8 checkpoint A" in said
+    assert "its grid: scale " in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["@good/model.safetensors", "@nothing.onnx", "--data", "@x.npy"], "there is no '"),
+        (["@good/model.safetensors", "@x.npy", "--data", "@x.npy"], "its name says no format; write FORMAT:"),
+        (["@x.safetensors", "@good/model.onnx", "--data", "@x.npy"], "not an int8 checkpoint of qat"),
+        (["@good/model.safetensors", "@cut.onnx", "--data", "@x.npy"], "cannot be opened as ONNX"),
+        (["@foreign.ckpt", "@good/model.onnx", "--data", "@x.npy"], "is not a checkpoint of a training run"),
+        (["@other.ckpt", "@good/model.onnx", "--data", "@x.npy"], "is not a checkpoint of a training run"),
+        (["@good/model.safetensors", "@good/model.onnx", "--data", "@gone.npy"], "there is no '"),
+        (["@good/model.safetensors", "@good/model.onnx", "--data", "@text.txt"], "is no file of inputs: give .npy"),
+        (["@good/model.safetensors", "@good/model.onnx", "--data", "@nothing"], "holds no file that ends in"),
+        (["@good/model.safetensors", "@good/model.onnx", "--data", "@empty.npy"], "holds no samples"),
+        (["@good/model.safetensors", "@good/model.onnx", "--data", "@objects.npy"], "cannot be read: Object arrays"),
+        (["@good/model.safetensors", "@good/model.onnx", "--data", "@wide.npy"], "cannot be run on the data (torch.float32 "),
+        (["@good/model.safetensors", "@good/model.onnx", "--data", "@x.npy", "--samples", "0"], "give at least 1"),
+        (["@good/model.safetensors", "@good/model.onnx", "--data", "digitz"], "Could not find 'data/digitz'"),
+        (["@good/model.safetensors", "@good/model.onnx", "--data", "@x.npy", "--target", "toaster"], "toaster"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(folder: Path, capsys: Any, words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *(word.replace("@", f"{folder}/") for word in words)])
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
