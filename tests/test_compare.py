@@ -108,6 +108,9 @@ def test_the_tables_fit_a_terminal(folder: Path, capsys: Any, monkeypatch: pytes
     assert "its grid: scale " in said
 
 
+GOOD = ("@good/model.safetensors", "@good/model.onnx", "--data")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -117,15 +120,15 @@ def test_the_tables_fit_a_terminal(folder: Path, capsys: Any, monkeypatch: pytes
         (["@good/model.safetensors", "@cut.onnx", "--data", "@x.npy"], "cannot be opened as ONNX"),
         (["@foreign.ckpt", "@good/model.onnx", "--data", "@x.npy"], "is not a checkpoint of a training run"),
         (["@other.ckpt", "@good/model.onnx", "--data", "@x.npy"], "is not a checkpoint of a training run"),
-        (["@good/model.safetensors", "@good/model.onnx", "--data", "@gone.npy"], "there is no '"),
-        (["@good/model.safetensors", "@good/model.onnx", "--data", "@text.txt"], "is no file of inputs: give .npy"),
-        (["@good/model.safetensors", "@good/model.onnx", "--data", "@nothing"], "holds no file that ends in"),
-        (["@good/model.safetensors", "@good/model.onnx", "--data", "@empty.npy"], "holds no samples"),
-        (["@good/model.safetensors", "@good/model.onnx", "--data", "@objects.npy"], "cannot be read: Object arrays"),
-        (["@good/model.safetensors", "@good/model.onnx", "--data", "@wide.npy"], "cannot be run on the data (torch.float32 "),
-        (["@good/model.safetensors", "@good/model.onnx", "--data", "@x.npy", "--samples", "0"], "give at least 1"),
-        (["@good/model.safetensors", "@good/model.onnx", "--data", "digitz"], "Could not find 'data/digitz'"),
-        (["@good/model.safetensors", "@good/model.onnx", "--data", "@x.npy", "--target", "toaster"], "toaster"),
+        ([*GOOD, "@gone.npy"], "there is no '"),
+        ([*GOOD, "@text.txt"], "is no file of inputs: give .npy"),
+        ([*GOOD, "@nothing"], "holds no file that ends in"),
+        ([*GOOD, "@empty.npy"], "holds no samples"),
+        ([*GOOD, "@objects.npy"], "cannot be read: Object arrays"),
+        ([*GOOD, "@wide.npy"], "cannot be run on the data (torch.float32 "),
+        ([*GOOD, "@x.npy", "--samples", "0"], "give at least 1"),
+        ([*GOOD, "digitz"], "Could not find 'data/digitz'"),
+        ([*GOOD, "@x.npy", "--target", "toaster"], "--target='toaster' is not known (valid: generic"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(folder: Path, capsys: Any, words: list[str], message: str) -> None:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import qat
+from qat.__main__ import main
 from qat.presets import PRESETS
 from qat.training import QATModule
 from qat.zoo.data import Digits
@@ -146,6 +147,18 @@ def test_accuracies_are_those_of_the_files_on_disk(default: tuple[Path, str]) ->
         with torch.no_grad():
             accuracy = float((network(inputs).argmax(1) == targets).float().mean())
         assert accuracy == pytest.approx(summary["stages"][stage]["metrics"]["accuracy"], abs=1e-6), stage
+
+
+def test_a_checkpoint_of_training_compares_with_the_files(default: tuple[Path, str], capsys: Any) -> None:
+    folder, _ = default
+    module = str(folder / "checkpoints/qat/last.ckpt")
+    for pair, file in (("qat_int8", "export/model.safetensors"), ("qat_onnx", "export/model.onnx")):
+        assert main(["compare", module, str(folder / file), "--data", "digits", "--json"]) == 0
+        found, measured = json.loads(capsys.readouterr().out), summary_of(folder)["parity"][pair]
+        largest = pytest.approx(measured["max_abs"], abs=1e-5)
+        assert {key: found[key] for key in measured} == {**measured, "max_abs": largest}
+    assert main(["compare", module, str(folder / file), "--data", "digits", "--samples", "9"]) == 0
+    assert "QAT / ONNX" in capsys.readouterr().out
 
 
 def test_the_int8_file_is_small_and_says_what_it_is(default: tuple[Path, str]) -> None:
