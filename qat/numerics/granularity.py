@@ -140,6 +140,30 @@ class Layout:
             return (shape[0],) if len(shape) >= 4 else (math.prod(shape[:-1]),)
         return ()
 
+    def places(self, indices: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Where some rows of a weight's matrix lie in what `rows` makes of it.
+
+        Args:
+            indices: of rows of the matrix, shape [n], int64.
+            shape: of the matrix, [out, inputs].
+
+        Returns:
+            Row and column of each of their values, shapes that broadcast to [n, inputs].
+
+        >>> Layout(kind="group", group_size=2).places(torch.tensor([1]), (2, 3))
+        (tensor([[2, 2, 3]]), tensor([[0, 1, 0]]))
+        """
+        r, c = indices.reshape(-1, 1), torch.arange(shape[1], device=indices.device).unsqueeze(0)
+        if self.kind == "channel":
+            return (r, c) if self.axis % 2 == 0 else (c, r)
+        if self.kind == "group":
+            size = self._group()
+            return r * -(-shape[1] // size) + c // size, c % size
+        if self.kind == "block":
+            rows, columns = self._block(shape)
+            return r // rows * -(-shape[1] // columns) + c // columns, r % rows * columns + c % columns
+        return torch.zeros_like(r), r * shape[1] + c
+
     def broadcast(self, scale: Tensor, x: Tensor) -> Tensor:
         """A scale of `scale_shape` against `x` itself, where it broadcasts (`tensor`, `channel`), else against rows."""
         if self.kind == "tensor":

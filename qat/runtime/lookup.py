@@ -96,7 +96,7 @@ class TableLookUp(LooksUp, TableConv):
         return super().spec() | {"pooling": self.pooling}
 
     def rows(self, indices: Tensor) -> Tensor:  # noqa: D102
-        return self.float_weight()[indices]
+        return self.float_rows(indices.reshape(-1)).reshape(*indices.shape, self.weight_shape[1])
 
 
 class ProductLookUp(LooksUp, ProductConv):
@@ -111,7 +111,7 @@ class ProductLookUp(LooksUp, ProductConv):
         return super().spec() | {"pooling": self.pooling}
 
     def rows(self, indices: Tensor) -> Tensor:  # noqa: D102
-        return self.float_weight()[indices]
+        return self.float_rows(indices.reshape(-1)).reshape(*indices.shape, self.weight_shape[1])
 
 
 def pool(rows: Tensor, indices: Tensor, others: tuple[Tensor, ...], pooling: dict[str, Any]) -> Tensor:

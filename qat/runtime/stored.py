@@ -125,6 +125,14 @@ class TableConv(StoredConv):
         rows = (values - self.zero_point.unsqueeze(1)) * self.scale.unsqueeze(1)
         return self.layout.restore(rows, torch.Size(self.weight_shape))
 
+    def float_rows(self, indices: Tensor) -> Tensor:
+        """The rows of a matrix that are asked for, as `float_weight` has them: [n] -> [n, inputs]."""
+        row, column = self.layout.places(indices, self.weight_shape)
+        values = self.codes[row, column].float()
+        if self.levels is not None:
+            values = self.levels[row if len(self.levels) > 1 else torch.zeros_like(row), values.long()]
+        return (values - self.zero_point[row]) * self.scale[row]
+
 
 class ProductConv(StoredConv):
     """Each vector of `width` weights is a code: the index of a prototype of its part of the inputs.
@@ -162,6 +170,13 @@ class ProductConv(StoredConv):
         vectors = self.prototypes[torch.arange(parts, device=self.codes.device), self.codes.long()]  # [n, parts, width]
         grid = vectors.reshape(out, -1, parts, width).transpose(1, 2)
         return grid.reshape(out, self.padded)[:, :inputs].reshape(self.weight_shape)
+
+    def float_rows(self, indices: Tensor) -> Tensor:
+        """The rows of a matrix that are asked for, as `float_weight` has them: [n] -> [n, inputs]."""
+        parts = len(self.prototypes)
+        codes = self.codes.reshape(self.weight_shape[0], -1, parts)[indices].long()  # [n, vectors of a part, parts]
+        vectors = self.prototypes[torch.arange(parts, device=codes.device), codes].transpose(1, 2)
+        return vectors.reshape(len(indices), self.padded)[:, : self.weight_shape[1]]
 
 
 class Simulate(RuntimeLayer):
