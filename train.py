@@ -13,6 +13,7 @@ import qat
 from qat import hydra_schema
 from qat.analysis.layers import layer_table
 from qat.analysis.preparation import report
+from qat.export import check_network
 from qat.export.parity import ParityLimits
 from qat.ptq import finalize, smooth
 from qat.training import QATModule
@@ -36,7 +37,7 @@ def run(cfg: DictConfig) -> float:
     resume = checkpoint_phase(cfg.ckpt_path, model, config)
     module = QATModule(model, task, {**optimizer, "lr": cfg.float.lr})
     if config.enabled:  # what does not fit the network fails now, not after the float phase
-        qat.prepare(copy.deepcopy(module.net), config, example)
+        check_network(qat.prepare(copy.deepcopy(module.net), config, example), list(cfg.export.formats))
     result = Run(Path(HydraConfig.get().runtime.output_dir), cfg.name, hydra_schema.plain(cfg), data, module.task)
 
     # 1. Float: trained here, or given
@@ -73,10 +74,9 @@ def run(cfg: DictConfig) -> float:
     with result.timed("export"):
         net = module.prepared
         finalize(net, calibration, ptq, trained=True)
-        integer = qat.lower(net)
-        integer.info |= result.about(net, model, data, Path(__file__).parent)
+        lowered = result.lowered(net, model, data, Path(__file__).parent)
         limits = ParityLimits(**cfg.export.parity)
-        paths = result.exports(net, integer, example, list(cfg.export.formats), limits)
+        paths = result.exports(net, lowered, example, list(cfg.export.formats), limits)
 
     # 5. What people look at
     metric = result.write(layer_table(net), OmegaConf.to_yaml(cfg, resolve=True))

@@ -66,7 +66,7 @@ def pairwise(groups: dict[str, list[str]]) -> list[dict[str, str]]:
 
 def test_the_groups_of_the_issue_have_their_options() -> None:
     assert set(options("data")) == {"digits", "mnist", "fashion_mnist", "cifar10", "tiny_shakespeare"}
-    assert set(options("model")) == {"small_cnn", "resnet20", "mlp", "char_gpt"}
+    assert set(options("model")) == {"small_cnn", "resnet20", "mlp", "char_gpt", "llama"}
     assert set(options("task")) == {"classification", "language_model"}
     assert set(options("quant")) == set(qat.presets.PRESETS)
     assert set(options("quant")) >= {"off", "int8", "w8a8_asymmetric", "w4a8", "w4a4", "w4a4_lsq", "w2a2_lsq", "w4g32"}
@@ -75,9 +75,13 @@ def test_the_groups_of_the_issue_have_their_options() -> None:
     assert set(options("logger")) == {"csv", "tensorboard", "wandb"}
 
 
+IN_VLLM = ("off", "int8", "w4g32", "w8a8_dynamic", "fp8")
+"""Presets that a folder of compressed-tensors holds, with weights of 4 or 8 bits."""
+
+
 def fits(model: str, data: str) -> bool:
     """Whether a model reads what the data are: images or characters."""
-    return (model == "char_gpt") == (data == "tiny_shakespeare")
+    return (model in ("char_gpt", "llama")) == (data == "tiny_shakespeare")
 
 
 def example(data: DictConfig, n: int) -> torch.Tensor:
@@ -118,7 +122,9 @@ def test_every_option_composes_with_every_option_of_every_other_group() -> None:
         fixed_point = TARGETS[row["target"]].requantize == "fixed_point"
         no_onnx = row["quant"] in ("mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4", "apot4")  # its activations
         possible = {"int8"} | ({"c_header"} if fixed_point else set() if no_onnx else {"onnx"})
-        wanted = {"default": ["int8", "onnx"], "int8": ["int8"], "c_header": ["int8", "c_header"]}[row["export"]]
+        possible |= {"compressed_tensors"} if row["quant"] in IN_VLLM and config.weight.bits != 7 else set()
+        wanted = {"default": ["int8", "onnx"], "int8": ["int8"], "c_header": ["int8", "c_header"],
+                  "compressed_tensors": ["compressed_tensors"]}[row["export"]]  # fmt: skip
         assert list(cfg.export.formats) == [name for name in wanted if name in possible]
         assert cfg.float.lr == cfg.optimizer.lr
         assert cfg.task.num_classes == data.num_classes
@@ -138,9 +144,10 @@ def test_every_option_composes_with_every_option_of_every_other_group() -> None:
 
 
 def test_every_preset_prepares_every_model() -> None:
-    small = itertools.product(sorted({*options("model")} - {"resnet20"}), options("quant"))
-    for model, preset in [*small, ("resnet20", "w4a4_lsq"), ("resnet20", "w4g32")]:  # a second each
-        data = "tiny_shakespeare" if model == "char_gpt" else "digits"
+    large = ("resnet20", "llama")  # a second each
+    small = itertools.product(sorted({*options("model")} - {*large}), options("quant"))
+    for model, preset in [*small, *itertools.product(large, ("w4a4_lsq", "w4g32"))]:
+        data = "tiny_shakespeare" if model in ("char_gpt", "llama") else "digits"
         cfg = composed(f"data={data}", f"model={model}", f"quant={preset}")
         config = hydra_schema.quant_config(cfg)
         net = qat.prepare(instantiate(cfg.model), config, example(cfg.data, 2))

@@ -134,11 +134,13 @@ class Parity:
         agreement = self.agreement if self.agreement_outside_ties is None else self.agreement_outside_ties
         if agreement < limits.agreement:
             worst = min(self.layers, key=lambda layer: layer.equal_share, default=None)
-            hint = f"; least equal layer: '{worst.name}' ({worst.equal_share:.4%})" if worst else ""
-            raise ParityError(
-                f"{pair}: top-1 agreement {agreement:.4%} is below {limits.agreement:.2%}, although every layer "
-                f"agrees given equal inputs{hint}"
+            hint = (
+                f", although every layer agrees given equal inputs; least equal layer: '{worst.name}' "
+                f"({worst.equal_share:.4%})"
+                if worst
+                else f" (worst difference of an output {self.max_abs:.3g}); layers were not compared"
             )
+            raise ParityError(f"{pair}: top-1 agreement {agreement:.4%} is below {limits.agreement:.2%}{hint}")
         if limits.max_abs is not None and self.max_abs > limits.max_abs:
             raise ParityError(f"{pair}: an output differs by {self.max_abs:.6g}, allowed {limits.max_abs:g}")
         for name, difference in self.metrics.items():

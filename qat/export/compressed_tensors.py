@@ -20,6 +20,7 @@ from qat.export.compressed_layer import FP4, settings_of, stored
 from qat.export.files import replaced_folder
 from qat.fake_quant import FakeQuantize
 from qat.layers import QuantizedLayer
+from qat.mode import Mode
 from qat.modes import check_simulates
 from qat.scheme import TensorScheme
 from qat.scheme.compressed import check_pair
@@ -67,6 +68,38 @@ def save_compressed_tensors(model: nn.Module, folder: str | Path, tokenizer: Any
             tokenizer.save_pretrained(new)
 
 
+def check_network(prepared: nn.Module) -> None:
+    """Refuse a prepared network that no folder of compressed-tensors can hold, whatever its ranges will be.
+
+    Raises:
+        ValueError: names the layer, the reason and what to do.
+    """
+    net = language_model(prepared)
+    _check_names(net, _float_tensors(net, _layers(net), torch.float32))
+
+
+@torch.no_grad()
+def simulated_as(prepared: nn.Module, folder: Path) -> nn.Module:
+    """What a prepared network simulates, in the dtype of a folder that was written of it: its weights, on their levels.
+
+    Returns:
+        `prepared` itself where the dtype is the same, else a copy.
+    """
+    dtype = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
+    net = language_model(prepared)
+    if next(net.parameters()).dtype == dtype:
+        return prepared
+    result = copy.deepcopy(prepared)
+    for layer, _ in _layers(language_model(result)).values():
+        layer.weight.copy_(layer.quantized_weight())
+        layer.weight_quantizer.mode = Mode.float
+    learned = {id(p) for m in result.modules() if isinstance(m, FakeQuantize) for p in m.parameters()}
+    for parameter in result.parameters():
+        if id(parameter) not in learned:
+            parameter.data = parameter.data.to(dtype)
+    return result
+
+
 def _is_export(folder: Path) -> bool:
     """Whether a folder holds an earlier export, which may be replaced."""
     try:
@@ -88,7 +121,8 @@ def language_model(network: nn.Module) -> Any:
     if len(found) != 1:
         raise ValueError(
             f"compressed_tensors holds one model of transformers; {type(network).__name__} has "
-            f"{len(found) or 'none'} in it. Use int8 or onnx for other networks"
+            f"{len(found) or 'none'} in it. Prepare one with quant.graph=layers, which keeps its class; other networks "
+            f"are exported as int8 or onnx"
         )
     return found[0]
 

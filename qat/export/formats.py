@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.export.c_header import check_c_header, open_c_header, save_c_header
 from qat.export.checkpoint import load_checkpoint, save_checkpoint
+from qat.export.compressed_run import open_compressed_tensors
 from qat.export.onnx import save_onnx
 from qat.export.onnx_stored import check_onnx
 from qat.export.onnxruntime import OnnxNetwork, onnx_integers_given
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 from qat.scheme import QuantConfig
+from qat.scheme.compressed import check_compressed
 
 Inputs = tuple[Tensor, ...]
 Integers = dict[str, Tensor]
@@ -43,27 +45,45 @@ class Exporter:
             by name of tensor; None where a file can be run from end to end only.
         check: refuses a configuration that no file of this format can hold, with a ValueError: which field, why, what
             to write instead; None where it holds everything.
+        reference: (prepared network, path) -> what training simulated in the arithmetic of the file, where that is not
+            float32; None where it is.
+        of_prepared: `write` takes a prepared network whose own code an engine runs, in place of an integer network.
+        check_network: refuses a prepared network that no file of this format can hold, with a ValueError, before it is
+            trained; None where every recorded network goes.
         packages: what has to be installed, as imported.
+        reader: what has to be installed to open the file again, but not to write it.
         extra: of pyproject.toml, that installs them.
     """
 
     label: str
     file: str
-    write: Callable[[IntegerNetwork, Path, Inputs], None]
+    write: Callable[[Any, Path, Inputs], None]
     open: Callable[[Path, str], Callable[..., Any]]
     given: Given | None = None
     check: Callable[[QuantConfig], None] | None = None
+    reference: Callable[[nn.Module, Path], nn.Module] | None = None
+    of_prepared: bool = False
+    check_network: Callable[[nn.Module], None] | None = None
     packages: tuple[str, ...] = ()
+    reader: tuple[str, ...] = ()
     extra: str = ""
 
     def require(self) -> None:
         """Raise ImportError, with what to install, if a package is missing."""
-        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        if missing:
+        if names := _missing(self.packages):
             raise ImportError(
-                f"{self.label} needs the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}: "
-                f"pip install 'qat[{self.extra}]', or leave it out of export.formats"
+                f"{self.label} needs {names}: pip install 'qat[{self.extra}]', or leave it out of export.formats"
             )
+
+    def why_unread(self) -> str:
+        """Why the file cannot be opened here, with what to install; empty where it can."""
+        names = _missing(self.reader)
+        return f"opening it needs {names}: pip install 'qat[{self.extra}]'" if names else ""
+
+
+def _missing(packages: tuple[str, ...]) -> str:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}" if missing else ""
 
 
 @torch.no_grad()
@@ -82,6 +102,24 @@ def integers_given(network: IntegerNetwork, inputs: Inputs, given: Integers) -> 
 
 def _of_checkpoint(path: Path, target: str, grids: Mapping[str, Quantize], inputs: Inputs, given: Integers) -> Integers:
     return integers_given(load_checkpoint(path), inputs, given)
+
+
+def _write_compressed_tensors(network: nn.Module, path: Path, inputs: Inputs) -> None:
+    from qat.export.compressed_tensors import save_compressed_tensors  # a reloaded checkpoint needs no layers
+
+    save_compressed_tensors(network, path)
+
+
+def _reference_of_compressed_tensors(prepared: nn.Module, path: Path) -> nn.Module:
+    from qat.export.compressed_tensors import simulated_as
+
+    return simulated_as(prepared, path)
+
+
+def _check_compressed_tensors(prepared: nn.Module) -> None:
+    from qat.export.compressed_tensors import check_network
+
+    check_network(prepared)
 
 
 EXPORTERS: dict[str, Exporter] = {
@@ -109,5 +147,18 @@ EXPORTERS: dict[str, Exporter] = {
         open=open_c_header,
         check=check_c_header,
         packages=("numpy",),
+    ),
+    "compressed_tensors": Exporter(
+        label="compressed-tensors",
+        file="compressed_tensors",
+        write=_write_compressed_tensors,
+        open=open_compressed_tensors,
+        check=check_compressed,
+        reference=_reference_of_compressed_tensors,
+        of_prepared=True,
+        check_network=_check_compressed_tensors,
+        packages=("transformers",),
+        reader=("compressed_tensors",),
+        extra="hf",
     ),
 }

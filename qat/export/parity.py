@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qat.export.agreement import LayerParity, Parity, ParityError, ParityLimits, compare, decisions
-from qat.export.formats import Inputs, Integers
+from qat.export.formats import EXPORTERS, Inputs, Integers
 from qat.export.reloaded import Reloaded, first
 from qat.export.simulated import TIE, sources, ties_given, training_integers
+from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 
 __all__ = [
@@ -35,8 +36,8 @@ __all__ = [
 
 @torch.no_grad()
 def measure(
-    prepared: fx.GraphModule,
-    network: IntegerNetwork,
+    prepared: nn.Module,
+    network: nn.Module,
     files: Mapping[str, Path] | Reloaded,
     inputs: Tensor | Inputs,
     *,
@@ -52,7 +53,8 @@ def measure(
 
     Args:
         prepared: what training simulated, in eval mode.
-        network: lowered from `prepared`.
+        network: lowered from `prepared`; where files hold a network's own code (`Exporter.of_prepared`), `prepared`,
+            and outputs alone are compared.
         files: key of EXPORTERS -> path of its file, as `export` returns it; or these, open.
         inputs: real test inputs, shape [samples, ...]; a tuple for a network of several arguments (where their numbers
             of samples differ, as of indices and offsets, they stay one batch).
@@ -77,18 +79,26 @@ def measure(
         names = list(reloaded.files)
         known = {"qat": torch.cat([first(prepared(*x)) for x in batches]), **(outputs or {})}
         known |= {name: reloaded.outputs(name, batches) for name in names if name not in known}
-        samples = looked_at(known, pairs_of(names), arguments, layer_samples, class_dim)
-        chosen = batches if samples is None else split(tuple(x[samples] for x in arguments), batch_size)
-        given = [training_integers(prepared, network, *x) for x in chosen]
-        ties = [ties_given(network, x, integers) for x, integers in zip(chosen, given, strict=True)]
-        grids = network.grids()
-        integers = {"qat": given} | {name: reloaded.integers(name, grids, chosen, given) for name in names}
-    reads = reads_of(network, arguments, given)
+        own = {}  # what training simulated, in the arithmetic of a file
+        for name, path in reloaded.files.items():
+            if (reference := EXPORTERS[name].reference) is not None:
+                ours = reference(prepared, path)
+                own[name] = torch.cat([first(ours(*x)).float() for x in batches])
+        samples, ties, grids, reads = None, list[dict[str, Tensor]](), dict[str, Quantize](), dict[str, str]()
+        integers: dict[str, list[Integers]] = {name: [] for name in ("qat", *names)}
+        if isinstance(network, IntegerNetwork) and isinstance(prepared, fx.GraphModule):
+            samples = looked_at(known, pairs_of(names), arguments, layer_samples, class_dim)
+            chosen = batches if samples is None else split(tuple(x[samples] for x in arguments), batch_size)
+            given = [training_integers(prepared, network, *x) for x in chosen]
+            ties = [ties_given(network, x, integers) for x, integers in zip(chosen, given, strict=True)]
+            grids, reads = network.grids(), reads_of(network, arguments, given)
+            integers = {"qat": given} | {name: reloaded.integers(name, grids, chosen, given) for name in names}
     found = {name: metrics(y) for name, y in known.items()} if metrics is not None else {}
     return {
         f"{a}_{b}": compare(
-            (known[a], known[b]), list(zip(integers[a], integers[b], strict=True)), class_dim, ties, samples=samples,
-            names=(a, b), grids=grids, reads=reads, metrics=(found.get(a, {}), found.get(b, {})),
+            (own.get(b, known[a]) if a == "qat" else known[a], known[b]),
+            list(zip(integers[a], integers[b], strict=True)), class_dim, ties, samples=samples, names=(a, b),
+            grids=grids, reads=reads, metrics=(found.get(a, {}), found.get(b, {})),
         )
         for a, b in pairs_of(names)
     }  # fmt: skip

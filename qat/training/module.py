@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from qat.fake_quant import FakeQuantize
 from qat.mode import Mode
@@ -104,9 +104,9 @@ class QATModule(L.LightningModule):
         self.metrics = nn.ModuleDict({stage: self.task.metrics() for stage in ("val", "test")})
 
     @property
-    def prepared(self) -> fx.GraphModule:
+    def prepared(self) -> nn.Module:
         """The network, of a module with `quant`."""
-        if not isinstance(self.net, fx.GraphModule):
+        if self.hparams["quant"] is None:
             raise TypeError("this module's network is float; QATModule.quantized(config, ...) makes a prepared one")
         return self.net
 

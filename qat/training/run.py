@@ -1,5 +1,6 @@
 """What a run of the main job keeps and says: times, stages, files, tables, `summary.json`, `report.html`."""
 
+import logging
 import sys
 import tempfile
 import time
@@ -12,13 +13,15 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, distributed, fx, nn
+from torch import Tensor, distributed, nn
 
 from qat.export import export
 from qat.export.agreement import Parity, ParityError, ParityLimits
 from qat.export.files import replace, write_atomically
+from qat.export.formats import EXPORTERS
 from qat.export.parity import measure, pairs_of, split
 from qat.export.reloaded import Reloaded
+from qat.lower import lower
 from qat.runtime.network import IntegerNetwork
 from qat.training.provenance import provenance
 from qat.training.stages import (
@@ -32,6 +35,8 @@ from qat.training.stages import (
     write_summary,
 )
 from qat.training.weights import flatten
+
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -80,35 +85,42 @@ class Run:
         if is_main_process():
             self.stage("float", net, save_weights(net, self.folder / "float.safetensors"))
 
-    def about(self, net: nn.Module, model: Mapping[str, Any], data: Any, code: Path) -> dict[str, Any]:
-        """Measure the trained network; what its exported files say of it, as plain data.
+    def lowered(self, net: nn.Module, model: Mapping[str, Any], data: Any, code: Path) -> nn.Module:
+        """Measure the trained network; what exporters write: its integer form, or itself where its own code runs.
 
         Args:
-            net: with its final weights, simulating.
+            net: prepared, with its final weights, simulating.
             model: `_target_` and arguments of the float network.
             data: the data module.
             code: a folder of the code that trains.
         """
         self.stage("qat", net)
-        return {
+        if any(EXPORTERS[name].of_prepared for name in self.config["export"]["formats"]):
+            return net
+        integer = lower(net)
+        if not isinstance(integer, IntegerNetwork):  # in parts: nothing was asked for that could hold it
+            return integer
+        integer.info |= {
             "architecture": dict(model),
             "data": data.describe(),
             "metrics": self.summary["stages"]["qat"]["metrics"],
             "provenance": provenance(self.config, self.summary["data_sha256"], code),
         }
+        return integer
 
     def exports(
-        self, net: fx.GraphModule, integer: IntegerNetwork, example: Tensor, formats: Sequence[str],
+        self, net: nn.Module, network: nn.Module, example: Tensor, formats: Sequence[str],
         limits: ParityLimits | None = None,
     ) -> dict[str, Path]:  # fmt: skip
         """Write files, measure each as reloaded from disk, and compare them with the trained network and one another.
 
         They are written elsewhere first. One that holds the limits replaces an earlier file in `export`; one that does
-        not is kept beside it, with `.failed` behind its name, and `check` raises.
+        not is kept beside it, with `.failed` behind its name, and `check` raises. The log and
+        `unread` name one that cannot be opened here.
 
         Args:
             net: what training simulated.
-            integer: lowered from it.
+            network: lowered from it, or itself (`lowered`).
             example: two inputs.
             formats: keys of EXPORTERS.
             limits: what is allowed.
@@ -118,10 +130,15 @@ class Run:
         """
         settings, class_dim = self.config["export"], getattr(self.task, "class_dim", 1)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=self.folder) as new:
-            written = export(integer, new, example, formats)
-            with Reloaded(written, integer.info["quant"]["target"], settings["fresh_process"]) as reloaded:
-                outputs = {name: reloaded.outputs(name, split((self.inputs,), BATCH)) for name in written}
-                for name in written:
+            written = export(network, new, example, formats)
+            self.summary["unread"] = {name: why for name in written if (why := EXPORTERS[name].why_unread())}
+            for name, why in self.summary["unread"].items():
+                log.warning("%s is written, but its parity is not measured: %s", EXPORTERS[name].label, why)
+            read = {name: path for name, path in written.items() if name not in self.summary["unread"]}
+            target = vars(net)["meta"]["qat"]["config"].target
+            with Reloaded(read, target, settings["fresh_process"]) as reloaded:
+                outputs = {name: reloaded.outputs(name, split((self.inputs,), BATCH)) for name in read}
+                for name in read:
                     batches = [n for n in LATENCY_BATCHES if len(self.inputs) >= n]
                     self.summary["stages"][name] = {
                         "metrics": self._metrics(outputs[name]),
@@ -129,7 +146,7 @@ class Run:
                         "latency_ms": {str(n): reloaded.latency_ms(name, (self.inputs[:n],)) for n in batches},
                     }
                 pairs = measure(
-                    net, integer, reloaded, self.inputs, layer_samples=settings["layer_samples"], class_dim=class_dim,
+                    net, network, reloaded, self.inputs, layer_samples=settings["layer_samples"], class_dim=class_dim,
                     outputs=outputs, metrics=self._metrics,
                 )  # fmt: skip
             self.summary["parity"] = {pair: measured.to_dict(layers=True) for pair, measured in pairs.items()}
@@ -142,7 +159,7 @@ class Run:
         failed: dict[str, str] = self.summary["failed"]
         for a, b in pairs_of(written):
             try:
-                if a not in failed:  # a file is not to blame for what it is compared with
+                if f"{a}_{b}" in pairs and a not in failed:  # a file is not to blame for what it is compared with
                     pairs[f"{a}_{b}"].check(f"{a}_{b}", limits)
             except ParityError as error:
                 failed.setdefault(b, str(error))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import qat
 from qat.export import compressed_tensors
-from qat.export.compressed_tensors import save_compressed_tensors
+from qat.export.compressed_run import open_compressed_tensors
+from qat.export.compressed_tensors import save_compressed_tensors, simulated_as
 from qat.layers import QuantizedLayer
 from qat.ptq import PTQConfig, finalize
 from qat.scheme.compressed import check_compressed
@@ -123,6 +124,9 @@ def test_transformers_reads_it_and_gives_the_same_logits(
     for path, layer in quantized(simulated).items():
         weight = net.get_submodule(path).weight
         assert torch.equal(weight, layer.quantized_weight().to(weight.dtype)), path
+    run = open_compressed_tensors(tmp_path / "out")
+    ours = logits(simulated_as(simulated, tmp_path / "out"), ids)
+    torch.testing.assert_close(run(ids), ours, atol=0.01 if name == "w8a8_asymmetric" else 0, rtol=0)
     if "fp4" in name:  # the package unpacks them to bfloat16, and computes in that
         expected = logits(with_rounded_weights(float_net, simulated, torch.bfloat16), ids)
     if name == "w8a8_dynamic":  # the package divides by 127.5, vLLM's kernel (and training) by 127
@@ -399,7 +403,9 @@ def test_what_the_file_cannot_hold_is_named_with_what_to_do(float_net: nn.Module
     )
     with pytest.raises(RuntimeError, match="has no range yet"):
         save_compressed_tensors(uncalibrated, tmp_path)
-    with pytest.raises(ValueError, match=r"one model of transformers; Linear has none in it\. Use int8 or onnx"):
+    with pytest.raises(
+        ValueError, match=r"one model of transformers; Linear has none in it\. Prepare one with quant\.graph=layers"
+    ):
         save_compressed_tensors(nn.Linear(2, 2), tmp_path)
     assert not list(tmp_path.iterdir())
 
