@@ -165,7 +165,7 @@ def _requests(
         kind = graph.kind(node)
         scheme = choices[str(node.target)].activation if kind is Kind.layer else config.activation
         reads = kind in (Kind.layer, Kind.add, Kind.arithmetic, Kind.average)
-        functions = TARGETS[config.target].requantize == "fixed_point"
+        functions = TARGETS[config.target].functions == "integer"
         operands = graph.operands(node) if reads else function_inputs(graph, node) if functions else []
         if node in weights or not scheme.quantized:
             continue

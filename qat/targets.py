@@ -23,8 +23,8 @@ class Target:
         reason: why weights are limited, for the error.
         requantize: how an accumulator becomes the next layer's integer: `float`, by a float32 scale, or `fixed_point`,
             by an int32 multiplier and a shift.
-        functions: how GELU, softmax, LayerNorm and the like are computed: in `float`, or in integers after I-BERT
-            (`ibert`).
+        functions: how GELU, softmax, LayerNorm and the like are computed: in `float`, or in `integer`s of what is on a
+            grid (tables, integer square roots), so that a quantizer stands in front of them.
     """
 
     description: str
@@ -34,7 +34,7 @@ class Target:
     onnxruntime_options: dict[str, str] = field(default_factory=dict)
     reason: str = ""
     requantize: Literal["float", "fixed_point"] = "float"
-    functions: Literal["float", "ibert"] = "float"
+    functions: Literal["float", "integer"] = "float"
 
 
 TARGETS: dict[str, Target] = {
@@ -55,6 +55,7 @@ TARGETS: dict[str, Target] = {
         activation_bits=8,
         integers_only=True,
         requantize="fixed_point",
+        functions="integer",
     ),
     "integer_only": Target(
         description="No float between input and output.",
@@ -62,7 +63,7 @@ TARGETS: dict[str, Target] = {
         activation_bits=8,
         integers_only=True,
         requantize="fixed_point",
-        functions="ibert",
+        functions="integer",
     ),
 }
 
