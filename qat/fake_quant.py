@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from qat import plain
 from qat.fitted import FITTED, Fitted, Mean
 from qat.mode import Mode
 from qat.numerics.affine import SMALLEST_SCALE, choose_qparams
@@ -46,6 +47,7 @@ class FakeQuantize(nn.Module):
         name: what errors call the tensor.
         progress: share of training that has passed, for gradients and penalties that change with it (`anneals`); a
             tensor, so that a compiled or captured step reads it anew.
+        plain: few operations can do it (`qat.plain`).
         watched: the next forward checks its input for NaN and infinity.
     """
 
@@ -114,6 +116,7 @@ class FakeQuantize(nn.Module):
         )
         if shape is not None and scheme.rounding == "adaptive":
             self.logits = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32))
+        self.plain = plain.is_plain(self)
 
     def _grid(self) -> Grid | None:
         """Levels other than the integers with a zero point."""
@@ -318,6 +321,8 @@ class FakeQuantize(nn.Module):
         moves = self.training and self.mode is Mode.quantize
         if self.fitted is not None:
             return in_order_of(x, self.layout.restore(self.fitted(self.rows(x), moves), x.shape))
+        if self.plain and (taken := plain.plan(self, x)) is not None:
+            return plain.quantize(self, x, taken, site, looks)
         if looks and self.follows:
             self.observe(x, site)
             self.set_range_from_observer()
@@ -330,15 +335,20 @@ class FakeQuantize(nn.Module):
         y = self._quantize(values, layout.broadcast(scale, x), layout.broadcast(zero_point, x), moves)
         return in_order_of(x, self.layout.restore(y.to(x.dtype), x.shape)) if by_rows else y
 
+    def grad_scale(self, x: Tensor, scale: Tensor) -> float:
+        """What the gradient of a learned scale of `x` is multiplied by."""
+        if not self.range.scaled:
+            return 1.0
+        features = x.numel() // max(scale.numel(), 1) if self.shape is not None else math.prod(x.shape[1:])
+        return float(max(features, 1) * self.quant_max / self.range.options.unit) ** -0.5
+
     def _quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor, moves: bool) -> Tensor:
         """Values on the levels and back; scale and zero point broadcast against `x`."""
         scheme, grid, gradient = self.scheme, self.grid, GRADIENTS[self.scheme.gradient]
         if self.adapts:
             q = adaptive(x.float() / scale, self._rounding_logits(moves), soft=moves) + zero_point
             return ((q.clamp(self.quant_min, self.quant_max) - zero_point) * scale).to(x.dtype)
-        features = x.numel() // max(scale.numel(), 1) if self.shape is not None else math.prod(x.shape[1:])
-        levels = self.quant_max / self.range.options.unit
-        grad_scale = (max(features, 1) * levels) ** -0.5 if self.range.scaled else 1.0
+        grad_scale = self.grad_scale(x, scale)
         learned = scale.requires_grad
         plain = scheme.gradient in ("clipped_ste", "lsq") and self.range.residual and not zero_point.requires_grad
         if grid is None and plain:

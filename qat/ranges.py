@@ -46,6 +46,7 @@ class Range(nn.Module):
         dynamic: it has no state; the quantizer computes it from the tensor at hand.
         scaled: the gradient of its parameters is multiplied by `1 / sqrt(values * quant_max)`.
         residual: the scale's gradient takes part in rounding (LSQ), not only in clipping.
+        kept: the tensor `scale` is the scale in use, but for its sign.
         affine: it needs a zero point (true), cannot have one (false), or takes either (None).
         formats: the kinds of format that it is defined for: "any", or "int".
         roles: the tensors that it is made for.
@@ -56,6 +57,7 @@ class Range(nn.Module):
     dynamic: ClassVar[bool] = False
     scaled: ClassVar[bool] = False
     residual: ClassVar[bool] = True
+    kept: bool = False
     affine: ClassVar[bool | None] = None
     formats: ClassVar[str] = "any"
     roles: ClassVar[tuple[str, ...]] = ("weight", "activation")
@@ -93,6 +95,7 @@ class Range(nn.Module):
 class Fixed(Range):
     """Set by calibration; stays."""
 
+    kept = True
     scale: Tensor
     zero_point: Tensor
 
@@ -145,6 +148,7 @@ class Lsq(Fixed):
         super().__init__(options)
         del self.scale
         self.scale = nn.Parameter(self._nan())
+        self.kept = options.unit == 1
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:  # noqa: D102
         super().set(scale * self.options.unit, zero_point)

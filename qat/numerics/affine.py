@@ -35,7 +35,9 @@ def int_range(bits: int, signed: bool, narrow: bool = False) -> tuple[int, int]:
     return -(2 ** (bits - 1)) + int(narrow), 2 ** (bits - 1) - 1
 
 
-def choose_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def choose_qparams(
+    low: Tensor, high: Tensor, quant_min: int | Tensor, quant_max: int | Tensor, symmetric: bool
+) -> tuple[Tensor, Tensor]:
     """Turn an observed range into a scale and a zero point.
 
     Zero is always inside the range and exactly representable, so that zero padding and ReLU are exact.
@@ -45,7 +47,7 @@ def choose_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, sy
 
     Args:
         low, high: observed bounds, one entry per scale, any (equal) shape.
-        quant_min, quant_max: the integer range.
+        quant_min, quant_max: the integer range; numbers, or float32 tensors of one.
         symmetric: whether the zero point is 0.
 
     Returns:
@@ -63,7 +65,7 @@ def choose_qparams(low: Tensor, high: Tensor, quant_min: int, quant_max: int, sy
         steps = quant_max - quant_min
         scale = high / steps - low / steps  # not (high - low) / steps, which overflows near the largest float
         scale_or_one = torch.where(scale > SMALLEST_SCALE, scale, 1.0)
-        zero_point = (quant_min - torch.round(low / scale_or_one)).clamp(quant_min, quant_max)
+        zero_point = torch.clamp(quant_min - torch.round(low / scale_or_one), quant_min, quant_max)  # type: ignore[call-overload]
     scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
     return scale, zero_point
 

@@ -188,8 +188,10 @@ def fake_quantize(
 
     Source: Esser et al. 2020, "Learned Step Size Quantization", equations 1 to 3; Krishnamoorthi 2018, section 3.
     """
-    if fast.usable(x, scale, rounding):
-        return fast.fake_quantize(x, scale, zero_point, quant_min, quant_max, relu=relu, grad_scale=grad_scale)
+    if rounding == "nearest" and (taken := fast.plan(x, scale.shape, grad_scale is not None)) and fast.pays(x, taken):
+        return fast.fake_quantize(
+            x, scale, zero_point, quant_min, quant_max, relu=relu, grad_scale=grad_scale, taken=taken
+        )  # fmt: skip
     if not torch.is_grad_enabled():
         q = quantize(x, scale, zero_point, quant_min, quant_max, rounding)
         return dequantize(torch.maximum(q, zero_point) if relu else q, scale, zero_point).to(x.dtype)

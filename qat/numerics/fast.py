@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.numerics import blocks, kernels
+from qat.numerics.affine import SMALLEST_SCALE
 
 SMALLEST = 2**15
 """Elements from which the compiled form pays for its call."""
@@ -42,7 +43,8 @@ class Layout:
 
     Attributes:
         form: of the kernels: `flat`, `rows` of `inner` values, or `cols` of `channels * inner`.
-        outer, channels, pieces, inner: extents; `pieces` are the parts that long runs are cut into.
+        outer, channels, pieces, inner: extents; `pieces` are the parts that long runs are cut into (of `flat`, only
+            to be summed: `strips`).
     """
 
     form: str
@@ -55,7 +57,7 @@ class Layout:
     def shape(self) -> tuple[int, ...]:
         """Of the values."""
         if self.form == "flat":
-            return (self.inner,)
+            return (self.pieces * self.inner,)
         if self.form == "cols":
             return (self.outer, self.channels * self.inner)
         return (self.outer * self.channels * self.pieces, self.inner)
@@ -72,8 +74,9 @@ class Layout:
             return p.reshape(())
         if self.form == "cols":
             return p.reshape(-1, 1).expand(self.channels, self.inner).reshape(-1).contiguous()
-        p = p.reshape(1, -1, 1).expand(self.outer, self.channels, self.pieces).reshape(-1).contiguous()
-        return p.unsqueeze(1)
+        if self.outer == self.pieces == 1:
+            return p.reshape(-1, 1)
+        return p.reshape(1, -1, 1).expand(self.outer, self.channels, self.pieces).reshape(-1).contiguous().unsqueeze(1)
 
     def gather(self, p: Tensor) -> Tensor:
         """Sums of parts -> one entry a scale."""
@@ -81,12 +84,22 @@ class Layout:
             return p.sum()
         if self.form == "cols":
             return p.sum(0).reshape(self.channels, self.inner).sum(1)
+        if self.outer == self.pieces == 1:
+            return p
         return p.reshape(self.outer, self.channels, self.pieces).sum((0, 2))
 
     def view(self, x: Tensor) -> Tensor:
         """The values of a dense tensor, without a copy."""
         shape = self.shape
         return x.as_strided(shape, (shape[-1], 1)[-len(shape) :])
+
+    def summed(self, *tensors: Tensor) -> tuple[str, tuple[Tensor, ...]]:
+        """The form that sums the gradient of the scale, and values as it sees them."""
+        if self.form == "flat" and self.pieces > 1:
+            return "strips", tuple(t.view(self.pieces, self.inner) for t in tensors)
+        if self.form == "cols":
+            return "cols", tuple(t.view(-1, self.block, t.shape[1]) for t in tensors)
+        return self.form, tensors
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,7 +112,7 @@ def _layout(shape: torch.Size, stride: tuple[int, ...], scale: torch.Size) -> La
         if len(scale) > len(shape):
             return None
         pieces = _pieces(numel)
-        return Layout("flat" if pieces == 1 else "rows", 1, 1, pieces, numel // pieces)
+        return Layout("flat", 1, 1, pieces, numel // pieces)
     axes = [axis - len(scale) for axis, extent in enumerate(scale) if extent > 1]
     if len(axes) > 1 or len(scale) > len(shape) or shape[axes[0]] != channels:
         return None
@@ -126,30 +139,64 @@ def _dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
     return True
 
 
-def _form(x: Tensor, scale: Tensor, lsq: bool) -> tuple[str, Layout] | None:
-    """("compiled" or "blocked", layout); None where neither can."""
+@dataclass(frozen=True)
+class Plan:
+    """How tensors of one shape and order of memory are taken.
+
+    Attributes:
+        form: "compiled" or "blocked".
+        layout: of the values.
+        shape, stride: of the tensors.
+        lsq: whether there is a gradient for the scale.
+    """
+
+    form: str
+    layout: Layout
+    shape: torch.Size
+    stride: tuple[int, ...]
+    lsq: bool
+
+    def restore(self, values: Tensor) -> Tensor:
+        """Inverse of `layout.view`."""
+        return values.as_strided(self.shape, self.stride)
+
+    def in_order(self, grad: Tensor) -> Tensor:
+        """The gradient in the memory order of the forward's input."""
+        if grad.stride() == self.stride:
+            return grad
+        return torch.empty_strided(self.shape, self.stride, dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def plan(x: Tensor, scale: torch.Size | tuple[int, ...], lsq: bool) -> Plan | None:
+    """How `x` is taken, with a scale of a shape that broadcasts against it; None where neither form can."""
     if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
         return None
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    return _plan(x.shape, x.stride(), x.dtype, x.device.type, scale, lsq, torch.get_num_threads(), kernels.switch())
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: str, scale: tuple[int, ...], lsq: bool,
+    threads: int, switch: str,
+) -> Plan | None:  # fmt: skip
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    layout = _layout(x.shape, x.stride(), scale.shape)
-    if layout is None or x.numel() >= 2**31:  # the compiler may count in 32 bits
+    layout = _layout(shape, stride, scale)
+    if layout is None or math.prod(shape) >= 2**31:  # the compiler may count in 32 bits
         return None
     one = layout.form != "flat" and 1 in (*layout.shape, layout.block if layout.form == "cols" else 2)
-    if not one and kernels.available(lsq, layout.form, x):
-        return "compiled", layout
-    return ("blocked", layout) if x.device.type == "cpu" else None
+    if not one and kernels.available(lsq, layout.form, dtype, device):
+        return Plan("compiled", layout, shape, stride, lsq)
+    return Plan("blocked", layout, shape, stride, lsq) if device == "cpu" else None
 
 
-def usable(x: Tensor, scale: Tensor, rounding: str) -> bool:
-    """Whether `fake_quantize` takes these arguments, and pays.
-
-    It takes dense tensors with one scale or with scales along one dimension, and pays for large ones.
-    """
-    if rounding != "nearest" or x.numel() < (SMALLEST_LEARNED if scale.requires_grad else SMALLEST):
+def pays(x: Tensor, taken: Plan | None) -> bool:
+    """Whether a plan is worth its call: for large tensors."""
+    if taken is None:
         return False
-    form = _form(x, scale, scale.requires_grad)
-    return form is not None and (form[0] == "compiled" or x.numel() >= SMALLEST_BLOCKED)
+    if taken.form == "blocked":
+        return x.numel() >= SMALLEST_BLOCKED
+    return x.numel() >= (SMALLEST_LEARNED if taken.lsq else SMALLEST)
 
 
 @functools.cache
@@ -160,25 +207,17 @@ def _floor(relu: bool, device: torch.device) -> Tensor:
 
 
 def _forward(
-    ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, relu: bool, lsq: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, the byte an element, and the smallest and largest integer less the zero point."""
-    chosen = _form(x, scale, lsq)
-    if chosen is None:
-        raise ValueError("no form takes these arguments: ask `usable` first")
-    ctx.form, ctx.layout = form, layout = chosen
-    ctx.x_like = (x.shape, x.stride())
-    bottom, top = quant_min - zero_point, quant_max - zero_point
-    if relu:
-        bottom = bottom.clamp(min=0)
-    values = layout.view(x)
-    arguments = [layout.spread(p) for p in (scale, bottom, top)]
-    if form == "compiled":
-        name = "forward_lsq" if lsq else "forward_ste"
-        y, code = kernels.run(name, layout.form, values, *arguments, _floor(relu, x.device))
+    ctx: Any, x: Tensor, taken: Plan, scale: Tensor, bottom: Tensor, top: Tensor, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """The result and the byte an element. Scale and ends are spread."""
+    ctx.plan = taken
+    values = taken.layout.view(x)
+    if taken.form == "compiled":
+        name = "forward_lsq" if taken.lsq else "forward_ste"
+        y, code = kernels.run(name, taken.layout.form, values, scale, bottom, top, _floor(relu, x.device))
     else:
-        y, code = blocks.forward(_two(values), *(_two(p) for p in arguments), relu=relu, lsq=lsq)
-    return y.as_strided(x.shape, x.stride()), code, bottom, top
+        y, code = blocks.forward(_two(values), *(_two(p) for p in (scale, bottom, top)), relu=relu, lsq=taken.lsq)
+    return taken.restore(y), code
 
 
 def _two(t: Tensor) -> Tensor:
@@ -186,80 +225,157 @@ def _two(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(1, -1)
 
 
-def _in_order(ctx: Any, grad: Tensor) -> Tensor:
-    """The gradient in the memory order of the forward's input."""
-    shape, stride = ctx.x_like
-    if grad.stride() == stride:
-        return grad
-    return torch.empty_strided(shape, stride, dtype=grad.dtype, device=grad.device).copy_(grad)
-
-
 class _FakeQuantize(torch.autograd.Function):
     """Keeps one byte an element: whether the gradient passes."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu):  # type: ignore[no-untyped-def]
-        y, inside, *_ = _forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, lsq=False)
+    def forward(ctx, x, taken, scale, bottom, top, relu):  # type: ignore[no-untyped-def]
+        y, inside = _forward(ctx, x, taken, scale, bottom, top, relu)
         ctx.save_for_backward(inside)
         return y
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (inside,) = ctx.saved_tensors
-        grad = _in_order(ctx, grad)
-        values = grad.as_strided((grad.numel(),), (1,))
-        if ctx.form == "compiled" or torch.is_grad_enabled():  # a second derivative: of the kernel as it is written
+        taken: Plan = ctx.plan
+        values = taken.in_order(grad).as_strided((grad.numel(),), (1,))
+        if taken.form == "compiled" or torch.is_grad_enabled():  # a second derivative: of the kernel as it is written
             (grad_x,) = kernels.run("backward_ste", "flat", values, inside.view(-1))
         else:
             grad_x = blocks.backward_ste(values, inside.view(-1))
-        return grad_x.as_strided(*ctx.x_like), None, None, None, None, None
+        return taken.restore(grad_x), None, None, None, None, None
+
+
+class _FakeQuantizeWhole(torch.autograd.Function):
+    """Where nothing is clipped: keeps nothing, and passes the gradient on as it comes."""
+
+    @staticmethod
+    def forward(ctx, x, taken, scale, bottom, top):  # type: ignore[no-untyped-def]
+        (y,) = kernels.run("forward_whole", taken.layout.form, taken.layout.view(x), scale, bottom, top)
+        return taken.restore(y)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None, None, None, None
 
 
 class _FakeQuantizeLSQ(torch.autograd.Function):
     """Keeps one byte an element, which is enough for both gradients: see `kernels.forward_lsq`."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, grad_scale):  # type: ignore[no-untyped-def]
-        y, code, *ends = _forward(ctx, x, scale, zero_point, quant_min, quant_max, relu, lsq=True)
-        ctx.save_for_backward(code, *ends)
-        ctx.scale_shape, ctx.grad_scale = scale.shape, grad_scale
+    def forward(ctx, x, taken, scale, bottom, top, relu, grad_scale):  # type: ignore[no-untyped-def]
+        layout = taken.layout
+        bottom, top = layout.spread(bottom), layout.spread(top)
+        used = layout.spread(scale.abs().clamp(min=SMALLEST_SCALE))
+        y, code = _forward(ctx, x, taken, used, bottom, top, relu)
+        ctx.save_for_backward(code, scale, bottom, top)
+        ctx.grad_scale = grad_scale
         return y
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        code, *ends = ctx.saved_tensors
-        layout = ctx.layout
-        values = layout.view(_in_order(ctx, grad))
-        below, above = (layout.spread(end) for end in ends)
-        if ctx.form == "compiled" or torch.is_grad_enabled():  # a second derivative: of the kernel as it is written
-            if layout.form == "cols":
-                blocks_of = (-1, layout.block, values.shape[1])
-                values, code = values.view(blocks_of), code.view(blocks_of)
-            grad_x, total = kernels.run("backward_lsq", layout.form, values, code, below, above)
+        code, scale, below, above = ctx.saved_tensors
+        taken: Plan = ctx.plan
+        layout = taken.layout
+        values = layout.view(taken.in_order(grad))
+        if taken.form == "compiled" or torch.is_grad_enabled():  # a second derivative: of the kernel as it is written
+            form, (values, code) = layout.summed(values, code)
+            grad_x, total = kernels.run("backward_lsq", form, values, code, below, above)
         else:
             grad_x, total = blocks.backward_lsq(_two(values), code, _two(below), _two(above))
-        total = layout.gather(total).reshape(ctx.scale_shape)
-        return grad_x.as_strided(*ctx.x_like), total * ctx.grad_scale, None, None, None, None, None
+        total = layout.gather(total).reshape(scale.shape)
+        grad_scale = total * (torch.sign(scale) * ctx.grad_scale)
+        return taken.restore(grad_x), None, grad_scale, None, None, None, None
+
+
+@functools.lru_cache(maxsize=1024)
+def ends(quant_min: int, quant_max: int, relu: bool, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest integer less the zero point, where that is 0; made once."""
+    with torch.inference_mode(False):
+        bottom, top = (torch.full(shape, end, dtype=torch.float32, device=device) for end in (quant_min, quant_max))
+        return bottom.clamp(min=0) if relu else bottom, top
+
+
+@functools.cache
+def constants(quant_min: int, quant_max: int, floor: float, momentum: float, device: torch.device) -> Tensor:
+    """What `choose` and `follow` are told, made once (see `kernels.choose_symmetric`)."""
+    with torch.inference_mode(False):
+        return torch.tensor([quant_min, quant_max, floor, momentum], dtype=torch.float32, device=device)
+
+
+@torch.no_grad()
+def choose(low: Tensor, high: Tensor, constants: Tensor, symmetric: bool) -> tuple[Tensor, ...]:
+    """Scale, zero point and ends for ranges [n]: `kernels.choose_symmetric`, or `choose_affine`."""
+    return _call("choose_symmetric" if symmetric else "choose_affine", "ranges", low, high, constants)
+
+
+@torch.no_grad()
+def follow(
+    low: Tensor, high: Tensor, average_low: Tensor, average_high: Tensor, constants: Tensor, symmetric: bool
+) -> tuple[Tensor, ...]:
+    """Averages, scale, zero point and ends, [1] each: `kernels.follow_symmetric`, or `follow_affine`."""
+    name = "follow_symmetric" if symmetric else "follow_affine"
+    return _call(name, "range", low, high, average_low, average_high, constants)
+
+
+def _call(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
+    """A kernel of ranges, as it is written where no compiler is at hand."""
+    if args[0].dtype == torch.float32 and kernels.usable(((name, form),), device=args[0].device.type):
+        return kernels.run(name, form, *args)
+    return kernels.KERNELS[name, form](*args)
+
+
+def take(x: Tensor, taken: Plan, scale: Tensor, bottom: Tensor, top: Tensor, relu: bool, whole: bool = False) -> Tensor:
+    """Fake-quantize, given what the definition makes of the range.
+
+    Args:
+        x: the tensor that the plan was made for.
+        taken: from `plan`.
+        scale: > 0, of any shape with one entry a scale, and so are the next two.
+        bottom, top: the smallest and largest integer, less the zero point; `bottom` is 0 or more behind a ReLU.
+        relu: apply ReLU first.
+        whole: nothing is clipped, as the range is that of `x`.
+    """
+    spread = taken.layout.spread
+    if whole and kernels.usable((("forward_whole", taken.layout.form),), x.dtype, x.device.type):
+        passed: Tensor = _FakeQuantizeWhole.apply(x, taken, spread(scale), spread(bottom), spread(top))
+        return passed
+    result: Tensor = _FakeQuantize.apply(x, taken, spread(scale), spread(bottom), spread(top), relu)
+    return result
 
 
 def fake_quantize(
     x: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
+    zero_point: Tensor | None,
     quant_min: int,
     quant_max: int,
     *,
     relu: bool = False,
     grad_scale: float | None = None,
+    taken: Plan | None = None,
 ) -> Tensor:
     """As `qat.numerics.fake_quantize.fake_quantize` with rounding to nearest, of tensors of any size.
+
+    Args:
+        x, scale, quant_min, quant_max, relu, grad_scale: as there. Of a learned scale the magnitude counts.
+        zero_point: None for 0.
+        taken: the plan, where it is known; scale and zero point are of any shape then.
 
     Raises:
         ValueError: `x` has gaps in memory or is empty, or the scale varies along several dimensions.
     """
-    scale_ = scale if grad_scale is not None else scale.detach()
-    if zero_point.shape != scale.shape:
-        zero_point = zero_point.expand(scale.shape)
-    if grad_scale is None:
-        return _FakeQuantize.apply(x, scale_, zero_point, quant_min, quant_max, relu)
-    return _FakeQuantizeLSQ.apply(x, scale_, zero_point, quant_min, quant_max, relu, grad_scale)
+    taken = taken or plan(x, scale.shape, grad_scale is not None)
+    if taken is None:
+        raise ValueError("no form takes these arguments: ask `plan` first")
+    if zero_point is None:
+        bottom, top = ends(quant_min, quant_max, relu, scale.shape, scale.device)
+    else:
+        bottom, top = quant_min - zero_point, quant_max - zero_point
+        bottom = bottom.clamp(min=0) if relu else bottom
+        if zero_point.shape != scale.shape:
+            bottom, top = bottom.expand(scale.shape), top.expand(scale.shape)
+    if not taken.lsq:
+        return take(x, taken, scale.detach(), bottom, top, relu)
+    result: Tensor = _FakeQuantizeLSQ.apply(x, taken, scale, bottom, top, relu, grad_scale)
+    return result

@@ -9,6 +9,8 @@ order of memory, in one of three forms:
 | rows | [rows, n] | [rows, 1]         | a scale for each run of n neighbours: weights, [N, C, H, W] |
 | cols | [rows, n] | [n]               | a scale for each place in a row: channels last              |
 
+A long tensor with one scale is cut into `strips`, [strips, n], where the gradient of the scale is summed.
+
 Every form takes one dynamic-shape compilation a kernel and dtype, which Inductor keeps on disk for later processes.
 Extents of 0 and 1, which the compiler would specialise on, do not get here (`qat.numerics.fast`).
 
@@ -18,12 +20,14 @@ Extents of 0 and 1, which the compiler would specialise on, do not get here (`qa
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from qat.numerics.affine import choose_qparams
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,12 @@ def forward_ste(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Te
     below_top = torch.relu(last - torch.relu(q))
     inside = (q == last - below_top) & (x_ > floor)
     return ((top - below_top) * scale).to(x.dtype), _byte(inside)
+
+
+def forward_whole(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor) -> tuple[Tensor]:
+    """As `forward_ste` where nothing is clipped, as the range is that of the values: every gradient passes."""
+    q, last = torch.round(x.float() / scale) - bottom, top - bottom
+    return (((top - torch.relu(last - torch.relu(q))) * scale).to(x.dtype),)
 
 
 def _byte(code: Tensor) -> Tensor:
@@ -113,20 +123,87 @@ def backward_lsq_cols(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) 
     return grad_x, terms.sum(1)
 
 
+def choose_symmetric(low: Tensor, high: Tensor, constants: Tensor) -> tuple[Tensor, ...]:
+    """`affine.choose_qparams`, and the ends that `forward_ste` takes.
+
+    Args:
+        low, high: observed bounds, float32, any shape.
+        constants: float32: quant_min, quant_max, and what values are clamped to from below (0 behind a ReLU, else
+            -inf).
+
+    Returns:
+        scale, zero point, and the smallest and the largest integer less the zero point, of the shape of `low`.
+    """
+    return _ends(*choose_qparams(low, high, constants[0], constants[1], symmetric=True), constants)
+
+
+def choose_affine(low: Tensor, high: Tensor, constants: Tensor) -> tuple[Tensor, ...]:
+    """As `choose_symmetric`, with a zero point."""
+    return _ends(*choose_qparams(low, high, constants[0], constants[1], symmetric=False), constants)
+
+
+def _ends(scale: Tensor, zero_point: Tensor, constants: Tensor) -> tuple[Tensor, ...]:
+    bottom = torch.maximum(constants[0] - zero_point, constants[2])
+    return scale, zero_point, bottom, constants[1] - zero_point
+
+
+def follow(low: Tensor, high: Tensor, averages: tuple[Tensor, Tensor], momentum: Tensor, least: Tensor) -> (
+    tuple[Tensor, Tensor]
+):  # fmt: skip
+    """Moving averages of a batch's extremes; an extreme that is not finite leaves its average as it is."""
+    moved = []
+    for value, average in zip((low, high), averages, strict=True):
+        value = torch.maximum(value.float(), least)
+        old = torch.where(average.isnan(), value, average)
+        moved.append(torch.where(value.isfinite(), old + momentum * (value - old), average))
+    return moved[0], moved[1]
+
+
+def follow_symmetric(
+    low: Tensor, high: Tensor, average_low: Tensor, average_high: Tensor, constants: Tensor
+) -> tuple[Tensor, ...]:
+    """Moving averages of the extremes (`observers.Ema`), and what `choose_symmetric` makes of them.
+
+    Args:
+        low, high: extremes of a batch.
+        average_low, average_high: averages of those before, float32; NaN where there are none.
+        constants: as `choose_symmetric`, then the momentum.
+
+    Returns:
+        both averages, then what `choose_symmetric` returns.
+    """
+    averages = follow(low, high, (average_low, average_high), constants[3], constants[2])
+    return *averages, *choose_symmetric(*averages, constants)
+
+
+def follow_affine(
+    low: Tensor, high: Tensor, average_low: Tensor, average_high: Tensor, constants: Tensor
+) -> tuple[Tensor, ...]:
+    """As `follow_symmetric`, with a zero point."""
+    averages = follow(low, high, (average_low, average_high), constants[3], constants[2])
+    return *averages, *choose_affine(*averages, constants)
+
+
 _Kernel = Callable[..., tuple[Tensor, ...]]
 
 KERNELS: dict[tuple[str, str], _Kernel] = {
     **{("forward_ste", form): forward_ste for form in ("flat", "rows", "cols")},
     **{("forward_lsq", form): forward_lsq for form in ("flat", "rows", "cols")},
+    **{("forward_whole", form): forward_whole for form in ("flat", "rows", "cols")},
     ("backward_ste", "flat"): backward_ste,
     ("backward_lsq", "flat"): backward_lsq_flat,
+    ("backward_lsq", "strips"): backward_lsq_rows,
     ("backward_lsq", "rows"): backward_lsq_rows,
     ("backward_lsq", "cols"): backward_lsq_cols,
+    ("choose_symmetric", "ranges"): choose_symmetric,
+    ("choose_affine", "ranges"): choose_affine,
+    ("follow_symmetric", "range"): follow_symmetric,
+    ("follow_affine", "range"): follow_affine,
 }
-"""(name, form) -> function."""
+"""(name, form) -> function. What is chosen for many ranges is of the form `ranges`, [n]; for one, `range`, [1]."""
 
-_VALUES = {"flat": (2**16,), "rows": (192, 320), "cols": (192, 320)}
-_SCALE = {"flat": (), "rows": (192, 1), "cols": (320,)}
+_VALUES = {"flat": (2**16,), "strips": (192, 320), "rows": (192, 320), "cols": (192, 320)}
+_SCALE = {"flat": (), "strips": (), "rows": (192, 1), "cols": (320,)}
 
 
 def _example(name: str, form: str, dtype: torch.dtype, device: str) -> list[Tensor]:
@@ -135,8 +212,16 @@ def _example(name: str, form: str, dtype: torch.dtype, device: str) -> list[Tens
     What the first compilation sees decides how loops are parallelised, and extents that are equal there must be equal
     ever after.
     """
+    if form in ("ranges", "range"):
+        ends = [
+            torch.full((24 if form == "ranges" else 1,), end, dtype=torch.float32, device=device) for end in (-1, 1)
+        ]
+        averages = [end.clone() for end in ends] if name.startswith("follow") else []
+        return [*ends, *averages, torch.tensor([-8.0, 7.0, -torch.inf, 0.05], dtype=torch.float32, device=device)]
     values, scale = _VALUES[form], torch.ones(_SCALE[form], dtype=torch.float32, device=device)
     x, code = torch.zeros(values, dtype=dtype, device=device), torch.zeros(values, dtype=torch.int8, device=device)
+    if name == "forward_whole":
+        return [x, scale, -scale, 2 * scale]
     if name.startswith("forward"):
         return [x, scale, -scale, 2 * scale, torch.ones(1, dtype=torch.float32, device=device)]
     if name == "backward_ste":
@@ -178,22 +263,33 @@ _broken: set[str] = set()
 """Types of device on which a compilation failed: it is not tried again."""
 
 
-def available(lsq: bool, form: str, x: Tensor) -> bool:
+def switch() -> str:
+    """What the environment says of compilation."""
+    return os.environ.get("QAT_KERNELS", "on")
+
+
+def available(lsq: bool, form: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> bool:
     """Whether the kernels of a form can run on such values; compiles them at the first call."""
-    if x.device.type in _broken or os.environ.get("QAT_KERNELS", "on") == "off":
+    if not lsq:
+        return usable((("forward_ste", form), ("backward_ste", "flat")), dtype, device)
+    sums = ("flat", "strips") if form == "flat" else (form,)
+    return usable((("forward_lsq", form), *(("backward_lsq", form) for form in sums)), dtype, device)
+
+
+def usable(keys: Iterable[tuple[str, str]], dtype: torch.dtype = torch.float32, device: str = "cpu") -> bool:
+    """Whether kernels, keys of KERNELS, can run; compiles them at the first call."""
+    if device in _broken or switch() == "off":
         return False
-    both = (("forward_lsq", form), ("backward_lsq", form)) if lsq else (("forward_ste", form), ("backward_ste", "flat"))
-    if all(_compiled(*key, x) for key in both):
+    if all(compiled(*key, dtype, device, torch.get_num_threads()) for key in keys):
         return True
-    _broken.add(x.device.type)
+    _broken.add(device)
     return False
-
-
-def _compiled(name: str, form: str, x: Tensor) -> _Kernel | None:
-    return compiled(name, form, x.dtype, x.device.type, torch.get_num_threads())
 
 
 def run(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
     """Call a kernel: compiled, or as it is written where a second derivative is wanted."""
-    kernel = None if torch.is_grad_enabled() else _compiled(name, form, args[0])
+    if torch.is_grad_enabled():
+        return KERNELS[name, form](*args)
+    x = args[0]
+    kernel = compiled(name, form, x.dtype, x.device.type, torch.get_num_threads())
     return (kernel or KERNELS[name, form])(*args)

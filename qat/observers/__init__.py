@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from qat.observers.base import Observer, ObserverOptions
 from qat.observers.entropy import Entropy
-from qat.observers.extremes import AbsMax, Ema, MinMax
+from qat.observers.extremes import AbsMax, Ema, Extremes, MinMax
 from qat.observers.histogram import BINS, Histogram, Percentile
 from qat.observers.moments import Sigma
 from qat.observers.search import Lp, Mse
@@ -32,6 +32,7 @@ __all__ = [
     "AbsMax",
     "Ema",
     "Entropy",
+    "Extremes",
     "Histogram",
     "Lp",
     "MinMax",

@@ -128,6 +128,11 @@ class Ema(Extremes):
         self.low.fill_(torch.nan)
         self.high.fill_(torch.nan)
 
+    @property
+    def simple(self) -> bool:
+        """Whether there is one range of one edge, and something was seen."""
+        return self._checked and self.low.numel() == 1
+
     def _take(self, low: Tensor, high: Tensor, site: int) -> None:
         for averages, value in ((self.low, low), (self.high, high)):
             average = averages[site]

@@ -90,7 +90,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNet: a 3x3 convolution, three stages of 16, 32 and 64 channels, average pool, linear.
+    """The CIFAR ResNet: a 3x3 convolution, three stages of w, 2w and 4w channels, average pool, linear.
 
     Parameter names are those of github.com/akamaster/pytorch_resnet_cifar10, so its weights load with strict=True.
 
@@ -99,6 +99,7 @@ class ResNet(nn.Module):
         shortcut: "A" (zero padding, as the paper's CIFAR networks) or "B" (1x1 convolution and BatchNorm).
         in_channels: channels of the images.
         num_classes: number of logits.
+        width: channels of the first stage, 16 in the paper.
 
     Raises:
         ValueError: an argument is not among those named above.
@@ -109,23 +110,25 @@ class ResNet(nn.Module):
     269722
     """
 
-    def __init__(self, depth: int = 20, shortcut: str = "A", in_channels: int = 3, num_classes: int = 10) -> None:
+    def __init__(
+        self, depth: int = 20, shortcut: str = "A", in_channels: int = 3, num_classes: int = 10, width: int = 16
+    ) -> None:
         super().__init__()
         if depth not in RESNET_DEPTHS:
             raise ValueError(f"depth={depth!r} is not valid: choose one of {', '.join(map(str, RESNET_DEPTHS))}")
         if shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut={shortcut!r} is not valid: choose one of {', '.join(SHORTCUTS)}")
-        _require_positive(in_channels=in_channels, num_classes=num_classes)
+        _require_positive(in_channels=in_channels, num_classes=num_classes, width=width)
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu1 = nn.ReLU()
-        self.layer1 = self._stage(16, 16, blocks, stride=1, shortcut=shortcut)
-        self.layer2 = self._stage(16, 32, blocks, stride=2, shortcut=shortcut)
-        self.layer3 = self._stage(32, 64, blocks, stride=2, shortcut=shortcut)
+        self.layer1 = self._stage(width, width, blocks, stride=1, shortcut=shortcut)
+        self.layer2 = self._stage(width, 2 * width, blocks, stride=2, shortcut=shortcut)
+        self.layer3 = self._stage(2 * width, 4 * width, blocks, stride=2, shortcut=shortcut)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
-        self.linear = nn.Linear(64, num_classes)
+        self.linear = nn.Linear(4 * width, num_classes)
         kaiming_init(self)
 
     @staticmethod

@@ -1,0 +1,297 @@
+"""What a step of quantized training costs against a float one: time and memory, ours and the peers'.
+
+python -m experiments.speed.training                              # all that is installed, about 15 minutes
+python -m experiments.speed.training --short                      # ours, about 3 minutes (`make bench`)
+python -m experiments.speed.training --peers .venv-peers          # peers from their environment (`make peers`)
+python -m experiments.speed.training --device cuda --amp bfloat16
+
+Each row is measured in a process of its own, in which float and quantized steps alternate; a ratio is of two neighbours.
+Memory is the growth of the peak of resident memory over the built network, in another fresh process.
+"""
+
+import argparse
+import csv
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.speed.variants import OURS, VARIANTS, built
+from experiments.speed.work import WORK
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+WANTED = {"frozen": 1.05, "ema": 1.08, "lsq": 1.10, "compiled": 1.05, "memory": 1.15}
+"""What ours is held to (times float)."""
+
+
+def alternating(steps: dict[str, Callable[[], Tensor]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each step, taken in turns; two rounds to warm up are left out."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(repeats + 2):
+        for name, step in steps.items():
+            wait(device)
+            start = time.perf_counter()
+            step()
+            wait(device)
+            if round_ >= 2:
+                taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def measure_time(variant: str, work: str, repeats: int, device: str, compiled: bool) -> dict[str, Any]:
+    """Ratios of a variant's steps to those of the float network beside it."""
+    task = WORK[work](device=device)
+    nets = {"float": built("float", task.net, task.x, work)}
+    start = time.perf_counter()
+    nets[variant] = built(variant, task.net, task.x, work)
+    preparation = time.perf_counter() - start
+    steps: dict[str, Callable[[], Tensor]] = {}
+    for name, net in nets.items():
+        steps[name] = task.step_of(torch.compile(net) if compiled else net)
+    first = {}
+    for name, step in steps.items():
+        start = time.perf_counter()
+        loss = step()
+        wait(device)
+        first[name] = time.perf_counter() - start
+    gc.collect()
+    gc.disable()
+    taken = alternating(steps, repeats, device)
+    ratios = [b / a for a, b in zip(taken["float"], taken[variant], strict=True)]
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+        "ms": round(1e3 * statistics.median(taken[variant]), 2),
+        "float_ms": round(1e3 * statistics.median(taken["float"]), 2),
+        "preparation_s": round(preparation, 2),
+        "first_step_s": round(first[variant], 2),
+        "loss": round(float(loss), 4),
+    }
+
+
+def measure_memory(variant: str, work: str, device: str) -> dict[str, Any]:
+    """MB by which four steps raise the peak over the built network."""
+    task = WORK[work](device=device)
+    net = built(variant, task.net, task.x, work)
+    task.net.to("meta")  # only the copy is trained
+    step = task.step_of(net)
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        for _ in range(4):
+            step()
+        return {"growth_mb": round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _status("VmRSS")
+    for _ in range(4):
+        step()
+    return {"growth_mb": round((_status("VmHWM") - before) / 2**10, 1)}
+
+
+def _status(field: str) -> int:
+    """KiB that Linux says of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def interpreter(package: str, peers: Path | None) -> str | None:
+    """A Python that has `package`: this one, or the one of the peers' environment."""
+    candidates = [sys.executable] + ([str(peers / "bin" / "python")] if peers is not None else [])
+    for python in candidates:
+        code = f"import importlib.util as u, sys; sys.exit(u.find_spec({package.split('.')[0]!r}) is None)"
+        if Path(python).is_file() and subprocess.run([python, "-c", code], cwd=ROOT, check=False).returncode == 0:
+            return python
+    return None
+
+
+def in_a_process(python: str, arguments: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """What `--measure` prints last in a process of its own; {"failed": reason} if it ends otherwise."""
+    command = [python, "-W", "ignore", "-m", "experiments.speed.training", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | (environment or {}), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return {"failed": (lines or ["no message"])[-1][:200]}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def rows_of(args: argparse.Namespace, progress: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measure everything that was asked for."""
+    rows = []
+    chosen = args.variants or (list(OURS) if args.short else list(VARIANTS))
+    ways = [("eager", []), ("compiled", ["--compile"])]
+    for work in args.work:
+        floats: dict[str, float] = {}
+        for name in chosen:
+            variant = VARIANTS[name]
+            python = interpreter(variant.package, args.peers)
+            if work not in variant.work or python is None:
+                continue
+            common = [name, work, "--device", args.device, "--threads", str(args.threads)]
+            for way, more in ways[: 1 if args.no_compile else 2]:
+                progress(f"{work}: {variant.title}, {way}")
+                measured = in_a_process(python, ["--measure", "time", *common, "--repeats", str(args.repeats), *more])
+                row = {"work": work, "variant": name, "way": way, **measured}
+                if way == "eager":
+                    if python not in floats:
+                        plain = ["float", *common[1:]]
+                        floats[python] = in_a_process(python, ["--measure", "memory", *plain])["growth_mb"]
+                    memory = in_a_process(python, ["--measure", "memory", *common])
+                    row |= {"growth_mb": memory.get("growth_mb"), "float_growth_mb": floats[python]}
+                    if "growth_mb" in memory:
+                        row["memory_ratio"] = round(memory["growth_mb"] / floats[python], 3)
+                rows.append(row)
+    return rows
+
+
+FIELDS = (
+    "work", "variant", "way", "ratio", "ratio_min", "ratio_max", "ms", "float_ms", "memory_ratio", "growth_mb",
+    "float_growth_mb", "preparation_s", "first_step_s", "loss", "failed",
+)  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]], earlier: list[dict[str, str]]) -> Any:
+    """The table that people read; with what was measured before, where there is something."""
+    from rich.table import Table
+
+    before = {(row["work"], row["variant"], row["way"]): row["ratio"] for row in earlier}
+    table = Table(
+        "work", "quantized training", "way", "time (min to max)", "memory", "reach", title="a step / a float step"
+    )
+    if earlier:
+        table.add_column("committed")
+    for row in rows:
+        variant, way = row["variant"], row["way"]
+        bound = None if variant not in OURS else WANTED["compiled"] if way == "compiled" else WANTED[variant]
+        if "failed" in row:
+            time_ = f"[red]failed[/red]: {row['failed'][:60]}"
+        else:
+            colour = "" if bound is None else "[green]" if row["ratio"] <= bound else "[yellow]"
+            time_ = f"{colour}{row['ratio']:.2f}{'[/]' if colour else ''} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+        memory = f"{row['memory_ratio']:.2f}" if row.get("memory_ratio") else ""
+        line = [row["work"], VARIANTS[variant].title, way, time_, memory, f"{bound:.2f}" if bound else ""]
+        table.add_row(*line, *([before.get((row["work"], variant, way), "")] if earlier else []))
+    return table
+
+
+def plot(rows: list[dict[str, Any]], path: Path, about: str) -> None:
+    """Bars of time against float, ours first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    works = list(dict.fromkeys(row["work"] for row in rows))
+    names = list(dict.fromkeys(row["variant"] for row in rows))[::-1]
+    figure, axes = plt.subplots(1, len(works), figsize=(5.2 * len(works) + 1.6, 0.42 * len(names) + 1.6), sharey=True)
+    for axis, work in zip([axes] if len(works) == 1 else axes, works, strict=True):
+        for way, offset, colour in (("eager", 0.19, "#3b6fb6"), ("compiled", -0.19, "#9db9dd")):
+            found = [r for r in rows if r["work"] == work and r["way"] == way and "failed" not in r]
+            places = [names.index(r["variant"]) + offset for r in found]
+            spread = [[r["ratio"] - r["ratio_min"] for r in found], [r["ratio_max"] - r["ratio"] for r in found]]
+            axis.barh(places, [r["ratio"] for r in found], 0.36, color=colour, label=way)
+            axis.errorbar([r["ratio"] for r in found], places, xerr=spread, fmt="none", ecolor="#555555", lw=0.8)
+            for r, place in zip(found, places, strict=True):
+                axis.text(
+                    0.03,
+                    place,
+                    f"{r['ratio']:.2f}",
+                    va="center",
+                    fontsize=7,
+                    color="white" if way == "eager" else "black",
+                )
+        axis.axvline(1, color="black", lw=1)
+        axis.set_title(work)
+        axis.set_xlabel("time of a step / float")
+        axis.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
+        axis.set_xlim(0, min(axis.get_xlim()[1], 5))
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right")
+    figure.suptitle(about, fontsize=8, y=0.02, va="bottom")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("what", nargs="*", help=argparse.SUPPRESS)
+    result.add_argument("--work", nargs="+", default=list(WORK), choices=list(WORK))
+    result.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="rows (default: all)")
+    result.add_argument(
+        "--short", action="store_true", help="only qat; compared with the committed results, not written"
+    )
+    result.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    result.add_argument("--peers", type=Path, help="an environment with peers")
+    result.add_argument("--device", default="cpu")
+    result.add_argument("--threads", type=int, default=2)
+    result.add_argument("--repeats", type=int, default=None)
+    result.add_argument("--out", type=Path, default=FOLDER / "results")
+    result.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
+    result.add_argument("--measure", choices=("time", "memory"), help=argparse.SUPPRESS)
+    return result
+
+
+def main() -> None:
+    args = parser().parse_args()
+    args.repeats = args.repeats or (8 if args.short else 15)
+    torch.set_num_threads(args.threads)
+    if args.measure == "time":
+        print(json.dumps(measure_time(*args.what, args.repeats, args.device, args.compile)))
+        return
+    if args.measure == "memory":
+        print(json.dumps(measure_memory(*args.what, args.device)))
+        return
+    from rich.console import Console
+
+    from experiments.speed.machine import machine
+
+    console, facts = Console(), machine(args.device)
+    kept = args.out / f"training_{args.device.partition(':')[0]}.csv"
+    earlier = list(csv.DictReader(kept.open())) if args.short and kept.is_file() else []
+    with console.status("") as status:
+        rows = rows_of(args, status.update)
+    console.print(show(rows, earlier))
+    console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    left_out = [v.title for v in VARIANTS.values() if interpreter(v.package, args.peers) is None]
+    if left_out and not args.short:
+        console.print(
+            f"Not installed, so left out: {', '.join(left_out)}. `make peers` installs them; then --peers .venv-peers"
+        )
+    if args.short:
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    with kept.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
+    kept.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    about = (
+        f"{facts.get('device', facts['processor'])}, {args.threads} threads, torch {facts['torch']}, {facts['date']}"
+    )
+    plot(rows, kept.with_suffix(".svg"), about)
+    console.print(f"wrote {kept}, .json and .svg")
+
+
+if __name__ == "__main__":
+    main()
