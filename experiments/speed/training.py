@@ -5,7 +5,8 @@ python -m experiments.speed.training --short                      # ours, about 
 python -m experiments.speed.training --peers .venv-peers          # peers from their environment (`make peers`)
 python -m experiments.speed.training --device cuda --amp bfloat16
 
-Each row is measured in a process of its own, in which float and quantized steps alternate; a ratio is of two neighbours.
+Each row is measured in a process of its own, in which float and quantized steps alternate; a ratio is of two
+neighbours.
 Memory is the growth of the peak of resident memory over the built network, in another fresh process.
 """
 
@@ -187,7 +188,8 @@ def show(rows: list[dict[str, Any]], earlier: list[dict[str, str]]) -> Any:
             time_ = f"[red]failed[/red]: {row['failed'][:60]}"
         else:
             colour = "" if bound is None else "[green]" if row["ratio"] <= bound else "[yellow]"
-            time_ = f"{colour}{row['ratio']:.2f}{'[/]' if colour else ''} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+            spread = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+            time_ = f"{colour}{row['ratio']:.2f}{'[/]' if colour else ''} {spread}"
         memory = f"{row['memory_ratio']:.2f}" if row.get("memory_ratio") else ""
         line = [row["work"], VARIANTS[variant].title, way, time_, memory, f"{bound:.2f}" if bound else ""]
         table.add_row(*line, *([before.get((row["work"], variant, way), "")] if earlier else []))

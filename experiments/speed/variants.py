@@ -135,7 +135,8 @@ def _swap_for_brevitas(net: nn.Module, qnn: Any, weight: dict[str, Any], act: di
         new: nn.Module | None = None
         if isinstance(child, nn.Conv2d):
             new = qnn.QuantConv2d(
-                child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding, bias=False, **weight
+                child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding, bias=False,
+                **weight,
             )  # fmt: skip
         elif isinstance(child, nn.Linear):
             new = qnn.QuantLinear(child.in_features, child.out_features, bias=True, **weight)
