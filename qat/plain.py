@@ -67,7 +67,8 @@ def _follow(node: FakeQuantize, observer: Ema, x: Tensor) -> tuple[Tensor, Tenso
     """Move the average and the range with `x`; scale and both ends of the grid."""
     kept = [t.view(1) for t in (observer.low, observer.high, node.scale, node.zero_point)]
     low, high = torch.aminmax(x)
-    *moved, bottom, top = fast.follow(low.view(1), high.view(1), *kept[:2], _constants(node, x), node.scheme.symmetric)
+    ends = low.view(1), high.view(1)
+    *moved, bottom, top = fast.follow(*ends, kept[0], kept[1], _constants(node, x), node.scheme.symmetric)
     torch._foreach_copy_(kept, moved)
     return moved[2], bottom, top
 

@@ -65,7 +65,7 @@ def choose_qparams(
         steps = quant_max - quant_min
         scale = high / steps - low / steps  # not (high - low) / steps, which overflows near the largest float
         scale_or_one = torch.where(scale > SMALLEST_SCALE, scale, 1.0)
-        zero_point = torch.clamp(quant_min - torch.round(low / scale_or_one), quant_min, quant_max)  # type: ignore[call-overload]
+        zero_point = torch.clamp(quant_min - torch.round(low / scale_or_one), quant_min, quant_max)  # type: ignore[arg-type]
     scale = torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
     return scale, zero_point
 
