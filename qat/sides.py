@@ -116,15 +116,17 @@ def _training(path: Path) -> Side:
         module = QATModule.load_from_checkpoint(path, map_location="cpu")
     except (KeyError, TypeError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as e:
         raise ValueError(f"'{path}' is not a checkpoint of a training run ({type(e).__name__}: {e})") from e
-    if not isinstance(module.net, fx.GraphModule):
+    if module.hparams["quant"] is None:
         raise ValueError(
             f"'{path}' is of the float phase: there are no integers to compare; give one of checkpoints/qat"
         )
     prepared = module.prepared
     set_mode(prepared, "frozen")
     round_biases(prepared.eval())
-    network = lower(prepared)
-    return Side(
-        label="QAT", outputs=prepared, target=network.info["quant"]["target"], says_target=True, network=network,
-        integers=lambda x: training_integers(prepared, network, *x),
-    )  # fmt: skip
+    target = vars(prepared)["meta"]["qat"]["config"].target
+    side = Side(label="QAT", outputs=prepared, target=target, says_target=True)
+    if isinstance(prepared, fx.GraphModule):
+        recorded, network = prepared, lower(prepared)
+        side.network = network
+        side.integers = lambda x: training_integers(recorded, network, *x)
+    return side
