@@ -19,6 +19,7 @@ from qat.export.compressed_run import open_compressed_tensors
 from qat.export.onnx import save_onnx
 from qat.export.onnx_stored import check_onnx
 from qat.export.onnxruntime import OnnxNetwork, onnx_integers_given
+from qat.export.pt2 import check_reference, open_pt2, pt2_integers_given, save_pt2
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 from qat.scheme import QuantConfig
@@ -101,7 +102,9 @@ def integers_given(network: IntegerNetwork, inputs: Inputs, given: Integers) -> 
 
 
 def _of_checkpoint(path: Path, target: str, grids: Mapping[str, Quantize], inputs: Inputs, given: Integers) -> Integers:
-    return integers_given(load_checkpoint(path), inputs, given)
+    network = load_checkpoint(path)
+    plan = network.fast_path().plan  # what the reloaded network runs, where it has kernels
+    return integers_given(network, inputs, given) if plan is None else plan.integers(given, *inputs)
 
 
 def _write_compressed_tensors(network: nn.Module, path: Path, inputs: Inputs) -> None:
@@ -160,5 +163,13 @@ EXPORTERS: dict[str, Exporter] = {
         packages=("transformers",),
         reader=("compressed_tensors",),
         extra="hf",
+    ),
+    "pt2": Exporter(
+        label="torch.export program",
+        file="model.pt2",
+        write=save_pt2,
+        open=open_pt2,
+        given=pt2_integers_given,
+        check=check_reference,
     ),
 }

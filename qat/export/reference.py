@@ -1,8 +1,8 @@
-"""An integer network in torch's reference quantized operations, for engines that read those: Inductor, ExecuTorch.
+"""An integer network in torch's reference quantized operations, for engines that read those: Inductor on x86.
 
-Every tensor on a grid is what `quantized_decomposed.quantize_per_tensor` made, and every reader dequantizes it for itself,
-around operations on real numbers: the form that engines match and turn into integer kernels. Torch's quantize operation
-multiplies by `1 / scale`, where the definition divides: next to a tie an integer may be one step off.
+Every tensor on a grid is what `quantized_decomposed.quantize_per_tensor` made, and every reader dequantizes it for
+itself, around operations on real numbers: the form that engines match and turn into integer kernels. Torch's quantize
+operation multiplies by `1 / scale`, where the definition divides: next to a tie an integer may be one step off.
 """
 
 import copy
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401 -- registers torch.ops.quantized_decomposed
+import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 
 from qat.runtime import operations as ops
@@ -28,21 +28,23 @@ MOVES = (ops.MaxPool, ops.Reshape, ops.Permute, ops.Slice, ops.Pad, ops.Concat, 
 
 
 class Grid:
-    """A grid in the integer type of an engine's activations.
+    """A grid as engines on x86 take it: tensors of up to 8 bits are uint8.
 
     Args:
         grid: of the integer network.
-        dtype: of tensors of up to 8 bits; others keep theirs.
+        moved: of a tensor whose values are on the grid already, from several tensors perhaps: nothing is clamped.
     """
 
-    def __init__(self, grid: Quantize, dtype: torch.dtype) -> None:
+    def __init__(self, grid: Quantize, moved: bool = False) -> None:
         self.scale, self.own = float(grid.scale), grid.dtype
         small = grid.dtype in (torch.uint8, torch.int8)
-        self.dtype = dtype if small else grid.dtype
+        self.dtype = torch.uint8 if small else grid.dtype
         self.offset = torch.iinfo(self.dtype).min - torch.iinfo(grid.dtype).min if small else 0
         zero = int(grid.zero_point)
         low = max(grid.quant_min, zero) if grid.relu else grid.quant_min
-        self.zero_point, self.bounds = zero + self.offset, (low + self.offset, grid.quant_max + self.offset)
+        info = torch.iinfo(self.dtype)
+        self.zero_point = zero + self.offset
+        self.bounds = (info.min, info.max) if moved else (low + self.offset, grid.quant_max + self.offset)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Real numbers -> integers."""
@@ -63,19 +65,14 @@ class Grid:
 
 
 class Convolution(nn.Module):
-    """A convolution or linear layer on real numbers, by int8 weights that are dequantized where they are read.
-
-    Args:
-        layer: on integers.
-        multiplied_out: hold the weight as real numbers, for an engine without kernels for integers to real numbers.
-    """
+    """A convolution or linear layer on real numbers, by int8 weights that are dequantized where they are read."""
 
     weight: Tensor
     scale: Tensor
     zero_point: Tensor
     bias: Tensor
 
-    def __init__(self, layer: IntegerConv, multiplied_out: bool = False) -> None:
+    def __init__(self, layer: IntegerConv) -> None:
         super().__init__()
         self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.output_padding)
         info = torch.iinfo(layer.weight.dtype)
@@ -87,19 +84,13 @@ class Convolution(nn.Module):
             ("bias", bias if layer.remainder is None else bias + layer.remainder),
         ):  # fmt: skip
             self.register_buffer(name, x.clone())
-        if multiplied_out:
-            self.register_buffer("weight", self.real_weight())
 
     def forward(self, x: Tensor) -> Tensor:
         """Real numbers -> real numbers."""
-        weight = self.weight if self.weight.is_floating_point() else self.real_weight()
-        return convolve(x, weight, self.bias, *self.geometry)
-
-    def real_weight(self) -> Tensor:
-        """The weight as real numbers."""
-        return torch.ops.quantized_decomposed.dequantize_per_channel.default(
+        weight = torch.ops.quantized_decomposed.dequantize_per_channel.default(
             self.weight, self.scale, self.zero_point, 0, *self.bounds, self.weight.dtype
         )
+        return convolve(x, weight, self.bias, *self.geometry)
 
 
 class Product(nn.Module):
@@ -115,21 +106,17 @@ class Reference(nn.Module):
 
     Args:
         network: an integer network.
-        dtype: integer type of activations: uint8 for x86, int8 for XNNPACK.
 
     Raises:
         ValueError: a layer that has no such form.
     """
 
-    def __init__(self, network: IntegerNetwork, dtype: torch.dtype = torch.uint8) -> None:
+    def __init__(self, network: IntegerNetwork) -> None:
         super().__init__()
         self.inputs, self.outputs, self.nodes = network.inputs, network.outputs, network.nodes
-        self.grids = {name: Grid(grid, dtype) for name, grid in network.grids().items()}
-        whole = dtype is torch.int8  # XNNPACK multiplies integers to integers only
-        self.steps = nn.ModuleList(
-            real_form(network.layer(node.name), node.name, multiplied_out=whole and node.name not in self.grids)
-            for node in network.nodes
-        )
+        grids = network.grids()
+        self.grids = {name: Grid(grid, network.layer(name).output is None) for name, grid in grids.items()}
+        self.steps = nn.ModuleList(real_form(network.layer(node.name), node.name) for node in network.nodes)
 
     @property
     def quantized(self) -> list[str]:
@@ -149,14 +136,14 @@ class Reference(nn.Module):
         return self.grids[name].dequantize(tensors[name]) if name in self.grids else tensors[name]
 
 
-def real_form(layer: RuntimeLayer, name: str, multiplied_out: bool = False) -> nn.Module:
-    """A layer as one that takes and returns real numbers, `multiplied_out` if its weights are to be so, too.
+def real_form(layer: RuntimeLayer, name: str) -> nn.Module:
+    """A layer as one that takes and returns real numbers.
 
     Raises:
         ValueError: there is no such form.
     """
     if type(layer) is IntegerConv:
-        return Convolution(layer, multiplied_out)
+        return Convolution(layer)
     if type(layer) is IntegerMatmul:
         return Product()
     if isinstance(layer, ops.Dequantize):
@@ -171,8 +158,8 @@ def real_form(layer: RuntimeLayer, name: str, multiplied_out: bool = False) -> n
                 layer.settings[key] = 0
         return layer
     raise ValueError(
-        f"layer '{name}' ({type(layer).__name__}) has no form in torch's reference quantized operations: leave pt2 and "
-        f"executorch out of export.formats, or give the layer a scheme of integers with scales per tensor or channel"
+        f"layer '{name}' ({type(layer).__name__}) has no form in torch's reference quantized operations: leave pt2 "
+        f"out of export.formats, or give the layer a scheme of integers with scales per tensor or channel"
     )
 
 
@@ -191,10 +178,10 @@ class _Held(nn.Module):
 
 
 def program_of(
-    network: IntegerNetwork, example_inputs: Sequence[Tensor], dtype: torch.dtype = torch.uint8
+    network: IntegerNetwork, example_inputs: Sequence[Tensor]
 ) -> tuple[torch.export.ExportedProgram, Reference]:
-    """The exported program of a network, batch dimension open, and the module that it was made of."""
-    reference = Reference(network, dtype).eval()
+    """The exported program of a network, its batch dimension open, and the module that it was made of."""
+    reference = Reference(network).eval()
     batch = torch.export.Dim("batch", min=1, max=2**16)
     # an example of two samples: one of a single sample would fix the batch
     inputs = tuple(torch.cat([x, x])[:2] if len(x) < 2 else x for x in example_inputs)
