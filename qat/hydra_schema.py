@@ -166,7 +166,7 @@ def _of_data(cfg: DictConfig, what: str) -> Any:
         raise error.__cause__ if isinstance(error.__cause__, USER_ERRORS) else ValueError(str(error)) from error
 
 
-USER_ERRORS = (ValueError, FileNotFoundError, ImportError, RuntimeError, InstantiationException)
+USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError, InstantiationException)
 """What a run raises with a message written for its user: bad input, a missing file or package, no parity, NaN."""
 
 
@@ -187,8 +187,12 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
         if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
             error = error.__cause__  # Hydra wraps what a constructor says
         path = Path(config.runtime.output_dir) / "error.txt"
-        path.write_text(traceback.format_exc())
-        log.error("%s: %s\n(traceback: %s)", type(error).__name__, error, path)
+        try:
+            path.write_text(traceback.format_exc())
+            where = f"traceback: {path}"
+        except OSError as full:  # a full disk may be what went wrong
+            where = f"the traceback could not be kept: {full}"
+        log.error("%s: %s\n(%s)", type(error).__name__, error, where)
         if config.mode is not RunMode.MULTIRUN:
             sys.exit(1)
         return math.nan

@@ -20,15 +20,29 @@ def check_simulates(net: nn.Module) -> None:
     Raises:
         RuntimeError: a quantizer has no range yet, or is in a mode that simulates nothing; names it.
     """
-    for name, quantizer in quantizers(net):
-        if not quantizer.calibrated:
-            raise RuntimeError(f"quantizer '{name}' has no range yet; run qat.calibrate(net, batches) before lowering")
+    missing = [name for name, quantizer in quantizers(net) if not quantizer.calibrated]
+    if missing:
+        raise RuntimeError(
+            f"{without_range(missing)}; run qat.calibrate(net, batches) before lowering, with batches that reach them"
+        )
     for name, quantizer in quantizers(net):
         if quantizer.mode in (Mode.float, Mode.observe):
             raise RuntimeError(
                 f"quantizer '{name}': a network in mode 'float' or 'observe' cannot be lowered; "
                 f"qat.set_mode(net, 'quantize') first"
             )
+
+
+def without_range(names: list[str]) -> str:
+    """Which quantizers have no range, in words.
+
+    >>> without_range(["a"]), without_range(list("abcdef"))[:38]
+    ("quantizer 'a' has no range yet", "6 quantizers have no range yet ('a', '")
+    """
+    if len(names) == 1:
+        return f"quantizer '{names[0]}' has no range yet"
+    listed = ", ".join(f"'{name}'" for name in names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} quantizers have no range yet ({listed})"
 
 
 def set_mode(net: nn.Module, mode: Mode | str) -> None:

@@ -117,7 +117,7 @@ def _read(content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         parts = safetensors.deserialize(content)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"is truncated or not a safetensors file ({error})") from error
+        raise ValueError(f"is truncated or not a safetensors file ({error}){_instead(content)}") from error
     metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     if "qat" not in metadata:
         raise ValueError("is a safetensors file, but not an int8 checkpoint of qat: its metadata has no 'qat' entry")
@@ -134,6 +134,18 @@ def _read(content: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if version < 2:
         return stated, tensors
     return stated | _unzipped(tensors), {name: t for name, t in tensors.items() if name != DESCRIPTION}
+
+
+def _instead(content: bytes) -> str:
+    """What a file is that people take for a checkpoint, and what reads it."""
+    if content.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return (
+            ". It looks like a file of torch.save, which is never unpickled here: of a training run, load it with "
+            "qat.training.QATModule.load_from_checkpoint, then lower and export"
+        )
+    if b"ai.onnx" in content[:200] or b"QuantizeLinear" in content or content[:1] == b"\x08":
+        return ". It looks like an ONNX file, which qat.export.onnxruntime.OnnxNetwork and ONNX Runtime run"
+    return ""
 
 
 def _tensor(name: str, part: dict[str, Any]) -> Tensor:

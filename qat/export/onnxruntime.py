@@ -39,7 +39,16 @@ class OnnxNetwork:
         for key, value in TARGETS[target].onnxruntime_options.items():
             options.add_session_config_entry(key, value)
         source = model if isinstance(model, bytes) else str(model)
-        self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has a class of its own for every fault
+            if not isinstance(model, bytes) and not Path(model).is_file():
+                raise FileNotFoundError(f"no ONNX file at '{model}'") from error
+            name = "the model" if isinstance(model, bytes) else f"'{model}'"
+            raise ValueError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot open {name}: it is damaged, or holds operations that "
+                f"this version lacks ({error})"
+            ) from error
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 

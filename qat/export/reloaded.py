@@ -80,7 +80,10 @@ class Reloaded:
         path = self.files[request["format"]]
         request |= {"path": str(Path(path).resolve()), "target": self.target}
         if not self.fresh:
-            return answer(request, tensors)
+            try:
+                return answer(request, tensors)
+            except Exception as error:  # each engine has exceptions of its own
+                raise RuntimeError(f"'{path}' cannot be run: {type(error).__name__}: {error}") from error
         if self._process is None:
             self._start()
         folder = self._folder
@@ -93,12 +96,12 @@ class Reloaded:
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            code = self._process.wait()
+            code, self._process = self._process.wait(), None
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             said = (folder / "errors").read_text(errors="replace").strip()[-2000:]
             raise RuntimeError(f"the fresh process that ran '{path}' {how}. It said: {said or 'nothing'}")
-        if (error := json.loads(line)["error"]) is not None:
-            raise RuntimeError(f"a fresh process could not run '{path}': {error}")
+        if (problem := json.loads(line)["error"]) is not None:
+            raise RuntimeError(f"'{path}' cannot be run in a fresh process: {problem}")
         return load_file(folder / "answer")
 
     def _start(self) -> None:

@@ -52,6 +52,7 @@ class Run:
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], data: Any, task: Any) -> None:
         self.folder, self.config, self.task = folder, config, task
+        self.errors: dict[str, Exception] = {}
         self.inputs, self.targets = data.test_tensors()
         self.summary: dict[str, Any] = {
             "name": name,
@@ -130,21 +131,24 @@ class Run:
         """
         settings, class_dim = self.config["export"], getattr(self.task, "class_dim", 1)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=self.folder) as new:
-            written = export(network, new, example, formats)
+            written = self._written(network, Path(new), example, formats)
             self.summary["unread"] = {name: why for name in written if (why := EXPORTERS[name].why_unread())}
             for name, why in self.summary["unread"].items():
                 log.warning("%s is written, but its parity is not measured: %s", EXPORTERS[name].label, why)
             read = {name: path for name, path in written.items() if name not in self.summary["unread"]}
-            target = vars(net)["meta"]["qat"]["config"].target
-            with Reloaded(read, target, settings["fresh_process"]) as reloaded:
-                outputs = {name: reloaded.outputs(name, split((self.inputs,), BATCH)) for name in read}
+            with Reloaded(read, vars(net)["meta"]["qat"]["config"].target, settings["fresh_process"]) as reloaded:
+                outputs: dict[str, Tensor] = {}
                 for name in read:
-                    batches = [n for n in LATENCY_BATCHES if len(self.inputs) >= n]
-                    self.summary["stages"][name] = {
-                        "metrics": self._metrics(outputs[name]),
-                        "bytes": size_of(written[name]),
-                        "latency_ms": {str(n): reloaded.latency_ms(name, (self.inputs[:n],)) for n in batches},
-                    }
+                    try:
+                        outputs[name] = reloaded.outputs(name, split((self.inputs,), BATCH))
+                        sizes = [n for n in LATENCY_BATCHES if len(self.inputs) >= n]
+                        latency = {str(n): reloaded.latency_ms(name, (self.inputs[:n],)) for n in sizes}
+                    except RuntimeError as error:
+                        self._fail(name, error)
+                        del reloaded.files[name]
+                        continue
+                    metrics, size = self._metrics(outputs[name]), size_of(written[name])
+                    self.summary["stages"][name] = {"metrics": metrics, "bytes": size, "latency_ms": latency}
                 pairs = measure(
                     net, network, reloaded, self.inputs, layer_samples=settings["layer_samples"], class_dim=class_dim,
                     outputs=outputs, metrics=self._metrics,
@@ -152,32 +156,55 @@ class Run:
             self.summary["parity"] = {pair: measured.to_dict(layers=True) for pair, measured in pairs.items()}
             return self._publish(written, pairs, limits or ParityLimits())
 
+    def _written(self, network: nn.Module, folder: Path, example: Tensor, formats: Sequence[str]) -> dict[str, Path]:
+        """Every file that can hold the network. What one cannot does not cost the others."""
+        written: dict[str, Path] = {}
+        for name in formats:
+            try:
+                written |= export(network, folder, example, [name])
+            except ValueError as error:
+                if self.config["export"]["skip_impossible"]:
+                    log.warning("No %s file is written. %s", EXPORTERS[name].label, error)
+                else:
+                    self._fail(name, error)
+        return written
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self.errors.setdefault(name, error)
+        self.summary["failed"][name] = str(self.errors[name])
+
     def _publish(
         self, written: Mapping[str, Path], pairs: Mapping[str, Parity], limits: ParityLimits
     ) -> dict[str, Path]:
         """Move files that agree to where people look for them; say of the others what is wrong."""
-        failed: dict[str, str] = self.summary["failed"]
         for a, b in pairs_of(written):
             try:
-                if f"{a}_{b}" in pairs and a not in failed:  # a file is not to blame for what it is compared with
+                if a not in self.errors and f"{a}_{b}" in pairs:  # a file is not to blame for what it is compared with
                     pairs[f"{a}_{b}"].check(f"{a}_{b}", limits)
             except ParityError as error:
-                failed.setdefault(b, str(error))
+                self._fail(b, error)
         passed = {}
         for name, path in written.items():
-            final = self.folder / "export" / (f"{path.name}.failed" if name in failed else path.name)
+            final = self.folder / "export" / (f"{path.name}.failed" if name in self.errors else path.name)
             replace(path, final)
             self.summary["files"][name] = str(final.relative_to(self.folder))
-            if name not in failed:
+            if name not in self.errors:
                 passed[name] = final
         return passed
 
     def check(self) -> None:
-        """Raise ParityError if a file does not hold the limits: of the first that was written."""
-        failed: dict[str, str] = self.summary["failed"]
-        if failed:
-            kept = ", ".join(self.summary["files"][name] for name in failed)
-            raise ParityError(f"{next(iter(failed.values()))}\nNot for use, kept to be looked at: {kept}")
+        """Raise what is wrong with the first file that is not for use.
+
+        Raises:
+            ParityError: it does not compute what training simulated.
+            ValueError: its format cannot hold the network.
+            RuntimeError: it cannot be run.
+        """
+        if self.errors:
+            error = next(iter(self.errors.values()))
+            kept = [self.summary["files"][name] for name in self.errors if name in self.summary["files"]]
+            more = f"\nNot for use, kept to be looked at: {', '.join(kept)}" if kept else ""
+            raise type(error)(f"{error}{more}") from error
 
     def _metrics(self, outputs: Tensor) -> dict[str, float]:
         return task_metrics(self.task, zip(outputs.split(BATCH), self.targets.split(BATCH), strict=True))

@@ -401,7 +401,7 @@ def test_what_the_file_cannot_hold_is_named_with_what_to_do(float_net: nn.Module
     uncalibrated = qat.prepare(
         copy.deepcopy(float_net), qat.QuantConfig.from_dict({**int8, "graph": "layers", "rules": FLOAT_ENDS}), ids
     )
-    with pytest.raises(RuntimeError, match="has no range yet"):
+    with pytest.raises(RuntimeError, match=r"ha(s|ve) no range yet"):
         save_compressed_tensors(uncalibrated, tmp_path)
     with pytest.raises(
         ValueError, match=r"one model of transformers; Linear has none in it\. Prepare one with quant\.graph=layers"

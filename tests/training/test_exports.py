@@ -42,7 +42,7 @@ def networks() -> tuple[fx.GraphModule, IntegerNetwork]:
 
 
 def run_in(folder: Path, fresh: bool = False) -> Run:
-    export: dict[str, Any] = {"layer_samples": 16, "fresh_process": fresh}
+    export: dict[str, Any] = {"layer_samples": 16, "fresh_process": fresh, "skip_impossible": False}
     return Run(folder, "points", {"export": export}, Points(), Classification(3))
 
 
@@ -112,3 +112,45 @@ def test_limits_of_outputs_and_metrics(
         else:
             with pytest.raises(ParityError, match=f"qat_int8: {message}"):
                 run.check()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip", [True, False])
+def test_what_one_format_cannot_hold_does_not_cost_the_others(
+    networks: tuple[fx.GraphModule, IntegerNetwork], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def refuse(*args: Any) -> None:
+        raise ValueError("layer '2' cannot be written; use another format")
+
+    prepared, network = networks
+    monkeypatch.setitem(EXPORTERS, "onnx", replace(EXPORTERS["onnx"], write=refuse))
+    run = run_in(tmp_path)
+    run.config["export"]["skip_impossible"] = skip
+    assert list(run.exports(prepared, network, Points().inputs[:2], ["onnx", "int8"])) == ["int8"]
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+    if skip:
+        run.check()
+        assert "No ONNX file is written. layer '2' cannot be written" in caplog.text
+    else:
+        with pytest.raises(ValueError, match="layer '2' cannot be written; use another format"):
+            run.check()
+
+
+@torch.no_grad()
+def test_a_file_that_cannot_be_run_does_not_cost_the_others(
+    networks: tuple[fx.GraphModule, IntegerNetwork], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, network = networks
+    write = EXPORTERS["onnx"].write
+
+    def cut(network: IntegerNetwork, path: Path, inputs: Any) -> None:
+        write(network, path, inputs)
+        path.write_bytes(path.read_bytes()[:200])
+
+    monkeypatch.setitem(EXPORTERS, "onnx", replace(EXPORTERS["onnx"], write=cut))
+    run = run_in(tmp_path)
+    assert list(run.exports(prepared, network, Points().inputs[:2], ["int8", "onnx"])) == ["int8"]
+    assert run.summary["parity"].keys() == {"qat_int8"}
+    with pytest.raises(RuntimeError, match=r"ONNX Runtime .* cannot open(.|\n)*kept .*: export/model\.onnx\.f"):
+        run.check()
