@@ -117,7 +117,7 @@ GOOD = ("@good/model.safetensors", "@good/model.onnx", "--data")
         (["@good/model.safetensors", "@nothing.onnx", "--data", "@x.npy"], "there is no '"),
         (["@good/model.safetensors", "@x.npy", "--data", "@x.npy"], "its name says no format; write FORMAT:"),
         (["@x.safetensors", "@good/model.onnx", "--data", "@x.npy"], "not an int8 checkpoint of qat"),
-        (["@good/model.safetensors", "@cut.onnx", "--data", "@x.npy"], "cannot be opened as ONNX"),
+        (["@good/model.safetensors", "@cut.onnx", "--data", "@x.npy"], "cannot open"),
         (["@foreign.ckpt", "@good/model.onnx", "--data", "@x.npy"], "is not a checkpoint of a training run"),
         (["@other.ckpt", "@good/model.onnx", "--data", "@x.npy"], "is not a checkpoint of a training run"),
         ([*GOOD, "@gone.npy"], "there is no '"),
