@@ -8,7 +8,7 @@ a concatenation share one. Average pooling makes new values and so gets a scale 
 
 import dataclasses
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from qat.kinds import AVERAGED, KEEPS_SIGN, KINDS, NEAREST, NONNEGATIVE, SIZE_ME
 from qat.layers import Functional, Quantized, QuantizedLayer, QuantizedRecurrent, float_type
 from qat.prepared import is_fixed
 from qat.results import RECURRENT, Result, given_grid, is_padded, result_of, takes_result
-from qat.scheme.config import BOUNDS
 
 
 class Graph:
@@ -213,10 +212,10 @@ class Graph:
             return all(self.nonnegative(arg) for arg in node.all_input_nodes)
         return False
 
-    def bounds(self, node: fx.Node, names: Collection[str]) -> tuple[float, float] | None:
-        """The ends of a function's results, if it is one of `names` (of BOUNDS)."""
+    def bounds(self, node: fx.Node, ends: Mapping[str, tuple[float, float]]) -> tuple[float, float] | None:
+        """The ends of a function's results, if they are among those known."""
         operation = CALLS.get(self.key(node))
-        return BOUNDS[operation.name] if operation is not None and operation.name in names else None
+        return ends.get(operation.name) if operation is not None else None
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
         """The tensors that a quantized operation reads; a layer's weight and bias are none."""

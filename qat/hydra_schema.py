@@ -9,7 +9,8 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,35 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="quant_schema", node=QuantConfig, provider="qat")
     for name in PRESETS:
-        node = {"defaults": ["/quant_schema@_here_", "_self_"], **fields(name, target=None), "target": "${target.name}"}
+        data = _by_target(name, [fields(name, target) for target in TARGETS])
+        node = {"defaults": ["/quant_schema@_here_", "_self_"], **data, "target": "${target.name}"}
         store.store(group="quant", name=name, node=node, provider="qat")
     for name in TARGETS:
         store.store(group="target", name=name, node={"name": name}, provider="qat")
-    OmegaConf.register_new_resolver("widest", _widest, replace=True)
+    OmegaConf.register_new_resolver("preset", _of_preset, replace=True)
     OmegaConf.register_new_resolver("quant_options", lambda: _options(DESCRIPTIONS), replace=True)
     OmegaConf.register_new_resolver("target_options", lambda: _options(
         {name: target.description for name, target in TARGETS.items()}), replace=True)  # fmt: skip
     OmegaConf.register_new_resolver("quant_fields", _quant_fields, replace=True)
 
 
-def _widest(bits: int, *, _root_: DictConfig) -> int:
-    """The widest integer weight up to `bits` that the chosen target computes exactly."""
-    target = TARGETS.get(str(_root_.target.name))
-    return min(bits, target.weight_bits) if target else bits
+def _by_target(name: str, variants: Sequence[Any], *path: str | int) -> Any:
+    """A preset's data; what differs between targets becomes `${preset:NAME,PATH}`, which asks for the chosen one's."""
+    if all(variant == variants[0] for variant in variants):
+        return variants[0]
+    if all(isinstance(variant, dict) for variant in variants):
+        keys = dict.fromkeys(key for variant in variants for key in variant)
+        return {key: _by_target(name, [v.get(key) for v in variants], *path, key) for key in keys}
+    if all(isinstance(variant, list) for variant in variants):
+        return [_by_target(name, parts, *path, i) for i, parts in enumerate(zip(*variants, strict=True))]
+    return f"${{preset:{name},{'.'.join(map(str, path))}}}"
+
+
+def _of_preset(name: str, path: str, *, _root_: DictConfig) -> Any:
+    """A field of a preset for the chosen target; the usual value where the preset does not name it there."""
+    target = str(_root_.target.name)
+    data = QuantConfig.from_dict(fields(name, target if target in TARGETS else "generic")).to_dict()
+    return reduce(lambda part, key: part[int(key) if isinstance(part, list) else key], path.split("."), data)
 
 
 def _options(descriptions: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from qat.modes import eval_mode
 from qat.prepared import bind_functional
 from qat.record import Call, without_fast_path
 from qat.scheme import Granularity, QuantConfig, TensorScheme
+from qat.scheme.config import BOUNDS
 from qat.structures import map_tensors, tensors
-from qat.targets import TARGETS
+from qat.targets import TARGETS, Target
 
 QUANTIZERS = "quantizers"
 """Where activation quantizers live in a prepared network."""
@@ -120,7 +122,7 @@ def _insert(
         relu = all(graph.kind(edge) is Kind.relu for edge in edges)
         nonnegative = all(graph.nonnegative(edge) for edge in edges)
         _check_axis(graph, edges, scheme, shapes)
-        ends = {graph.bounds(edge, config.bounded) for edge in edges}
+        ends = {graph.bounds(edge, known_ends(config, scheme)) for edge in edges}
         quantizer = FakeQuantize(
             scheme, nonnegative=nonnegative, relu=relu, sites=len(edges), activation=shapes[edges[0]],
             bounds=ends.pop() if len(ends) == 1 else None,
@@ -162,14 +164,10 @@ def _requests(
     shared: dict[fx.Node, list[fx.Node]] = {}
     weights = graph.held_for_layers()
     for node in graph.nodes:
-        kind = graph.kind(node)
-        scheme = choices[str(node.target)].activation if kind is Kind.layer else config.activation
-        reads = kind in (Kind.layer, Kind.add, Kind.arithmetic, Kind.average)
-        functions = TARGETS[config.target].functions == "integer"
-        operands = graph.operands(node) if reads else function_inputs(graph, node) if functions else []
-        if node in weights or not scheme.quantized:
+        scheme = choices[str(node.target)].activation if graph.kind(node) is Kind.layer else config.activation
+        if not scheme.quantized or node in weights:
             continue
-        for arg in operands:
+        for arg in _reads(graph, node, TARGETS[config.target]):
             # numbers and masks have no grid; what a recurrent layer makes is on one already
             sources = [s for s in graph.sources(arg) if s in shapes and graph.given_grid(s) is None]
             group = list(dict.fromkeys(member for s in sources for member in shared.get(s, [s])))
@@ -184,6 +182,24 @@ def _requests(
         if members and members[0] is node:
             result.append((members, max((wanted[m] for m in members), key=lambda s: s.bits or 0)))
     return result
+
+
+def _reads(graph: Graph, node: fx.Node, target: Target) -> list[fx.Node]:
+    """What an operation reads from a grid: a layer, and whatever else the target computes with integers."""
+    kind, operation = graph.kind(node), CALLS.get(graph.key(node))
+    if kind in (Kind.add, Kind.arithmetic, Kind.average):
+        name = operation.name if operation is not None and kind is Kind.arithmetic else kind.name
+        return graph.operands(node) if name in target.operations else []
+    if kind is Kind.layer:
+        return graph.operands(node)
+    wanted = operation is not None and operation.name in target.function_inputs
+    return function_inputs(graph, node) if wanted or target.functions == "integer" else []
+
+
+def known_ends(config: QuantConfig, scheme: TensorScheme) -> dict[str, tuple[float, float]]:
+    """Function -> the ends of its results, as configured; at 8 bits as the target has them."""
+    ends = {name: BOUNDS[name] for name in config.bounded}
+    return {**ends, **TARGETS[config.target].bounds} if scheme.bits == 8 else ends
 
 
 def _relus_behind_quantizers(graph: Graph, requests: list[tuple[list[fx.Node], TensorScheme]]) -> set[fx.Node]:

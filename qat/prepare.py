@@ -19,7 +19,7 @@ from qat.scheme import QuantConfig
 from qat.split import Part, Parts, join, split
 from qat.structures import map_tensors, tensors
 from qat.subclass import is_lightning, prepared_class, with_graph
-from qat.targets import check_target
+from qat.targets import Asked, check_layers, check_target
 from qat.tracing import has
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,12 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Any = None) -> 
             "quantized at their own inputs. The first is %s: %s (qat.report lists all)",
             type(net).__name__, len(parts.untraced), f"'{path}'" if path else "its own", reason,
         )  # fmt: skip
-    choices = choose({k: v for at, part in parts.found.items() for k, v in part.layers(at).items()}, config)
+    layers = {k: v for at, part in parts.found.items() for k, v in part.layers(at).items()}
+    choices = choose(layers, config)
+    if config.enabled:
+        check_layers(
+            config, {layers[k].path: Asked(layers[k].kind, v.weight, v.activation) for k, v in choices.items()}
+        )
     build = _Build(net, config, parts, choices)
     prepared = build.module("")
     build.tie(prepared)

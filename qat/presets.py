@@ -1,14 +1,14 @@
 """Named configurations: `qat.preset("w4a4_lsq")` in Python, `quant=w4a4_lsq` on the command line.
 
-Each is what differs from the defaults of `QuantConfig`. 8-bit weights become narrower where the target asks for it.
+Each is what differs from the defaults of `QuantConfig`. What a preset does not name is left to the target.
 """
 
 import copy
 from collections.abc import Mapping
 from typing import Any
 
-from qat.scheme import QuantConfig, choice
-from qat.targets import TARGETS
+from qat.scheme import QuantConfig, choice, override
+from qat.targets import TARGETS, Target, nearest
 
 _EMA = {"range": "running", "observer": "ema"}
 _LSQ = {"range": "learned", "observer": "mse"}
@@ -131,7 +131,7 @@ def preset(name: str, target: str = "generic", **changes: Any) -> QuantConfig:
 
     Args:
         name: key of `PRESETS`.
-        target: key of `TARGETS`; 8-bit weights become as wide as it runs exactly.
+        target: key of `TARGETS`: what the preset leaves open is as this engine needs it (see `fields`).
         changes: fields of `QuantConfig` to replace, as plain data: `rules=[...]`; the fields of a scheme are merged:
             `weight={"bits": 6}`.
 
@@ -140,6 +140,8 @@ def preset(name: str, target: str = "generic", **changes: Any) -> QuantConfig:
 
     >>> preset("int8").weight.bits, preset("int8", target="onnxruntime_x86").weight.bits
     (8, 7)
+    >>> preset("int8").activation.signed, preset("int8", target="tensorrt").activation.signed
+    (None, True)
     """
     data = fields(name, target)
     for key, value in changes.items():
@@ -147,11 +149,47 @@ def preset(name: str, target: str = "generic", **changes: Any) -> QuantConfig:
     return QuantConfig.from_dict({**data, "target": target})
 
 
-def fields(name: str, target: str | None) -> dict[str, Any]:
-    """A preset's plain data. For `target=None`, widths that depend on the target are left to Hydra as `${widest:8}`."""
-    data = copy.deepcopy(choice("preset", name, PRESETS))
-    for part in [data, *data.get("rules", [])]:
-        weight = part.get("weight", {})
-        if weight.get("bits") == 8 and weight.get("format", "int") == "int":
-            weight["bits"] = "${widest:8}" if target is None else min(8, choice("target", target, TARGETS).weight_bits)
-    return dict(data)
+def fields(name: str, target: str) -> dict[str, Any]:
+    """A preset's plain data for a target: what the preset leaves open is as the target prefers, or needs it.
+
+    Open is every field that the preset does not name, and the width of 8-bit integer weights: it may become narrower. A
+    preset that would still not run is left as it is: `qat.targets.check_target` says why.
+
+    Args:
+        name: key of `PRESETS`.
+        target: key of `TARGETS`.
+    """
+    data, engine = copy.deepcopy(choice("preset", name, PRESETS)), choice("target", target, TARGETS)
+    fitted = _preferred(data, engine)
+    config = QuantConfig.from_dict(fitted)
+    for part in [fitted, *fitted.get("rules", [])] if config.enabled else []:
+        own = {} if part is fitted else part
+        weight = override(config.weight, own.get("weight", {}), "weight")
+        activation = override(config.activation, own.get("activation", {}), "activation")
+        best = nearest(engine.usual, weight, activation)
+        if best is None or not (_open(part, "weight", best.weight) and _open(part, "activation", best.activation)):
+            return dict(data)
+        inputs = ("input",) if part is fitted and "input" in part else ()
+        for role, needed in (("weight", best.weight), *((role, best.activation) for role in ("activation", *inputs))):
+            if needed:
+                part[role] = {**part.get(role, {}), **{k: getattr(v, "name", v) for k, v in needed.items()}}
+    return fitted
+
+
+def _preferred(data: dict[str, Any], target: Target) -> dict[str, Any]:
+    """A preset with what it leaves open of its integers as a target prefers them."""
+    fitted = copy.deepcopy(data)
+    for i, part in enumerate([fitted, *fitted.get("rules", [])]):
+        for role in [role for role in ("weight", "activation", "input") if role in part]:
+            scheme, wanted = part[role], target.prefers.get("activation" if role == "input" else role, {})
+            if scheme.get("format", "int") == "int" and scheme.get("bits") is not None:
+                taken = {k: v for k, v in wanted.items() if _open(part, role, {k: v}) and (i == 0 or k in scheme)}
+                part[role] = {**scheme, **taken}
+    return fitted
+
+
+def _open(part: Mapping[str, Any], role: str, changes: Mapping[str, Any]) -> bool:
+    """Whether changes touch only what a part of a preset leaves open. Of widths, only 8-bit integer weights' are."""
+    given = part.get(role, {})
+    is_int8 = role == "weight" and given.get("bits") == 8 and given.get("format", "int") == "int"
+    return all(v is not None and v < 8 and is_int8 if k == "bits" else k not in given for k, v in changes.items())

@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import qat
 from qat import hydra_schema
-from qat.presets import PRESETS
 from qat.scheme import Granularity, QuantConfig
 from qat.targets import TARGETS
+from tests.target_table import RUNS
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ("data", "model", "quant", "target", "trainer", "logger", "callbacks", "export", "optimizer")
@@ -91,13 +91,6 @@ def example(data: DictConfig, n: int) -> torch.Tensor:
     return torch.zeros(n, data.channels, data.image_size, data.image_size)
 
 
-def runs(preset: str, target: str) -> bool:
-    """Whether a target takes a preset: engines of integers take integers."""
-    parts = [PRESETS[preset].get(name, {}) for name in ("weight", "activation", "input")]
-    integers = all(part.get("format", "int") in ("int", "binary", "ternary") for part in parts)
-    return target == "generic" or (integers and preset != "w8a8_dynamic")
-
-
 def test_every_option_composes_with_every_option_of_every_other_group() -> None:
     groups = {group: options(group) for group in GROUPS}
     rows = pairwise(groups)
@@ -106,7 +99,7 @@ def test_every_option_composes_with_every_option_of_every_other_group() -> None:
     for row in rows:
         overrides = [f"{group}={option}" for group, option in row.items()]
         cfg = composed(*overrides)
-        if not runs(row["quant"], row["target"]):
+        if row["quant"] not in RUNS[row["target"]]:
             with pytest.raises(ValueError, match=rf"target={row['target']} .*or target=generic"):
                 hydra_schema.quant_config(cfg)
             continue
@@ -166,7 +159,7 @@ def test_text_brings_its_model_and_its_task() -> None:
 
 def test_presets_in_python_equal_what_hydra_composes() -> None:
     for name, target in itertools.product(options("quant"), options("target")):
-        if runs(name, target):
+        if name in RUNS[target]:
             assert quant(f"quant={name}", f"target={target}") == qat.preset(name, target=target), (name, target)
 
 

@@ -6,15 +6,14 @@ import qat
 from qat.presets import DESCRIPTIONS, PRESETS, fields
 from qat.scheme import Granularity
 from qat.targets import TARGETS, check_target
-
-INTEGERS = {"off", "int8", "w8a8_asymmetric", "w4a8", "w4a4", "w4a4_lsq", "w2a2_lsq", "w4g32", "binary", "ternary"}
+from tests.target_table import RUNS
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid_on_every_target_that_runs_it(name: str, target: str) -> None:
     config = qat.preset(name, target=target)
-    if target != "generic" and name not in INTEGERS:
+    if name not in RUNS[target]:
         with pytest.raises(ValueError, match=rf"quant\.\w+\.\w+=\w+: target={target} .*; use .*, or target=generic"):
             check_target(config)
         return

@@ -38,7 +38,8 @@ def test_too_wide_names_the_field_the_limit_and_the_nearest(data: dict[str, Any]
 
 def test_weight_limit_gives_its_reason() -> None:
     with pytest.raises(ValueError, match="int16, which saturates with 8-bit weights"):
-        check({"weight": {"bits": 8}})
+        check({**FITS, "weight": {"bits": 8}})
+    check({"weight": {"bits": 8}})  # weight-only: multiplied in float, nothing saturates
 
 
 def test_what_fits_passes() -> None:

@@ -186,7 +186,7 @@ def _float_row(layer: nn.Module, key: str, reason: str) -> dict[str, Any]:
 def _weight_row(stored: Weight, layer: Quantized, reason: str, target: str) -> dict[str, Any]:
     quantizer, kept = stored.weight_quantizer, getattr(layer, stored.name)
     scheme, limit = quantizer.scheme, TARGETS[target].weight_bits
-    if scheme.bits == limit:
+    if scheme.bits == limit < 8:
         reason = f"{reason} ({target} takes {limit} bits)"
     size = of_weight(quantizer, stored.tensor)
     row = {

@@ -50,9 +50,14 @@ def check_scheme(scheme: TensorScheme, where: str, role: str) -> None:
     """
     for name, table in TABLES.items():
         choice(f"{where}.{name}", getattr(scheme, name), table)
+    for refusal in refusals(scheme, role):
+        raise ValueError(refusal.message(scheme, where))
+
+
+def refusals(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
+    """Everything in a scheme that does not go together, the most telling first."""
     for check in CHECKS:
-        for refusal in check(scheme, role):
-            raise ValueError(refusal.message(scheme, where))
+        yield from check(scheme, role)
 
 
 def shown(value: object) -> object:

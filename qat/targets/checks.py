@@ -1,0 +1,166 @@
+"""What a target cannot run is refused: of a configuration at once, of a network when it is prepared."""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qat.scheme import QuantConfig, TensorScheme, choice, override
+from qat.scheme.checks import shown
+from qat.targets.limits import FAMILIES, Kernel, Target
+from qat.targets.nearest import Way, breaches, changes, nearest
+from qat.targets.table import TARGETS
+
+
+class Asked(NamedTuple):
+    """What a layer is asked to run with.
+
+    Attributes:
+        type: of the layer, as rules name it.
+        weight, activation: its schemes.
+    """
+
+    type: str
+    weight: TensorScheme
+    activation: TensorScheme
+
+
+def check_target(config: QuantConfig) -> None:
+    """Refuse a configuration that its target cannot run, whatever the network.
+
+    The configuration's schemes, and rules that match by path, have to fit the target's usual layers; a rule that
+    matches by type (`type:Embedding`) one of those types.
+
+    Raises:
+        ValueError: names the field, the target's limit and its reason, and the nearest scheme that the target runs.
+    """
+    target = choice("quant.target", config.target, TARGETS)
+    if not config.enabled:
+        return
+    kernels = target.usual
+    _check(config, kernels, config.weight, config.activation, "quant")
+    takes = [kernel for kernel in kernels if not any(breaches(kernel.weight, config.weight, "weight"))]
+    _check(config, takes, config.weight, config.input, "quant", activation="input")
+    for i, rule in enumerate(config.rules):
+        where = f"quant.rules[{i}]"
+        weight = override(config.weight, rule.weight, f"{where}.weight")
+        activation = override(config.activation, rule.activation, f"{where}.activation")
+        families = _families(rule.match, target)
+        if not any(_runs(kernels, weight, activation) for kernels in families.values()):
+            of, kernels = next(iter(families.items()))
+            _check(config, kernels, weight, activation, where, of=of)
+
+
+def check_layers(config: QuantConfig, layers: Mapping[str, Asked]) -> None:
+    """Refuse the layers of a network that its target cannot run as they are configured.
+
+    Args:
+        config: with the target.
+        layers: what rules match -> what a layer is asked to run with.
+
+    Raises:
+        ValueError: names the layers, the reason, and the rules to write.
+    """
+    target = TARGETS[config.target]
+    refused: dict[str, Way | None] = {}
+    for path, asked in layers.items():
+        kernels = target.kernels(asked.type)
+        if not _runs(kernels, asked.weight, asked.activation):
+            refused[path] = nearest(kernels, asked.weight, asked.activation)
+    if not refused:
+        return
+    none = [path for path, way in refused.items() if way is None]
+    if none:
+        raise ValueError(
+            f"target={config.target} has no kernel for {_named(none, layers)}; use other layers, or target=generic"
+        )
+    rules: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, list[str]] = {}
+    for path, way in refused.items():
+        assert way is not None
+        asked = layers[path]
+        whole = all(refused.get(p) == way for p, other in layers.items() if other.type == asked.type)
+        rule: dict[str, Any] = {"match": f"type:{asked.type}" if whole else path}
+        for role, changed in (("weight", way.weight), ("activation", way.activation)):
+            own = changes(getattr(config, role), override(getattr(asked, role), changed, role))
+            rule |= {role: own} if own else {}
+        rules[rule["match"]] = rule
+        reasons.setdefault(_reason(way, asked, config), []).append(path)
+    said = "; ".join(f"{_named(paths, layers)}: {why}" for why, paths in reasons.items())
+    kept = [{k: v for k, v in vars(rule).items() if v} for rule in config.rules]
+    text = _text([*rules.values(), *kept])
+    raise ValueError(
+        f"target={config.target} cannot run what is configured. {said}. Use 'quant.rules={text}', or target=generic"
+    )
+
+
+def _check(
+    config: QuantConfig, kernels: Sequence[Kernel], weight: TensorScheme, scheme: TensorScheme, where: str,
+    activation: str = "activation", of: str = "",
+) -> None:  # fmt: skip
+    """Refuse a pair of schemes that no kernel takes; `activation` is the field that holds the second."""
+    if _runs(kernels, weight, scheme):
+        return
+    way = nearest(kernels, weight, scheme)
+    layers = f" in {of} layers" if of else ""
+    if way is None or way.first is None:
+        raise ValueError(f"{where}: target={config.target} has no kernel for {of or 'such'} layers; use target=generic")
+    role, change = way.first
+    roles = {"weight": "weight", "activation": activation}
+    given: TensorScheme = weight if role == "weight" else scheme
+    use = " ".join(
+        f"{where}.{roles[of_role]}.{name}={_value(value)}"
+        for of_role, changed in (("weight", way.weight), ("activation", way.activation))
+        for name, value in changed.items()
+    )
+    raise ValueError(
+        f"{where}.{roles[role]}.{change.field}={shown(getattr(given, change.field))}: target={config.target} "
+        f"{change.words}{layers}{_why(way)}; use {use}, or target=generic"
+    )
+
+
+def _runs(kernels: Sequence[Kernel], weight: TensorScheme, activation: TensorScheme) -> bool:
+    best = nearest(kernels, weight, activation)
+    return best is not None and not best.weight and not best.activation
+
+
+def _why(way: Way) -> str:
+    assert way.first is not None
+    limits = way.kernel.weight if way.first[0] == "weight" else way.kernel.activation
+    why = limits.why if limits is not None else ""
+    return f" ({why})" if why else f" ({way.kernel.name})"
+
+
+def _reason(way: Way, asked: Asked, config: QuantConfig) -> str:
+    assert way.first is not None
+    role, change = way.first
+    return f"{role}.{change.field}={shown(getattr(getattr(asked, role), change.field))}, it {change.words}{_why(way)}"
+
+
+def _families(match: str, target: Target) -> dict[str, tuple[Kernel, ...]]:
+    """Kind of layer -> kernels, of what a rule can match; "" for the usual layers, where its types are not known."""
+    pattern = match.removeprefix("type:") if match.startswith("type:") else ""
+    found = {
+        family: target.layers.get(family, target.layers["default"])
+        for family, names in FAMILIES.items()
+        if any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    }
+    return found or {"": target.usual}
+
+
+def _named(paths: Sequence[str], layers: Mapping[str, Asked], most: int = 4) -> str:
+    names = ", ".join(f"'{path}' ({layers[path].type})" for path in paths[:most])
+    return names + (f" and {len(paths) - most} more" if len(paths) > most else "")
+
+
+def _value(value: object) -> object:
+    value = shown(value)
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else value
+
+
+def _text(value: Any) -> str:
+    """Plain data as Hydra's command line takes it."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{k}: {_text(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    return f'"{value}"' if isinstance(value, str) else str(_value(value))

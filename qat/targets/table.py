@@ -1,0 +1,270 @@
+"""TARGETS: the engines that configurations choose from, one entry each."""
+
+from dataclasses import replace
+from typing import Any
+
+from qat.numerics.formats import FORMATS
+from qat.targets.limits import Kernel, Limits, Target
+
+_UP_TO_8 = tuple(range(1, 9))  # fewer bits are integers of 8 bits, too
+_FLOAT = Limits()
+_IN_FLOAT = Kernel(name="in float", weight=_FLOAT, activation=None, integers=False)
+_ELEMENTWISE = frozenset({"sigmoid", "tanh", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "leaky_relu", "elu",
+                          "prelu", "softplus"})  # fmt: skip
+_NORMS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "instance_norm")
+
+# ---- generic: everything that the project computes -------------------------------------------------------------------
+
+_ANYTHING = Limits(
+    formats={name: kind.bits for name, kind in FORMATS.items()},
+    granularities=("channel", "tensor", "group", "block", "token"),
+)
+_GENERIC = Target(
+    description="Any engine with exact int8 products (ONNX Runtime is run in its exact mode).",
+    layers={"default": (Kernel(name="any", weight=_ANYTHING, activation=None), _IN_FLOAT)},
+    keeps_float=(*sorted(_ELEMENTWISE), *_NORMS),
+    source="ONNX QuantizeLinear and DequantizeLinear, opset 21: onnx.ai/onnx/operators",
+)
+
+# ---- ONNX Runtime ----------------------------------------------------------------------------------------------------
+
+_WEIGHTS = {"int": _UP_TO_8, "binary": (1,), "ternary": (2,)}
+_STATIC = Limits(formats={"int": _UP_TO_8}, ranges="static", why="its kernels take scales that are known beforehand")
+_PER_CHANNEL = Limits(
+    formats=_WEIGHTS, granularities=("channel", "tensor"),
+    why="its kernels have one scale a tensor or output channel",
+)  # fmt: skip
+_DEQUANTIZED = Limits(formats=_WEIGHTS, granularities=("group", "channel", "tensor"))
+
+
+def _onnxruntime(description: str, weight: Limits, **settings: Any) -> Target:
+    """What the kernels of ONNX Runtime's CPU provider have in common; they differ by instruction set."""
+    weight_only = Kernel(name="DequantizeLinear, in float", weight=_DEQUANTIZED, activation=_FLOAT, integers=False)
+    mixed = Kernel(name="DequantizeLinear, in float", weight=_DEQUANTIZED, activation=_STATIC, integers=False)
+    integer = Kernel(name="QLinearConv, QGemm, QLinearMatMul", weight=weight, activation=_STATIC)
+    block = replace(weight_only, name="MatMulNBits")
+    rows = Limits(formats=_WEIGHTS, granularities=("channel", "tensor"), why="rows are looked up one by one")
+    return Target(
+        description=description,
+        layers={
+            "default": (integer, weight_only, replace(mixed, weight=_GROUPS), _IN_FLOAT),
+            "linear": (integer, block, replace(mixed, weight=_GROUPS), _IN_FLOAT),
+            "transposed convolution": (mixed, weight_only, _IN_FLOAT),
+            "embedding": (Kernel(name="Gather", weight=rows, activation=None), _IN_FLOAT),
+            "lstm": (_IN_FLOAT,),
+            "recurrent": (_IN_FLOAT,),
+        },
+        function_inputs=_ELEMENTWISE,
+        keeps_float=(*sorted(_ELEMENTWISE), *_NORMS),
+        fuses=("BatchNorm", "ReLU", "clamp"),
+        source="onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
+        **settings,
+    )
+
+
+_GROUPS = Limits(formats=_WEIGHTS, granularities=("group",))
+_SEVEN_BITS = replace(
+    _PER_CHANNEL, formats={**_WEIGHTS, "int": tuple(range(1, 8))},
+    why="its uint8 x int8 kernels add pairs of products in int16, which saturates with 8-bit weights",
+)  # fmt: skip
+
+# ---- OpenVINO --------------------------------------------------------------------------------------------------------
+
+_OPENVINO = Target(
+    description="OpenVINO on CPU: int8 by its low-precision transformations.",
+    layers={
+        "default": (
+            Kernel(name="oneDNN u8s8", weight=replace(_PER_CHANNEL, symmetric=True), activation=_STATIC),
+            Kernel(name="decompression, in float", weight=_DEQUANTIZED, activation=_FLOAT, integers=False),
+            _IN_FLOAT,
+        ),
+        "embedding": (
+            Kernel(name="Gather", weight=replace(_DEQUANTIZED, granularities=("channel", "tensor")), activation=None),
+            _IN_FLOAT,
+        ),
+        "lstm": (_IN_FLOAT,),
+        "recurrent": (_IN_FLOAT,),
+    },
+    prefers={"weight": {"bits": 7}},  # without VNNI, oneDNN adds pairs of products in int16, too
+    keeps_float=(*sorted(_ELEMENTWISE), *_NORMS),
+    fuses=("BatchNorm", "ReLU", "clamp", "SiLU and the like behind a layer", "add"),
+    source="docs.openvino.ai: Low Precision Transformations; NNCF's overflow_fix for CPUs without VNNI",
+)
+
+# ---- TensorRT --------------------------------------------------------------------------------------------------------
+
+_RT = "TensorRT's integers are signed and symmetric"
+_RT_FLOAT8 = {"e4m3fn": (8,)}
+_RT_INT8 = Kernel(
+    name="INT8",
+    weight=Limits(formats=_WEIGHTS, symmetric=True, granularities=("channel", "tensor"), why=_RT),
+    activation=Limits(formats={"int": (8,)}, symmetric=True, signed=True, ranges="static", why=_RT),
+)
+_RT_FP8 = Kernel(
+    name="FP8",
+    weight=Limits(formats=_RT_FLOAT8, granularities=("channel", "tensor")),
+    activation=Limits(formats=_RT_FLOAT8, ranges="static"),
+)
+
+
+def _blocks(format: str, bits: int, size: int) -> Kernel:
+    """Weights and inputs in blocks, whose scales are computed as the values come."""
+    blocks = Limits(formats={format: (bits,)}, granularities=("group",), group_sizes=(size,), ranges="dynamic")
+    return Kernel(name=format.upper(), weight=blocks, activation=blocks)
+
+
+_TENSORRT = Target(
+    description="TensorRT: symmetric int8, one scale a tensor of activations, one an output channel of weights.",
+    layers={
+        "default": (_RT_INT8, _RT_FP8, _IN_FLOAT),
+        "linear": (
+            _RT_INT8, _RT_FP8,
+            Kernel(name="INT4 weight-only", integers=False, activation=_FLOAT, weight=Limits(
+                formats={"int": (4,)}, symmetric=True, granularities=("group",), group_sizes=(64, 128), why=_RT)),
+            _blocks("nvfp4", 4, 16), _blocks("mxfp8_e4m3", 8, 32), _IN_FLOAT,
+        ),
+        "embedding": (_IN_FLOAT,),
+        "lstm": (_IN_FLOAT,),
+        "recurrent": (_IN_FLOAT,),
+    },
+    prefers={"activation": {"symmetric": True, "signed": True}},
+    keeps_float=(*sorted(_ELEMENTWISE), *_NORMS),
+    fuses=("BatchNorm", "ReLU", "clamp", "SiLU and the like behind a layer", "add"),
+    source="docs.nvidia.com/deeplearning/tensorrt: Working with Quantized Types, Explicit Quantization",
+)  # fmt: skip
+
+# ---- ExecuTorch with XNNPACK -----------------------------------------------------------------------------------------
+
+_NARROW = Limits(
+    formats={"int": _UP_TO_8, "ternary": (2,), "binary": (1,)}, symmetric=True, narrow=True,
+    granularities=("channel", "tensor"), why="its weights are int8 from -127 to 127 with zero point 0",
+)  # fmt: skip
+_INT8 = Limits(formats={"int": (8,)}, signed=True, ranges="static", why="its activations are int8 with a zero point")
+_QS8 = Kernel(name="qs8_qc8w", weight=_NARROW, activation=_INT8)
+_XNNPACK = Target(
+    description="ExecuTorch with XNNPACK: int8 activations with a zero point, symmetric int8 weights.",
+    layers={
+        "default": (_QS8, _IN_FLOAT),
+        "linear": (
+            _QS8,
+            Kernel(name="qd8_f32_qc8w", weight=_NARROW, activation=Limits(
+                formats={"int": (8,)}, signed=True, granularities=("token",), ranges="dynamic")),
+            Kernel(name="qd8_f32_qb4w", weight=Limits(
+                formats={"int": (4,)}, symmetric=True, granularities=("group", "channel"), group_sizes=(32, 64, 128)),
+                activation=Limits(formats={"int": (8,)}, signed=True, granularities=("token",), ranges="dynamic")),
+            _IN_FLOAT,
+        ),
+        "embedding": (
+            Kernel(name="embedding_byte, embedding_4bit", activation=None, weight=Limits(
+                formats={"int": (2, 4, 8)}, granularities=("channel", "group"))),
+            _IN_FLOAT,
+        ),
+        "lstm": (_IN_FLOAT,),
+        "recurrent": (_IN_FLOAT,),
+    },
+    prefers={"activation": {"symmetric": False, "signed": True}, "weight": {"narrow_range": True}},
+    operations=frozenset({"add", "mul", "average"}),
+    function_inputs=_ELEMENTWISE,
+    keeps_float=("matmul", "sub", "div", *sorted(_ELEMENTWISE), *_NORMS),
+    fuses=("BatchNorm", "ReLU", "clamp"),
+    source="docs.pytorch.org/executorch/stable/backends/xnnpack/xnnpack-quantization.html",
+)  # fmt: skip
+
+# ---- integers from end to end ----------------------------------------------------------------------------------------
+
+_TFLITE_BOUNDS = {
+    "softmax": (0.0, 255 / 256),  # scale 1 / 256, zero point -128
+    "sigmoid": (0.0, 255 / 256),
+    "tanh": (-1.0, 127 / 128),  # scale 1 / 128, zero point 0
+    "log_softmax": (-255 / 16, 0.0),  # scale 16 / 256, zero point 127
+}
+_S16 = Limits(formats={"int": (16,)}, symmetric=True, signed=True, ranges="static", why="int16 has no zero point")
+_CMSIS = Target(
+    description="CMSIS-NN on Cortex-M: int8, requantized by an int32 multiplier and a shift.",
+    layers={
+        "default": (
+            Kernel(name="arm_convolve_s8, arm_fully_connected_s8", weight=_NARROW, activation=_INT8),
+            Kernel(name="arm_convolve_s16, arm_fully_connected_s16", weight=_NARROW, activation=_S16),
+        ),
+        "embedding": (Kernel(name="GATHER", weight=replace(_NARROW, granularities=("tensor",)), activation=None),),
+        "lstm": (Kernel(name="arm_lstm_unidirectional_s8", weight=_NARROW, activation=_INT8),),
+        "recurrent": (),
+    },
+    prefers={"activation": {"symmetric": False, "signed": True}, "weight": {"narrow_range": True}},
+    bounds=_TFLITE_BOUNDS,
+    fuses=("BatchNorm", "ReLU", "clamp"),
+    rounding="half_away",
+    requantize="fixed_point",
+    functions="integer",
+    source="ai.google.dev/edge/litert: 8-bit quantization specification; github.com/ARM-software/CMSIS-NN",
+)
+_INTEGER_ONLY = Target(
+    description="No float between input and output: multipliers and shifts, functions in integers after I-BERT.",
+    layers={
+        "default": (
+            Kernel(
+                name="int8 reference", weight=replace(_PER_CHANNEL, why="it multiplies integers"),
+                activation=replace(_STATIC, why="it multiplies integers"),
+            ),
+        ),
+        "embedding": (Kernel(name="int8 rows", weight=_PER_CHANNEL, activation=None),),
+    },
+    rounding="half_away",
+    requantize="fixed_point",
+    functions="integer",
+    source="Jacob et al. 2018, section 2.2; Kim et al. 2021 (I-BERT), algorithms 1 to 4",
+)  # fmt: skip
+
+# ---- vLLM ------------------------------------------------------------------------------------------------------------
+
+_INT8_TOKENS = Limits(formats={"int": (8,)}, signed=True, granularities=("token",), ranges="dynamic")
+_INT8_WEIGHTS = Limits(formats={"int": (8,)}, symmetric=True, granularities=("channel", "tensor"))
+_FLOAT8 = Limits(formats=_RT_FLOAT8, granularities=("channel", "tensor", "block"))
+_VLLM = Target(
+    description="vLLM: the weight formats of compressed-tensors, in the linear layers of a language model.",
+    layers={
+        "default": (
+            Kernel(name="W8A8 int8, dynamic", weight=_INT8_WEIGHTS, activation=_INT8_TOKENS),
+            Kernel(name="W8A8 int8, static", weight=_INT8_WEIGHTS, activation=replace(
+                _INT8_TOKENS, granularities=("tensor",), ranges="static")),
+            Kernel(name="W4A8 int8, dynamic", activation=_INT8_TOKENS, weight=Limits(
+                formats={"int": (4,)}, symmetric=True, granularities=("group", "channel"), group_sizes=(32, 64, 128))),
+            Kernel(name="W4A16, W8A16", integers=False, activation=_FLOAT, weight=Limits(
+                formats={"int": (4, 8)}, granularities=("group", "channel"), group_sizes=(32, 64, 128))),
+            Kernel(name="W8A8 fp8, dynamic", weight=_FLOAT8, activation=Limits(
+                formats=_RT_FLOAT8, granularities=("token",), ranges="dynamic")),
+            Kernel(name="W8A8 fp8, static", weight=_FLOAT8, activation=Limits(formats=_RT_FLOAT8, ranges="static")),
+            Kernel(name="W8A16 fp8", weight=_FLOAT8, activation=_FLOAT, integers=False),
+            _blocks("nvfp4", 4, 16),
+            replace(_blocks("nvfp4", 4, 16), name="NVFP4A16", activation=_FLOAT, integers=False),
+            replace(_blocks("mxfp4", 4, 32), name="MXFP4A16", activation=_FLOAT, integers=False),
+            _IN_FLOAT,
+        ),
+        **dict.fromkeys(("convolution", "transposed convolution", "bilinear", "embedding", "lstm", "recurrent"),
+                        (_IN_FLOAT,)),
+    },
+    prefers={"activation": {"signed": True}},
+    operations=frozenset(),
+    keeps_float=("add", "mul", "matmul", "attention", *sorted(_ELEMENTWISE), *_NORMS),
+    fuses=(),
+    source="docs.vllm.ai: llm-compressor, compression schemes; features/quantization",
+)  # fmt: skip
+
+TARGETS: dict[str, Target] = {
+    "generic": _GENERIC,
+    "onnxruntime_x86": _onnxruntime(
+        "ONNX Runtime on x86 with AVX2 and no VNNI, at full speed: 7-bit weights.", _SEVEN_BITS, onnxruntime_options={}
+    ),
+    "onnxruntime_x86_vnni": _onnxruntime("ONNX Runtime on x86 with AVX-VNNI or AVX512-VNNI.", _PER_CHANNEL),
+    "onnxruntime_arm": _onnxruntime(
+        "ONNX Runtime on 64-bit ARM: int8 activations with a zero point.", _PER_CHANNEL,
+        prefers={"activation": {"symmetric": False, "signed": True}},
+    ),
+    "openvino": _OPENVINO,
+    "tensorrt": _TENSORRT,
+    "executorch_xnnpack": _XNNPACK,
+    "cmsis_nn": _CMSIS,
+    "integer_only": _INTEGER_ONLY,
+    "vllm": _VLLM,
+}  # fmt: skip
+"""Name -> what it can run."""
