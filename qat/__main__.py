@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from qat import comparison, inspection
-from qat.analysis import show
+from qat.analysis import show, targets
 
-COMMANDS = {"show": show, "inspect": inspection, "compare": comparison}
+COMMANDS = {"show": show, "inspect": inspection, "compare": comparison, "targets": targets}
 """Name -> module with a docstring (its first line is the help), `arguments(parser)` and `run(args)`, which
 returns the exit code, or None for 0."""
 

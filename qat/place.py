@@ -5,7 +5,6 @@ import inspect
 import itertools
 import operator
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch

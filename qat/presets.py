@@ -4,6 +4,7 @@ Each is what differs from the defaults of `QuantConfig`. What a preset does not 
 """
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -159,7 +160,14 @@ def fields(name: str, target: str) -> dict[str, Any]:
         name: key of `PRESETS`.
         target: key of `TARGETS`.
     """
-    data, engine = copy.deepcopy(choice("preset", name, PRESETS)), choice("target", target, TARGETS)
+    choice("preset", name, PRESETS)
+    choice("target", target, TARGETS)
+    return copy.deepcopy(_fields(name, target))
+
+
+@functools.cache
+def _fields(name: str, target: str) -> dict[str, Any]:
+    data, engine = PRESETS[name], TARGETS[target]
     fitted = _preferred(data, engine)
     config = QuantConfig.from_dict(fitted)
     for part in [fitted, *fitted.get("rules", [])] if config.enabled else []:
@@ -168,7 +176,7 @@ def fields(name: str, target: str) -> dict[str, Any]:
         activation = override(config.activation, own.get("activation", {}), "activation")
         best = nearest(engine.usual, weight, activation)
         if best is None or not (_open(part, "weight", best.weight) and _open(part, "activation", best.activation)):
-            return dict(data)
+            return data
         inputs = ("input",) if part is fitted and "input" in part else ()
         for role, needed in (("weight", best.weight), *((role, best.activation) for role in ("activation", *inputs))):
             if needed:

@@ -13,7 +13,7 @@ RUNS: dict[str, set[str]] = {
     "openvino": (_INTEGERS - {"w8a8_asymmetric"}) | {"w4g32"},
     "tensorrt": _INT8 | {"fp8", "mxfp8", "nvfp4"},
     "executorch_xnnpack": _INT8 | {"w8a8_dynamic"},
-    "cmsis_nn": _INT8,
+    "cmsis_nn": _INTEGERS - {"w8a8_asymmetric"},
     "integer_only": _INTEGERS,
     "vllm": {"off", "int8", "w4g32", "w8a8_dynamic", "fp8", "nvfp4"},
 }

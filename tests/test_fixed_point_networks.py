@@ -309,8 +309,6 @@ def test_the_result_of_the_network_is_one_grid_of_integers() -> None:
     ("make", "shape", "changes", "message"),
     [
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.LogSoftmax(1), nn.Linear(8, 2)), (8,), {}, "log_softmax"),
-        (lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), (8,),
-         {"rules": [{"match": "0", "weight": {"bits": None}, "activation": {"bits": None}}]}, "FloatConv"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 2, 1)),
          (3, 8, 8), {}, "interpolate"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(4), nn.Conv2d(4, 2, 1)), (3, 8, 8), {},
@@ -326,6 +324,12 @@ def test_what_needs_floats_is_refused_by_name(
     prepared = finalized(make(), x, config(**changes))
     with pytest.raises(ValueError, match=rf"\({message}\) cannot be computed without floats.*target=integer_only"):
         qat.lower(prepared)
+
+
+def test_a_layer_that_is_left_float_is_refused_before_it_is_prepared() -> None:
+    rules = [{"match": "0", "weight": {"bits": None}, "activation": {"bits": None}}]
+    with pytest.raises(ValueError, match=r"quant\.rules\[0\]\.weight\.bits=null: target=integer_only does not take"):
+        finalized(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), torch.randn(8, 8), config(rules=rules))
 
 
 def test_a_mean_of_another_number_of_values_is_refused() -> None:

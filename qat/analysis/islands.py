@@ -10,8 +10,10 @@ from qat.calls import CALLS
 from qat.functional import computed_weight
 from qat.graph import Graph
 from qat.kinds import Kind
+from qat.layers import type_name
 from qat.parts import graphs
 from qat.split import join
+from qat.targets import TARGETS
 
 INTEGER_ARITHMETIC = ("matmul", "mul")
 """Arithmetic of two tensors that has an integer form: the runtime's, or an engine's from the exported pattern."""
@@ -32,11 +34,33 @@ def float_islands(prepared: nn.Module) -> list[dict[str, str]]:
         {"name": path, "operation": type(prepared.get_submodule(path)).__name__, "reason": why}
         for path, why in about["left_out"].items()
     ]
+    name = about["config"].target
     for path, recorded in graphs(prepared).items():
-        rows += [
-            row | {"name": join(path, row["name"])}
-            for row in _islands(Graph(recorded), recorded.meta.get("opaque", ()))
-        ]
+        graph = Graph(recorded)
+        inside = _of_target(graph, name)
+        if TARGETS[name].requantize == "float":  # others compute every operation in integers, or refuse it
+            inside += _islands(graph, recorded.meta.get("opaque", ()))
+        rows += [row | {"name": join(path, row["name"])} for row in inside]
+    return rows
+
+
+def _of_target(graph: Graph, name: str) -> list[dict[str, str]]:
+    """What has an integer form, but not in the target's engine."""
+    rows, target = [], TARGETS[name]
+    for node, layer in graph.layers():
+        kind = type_name(layer).removeprefix("Quant")
+        kernels = [kernel for kernel in target.kernels(kind) if kernel.weight.quantized]
+        if kernels and not any(kernel.integers for kernel in kernels):
+            how = ", ".join(dict.fromkeys(kernel.name for kernel in kernels))
+            reason = f"target={name} multiplies {kind} in float ({how})"
+            rows.append({"name": str(node.target), "operation": kind, "reason": reason})
+    for node in graph.nodes:
+        kind, known = graph.kind(node), CALLS.get(graph.key(node))
+        if kind in (Kind.add, Kind.arithmetic, Kind.average):
+            operation = known.name if known is not None and kind is Kind.arithmetic else kind.name
+            if operation not in target.operations:
+                reason = f"target={name} computes {operation} in float"
+                rows.append({"name": graph.name(node), "operation": operation, "reason": reason})
     return rows
 
 

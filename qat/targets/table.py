@@ -178,16 +178,19 @@ _TFLITE_BOUNDS = {
     "tanh": (-1.0, 127 / 128),  # scale 1 / 128, zero point 0
     "log_softmax": (-255 / 16, 0.0),  # scale 16 / 256, zero point 127
 }
+_S8 = Limits(  # narrower ones by the kernels' own ends; unsigned ones are moved by 128, and so is the zero point
+    formats={"int": _UP_TO_8}, ranges="static", why="its activations are int8 with a zero point"
+)
 _S16 = Limits(formats={"int": (16,)}, symmetric=True, signed=True, ranges="static", why="int16 has no zero point")
 _CMSIS = Target(
     description="CMSIS-NN on Cortex-M: int8, requantized by an int32 multiplier and a shift.",
     layers={
         "default": (
-            Kernel(name="arm_convolve_s8, arm_fully_connected_s8", weight=_NARROW, activation=_INT8),
+            Kernel(name="arm_convolve_s8, arm_fully_connected_s8", weight=_NARROW, activation=_S8),
             Kernel(name="arm_convolve_s16, arm_fully_connected_s16", weight=_NARROW, activation=_S16),
         ),
         "embedding": (Kernel(name="GATHER", weight=replace(_NARROW, granularities=("tensor",)), activation=None),),
-        "lstm": (Kernel(name="arm_lstm_unidirectional_s8", weight=_NARROW, activation=_INT8),),
+        "lstm": (Kernel(name="arm_lstm_unidirectional_s8", weight=_NARROW, activation=_S8),),
         "recurrent": (),
     },
     prefers={"activation": {"symmetric": False, "signed": True}, "weight": {"narrow_range": True}},
