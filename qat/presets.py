@@ -162,7 +162,15 @@ def fields(name: str, target: str) -> dict[str, Any]:
     """
     choice("preset", name, PRESETS)
     choice("target", target, TARGETS)
-    return copy.deepcopy(_fields(name, target))
+    data = copy.deepcopy(_fields(name, target))
+    others = [_fields(name, other).get("rules", []) for other in TARGETS]
+    config = QuantConfig.from_dict(data)
+    for i, rule in enumerate(data.get("rules", [])):  # the same fields for every target: Hydra asks for them by name
+        for role in ("weight", "activation"):
+            usual = getattr(config, role)
+            named = dict.fromkeys(field for rules in others for field in rules[i].get(role, {}))
+            rule |= {role: {field: getattr(usual, field) for field in named} | rule.get(role, {})} if named else {}
+    return data
 
 
 @functools.cache

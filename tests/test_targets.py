@@ -59,12 +59,12 @@ def test_the_targets_of_the_issue() -> None:
         (
             {"rules": [{"match": "a"}, {"match": "b", "weight": {"bits": 8}}]},
             r"quant\.rules\[1\]\.weight\.bits=8",
-            r"quant\.rules\[1\]\.weight\.bits=7",
+            r"quant\.rules\.1\.weight\.bits=7",
         ),
         (
             {"rules": [{"match": "a", "activation": {"bits": 16}}]},
             r"quant\.rules\[0\]\.activation\.bits=16",
-            r"quant\.rules\[0\]\.activation\.bits=8",
+            r"quant\.rules\.0\.activation\.bits=8",
         ),
     ],
 )
@@ -106,7 +106,7 @@ def test_generic_runs_onnx_runtime_in_its_exact_mode() -> None:
     [
         ("tensorrt", {"match": "type:Embedding", "weight": {"bits": 8}},
          r"quant\.rules\[0\]\.weight\.bits=8: target=tensorrt takes weights in float in embedding layers .*"
-         r"use quant\.rules\[0\]\.weight\.bits=null, or"),
+         r"use quant\.rules\.0\.weight\.bits=null, or"),
         ("onnxruntime_arm", {"match": "type:LSTM", "weight": {"bits": 8}}, r"in float in lstm layers"),
         ("cmsis_nn", {"match": "type:GRU", "weight": {"bits": 4}}, r"has no kernel for recurrent layers"),
         ("vllm", {"match": "type:Conv2d", "weight": {"bits": 8}}, r"in float in convolution layers"),
@@ -229,8 +229,13 @@ def test_what_is_said_is_kept_or_refused_and_never_changed() -> None:
         with pytest.raises(ValueError, match=r"quant\.weight\.bits=8: .*use quant\.weight\.bits=7"):
             quant("target=onnxruntime_x86", "quant.weight.bits=8")
         rules = "quant.rules=[{match: 'type:Linear', weight: {bits: 8}}]"
-        with pytest.raises(ValueError, match=r"quant\.rules\[0\]\.weight\.bits=8"):
+        with pytest.raises(ValueError, match=r"quant\.rules\[0\]\.weight\.bits=8") as refused:
             quant("target=onnxruntime_x86", rules)
+        advice = re.search(r"use (.*), or target=generic", str(refused.value))
+        assert advice
+        assert quant("target=onnxruntime_x86", rules, *advice[1].split(" ")).rules[0].weight == {"bits": 7}
+        ends = quant("target=cmsis_nn", "quant=w4a4_lsq", "quant.rules.0.weight.bits=6").rules
+        assert [rule.weight for rule in ends] == [{"bits": 6, "narrow_range": True}, {"bits": 8, "narrow_range": True}]
 
 
 # ---- a network's own layers ------------------------------------------------------------------------------------------

@@ -48,12 +48,12 @@ def _of_target(graph: Graph, name: str) -> list[dict[str, str]]:
     """What has an integer form, but not in the target's engine."""
     rows, target = [], TARGETS[name]
     for node, layer in graph.layers():
-        kind = type_name(layer).removeprefix("Quant")
-        kernels = [kernel for kernel in target.kernels(kind) if kernel.weight.quantized]
+        layer_type = type_name(layer).removeprefix("Quant")
+        kernels = [kernel for kernel in target.kernels(layer_type) if kernel.weight.quantized]
         if kernels and not any(kernel.integers for kernel in kernels):
             how = ", ".join(dict.fromkeys(kernel.name for kernel in kernels))
-            reason = f"target={name} multiplies {kind} in float ({how})"
-            rows.append({"name": str(node.target), "operation": kind, "reason": reason})
+            reason = f"target={name} multiplies {layer_type} in float ({how})"
+            rows.append({"name": str(node.target), "operation": layer_type, "reason": reason})
     for node in graph.nodes:
         kind, known = graph.kind(node), CALLS.get(graph.key(node))
         if kind in (Kind.add, Kind.arithmetic, Kind.average):

@@ -107,8 +107,9 @@ def _check(
     role, change = way.first
     roles = {"weight": "weight", "activation": activation}
     given: TensorScheme = weight if role == "weight" else scheme
+    path = where.replace("[", ".").replace("]", "")  # as Hydra's command line takes it
     use = " ".join(
-        f"{where}.{roles[of_role]}.{name}={_value(value)}"
+        f"{path}.{roles[of_role]}.{name}={_value(value)}"
         for of_role, changed in (("weight", way.weight), ("activation", way.activation))
         for name, value in changed.items()
     )
