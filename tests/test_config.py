@@ -291,7 +291,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["target=onnxruntime_x86", "quant=w4a4", "quant.rules.0.weight.bits=8"],
-        ["quant.rules[0].weight.bits=8", "at most 7", "quant.rules[0].weight.bits=7"],
+        ["quant.rules[0].weight.bits=8", "at most 7", "use quant.rules.0.weight.bits=7"],
     ),
     (
         ["target=onnxruntime_x86", "quant.activation.bits=16"],

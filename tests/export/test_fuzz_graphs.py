@@ -23,6 +23,7 @@ from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerConv, IntegerNetwork
 from qat.runtime.recurrent import Recurrent
 from qat.runtime.stored import Simulate
+from qat.targets import TARGETS
 from tests.fuzz.networks import Network, random_network
 from tests.fuzz.schemes import random_config
 
