@@ -1,7 +1,8 @@
 """torch.export's `.pt2`: the network in reference quantized operations, which Inductor lowers to int8 on x86.
 
-    program = torch.export.load("model.pt2")               # import torch.ao.quantization.fx._decomposed before
-    fast = torch.compile(program.module(), options={"freezing": True})
+    import torch.ao.quantization.fx._decomposed     # registers the operations
+    torch._inductor.config.freezing = True          # as an option of torch.compile it finds no weights to pack
+    fast = torch.compile(torch.export.load("model.pt2").module())      # called under torch.no_grad()
 
 `torch.export.load` unpickles what a file asks it to, and evaluates its symbolic sizes. `open_pt2` reads a file only if
 it holds nothing of the kind: raw weights, a graph of known form, sizes that are symbols.

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 
 import qat
 from qat.export.formats import EXPORTERS
 from qat.export.pt2 import open_pt2, pt2_integers_given
 from qat.export.reference import Reference
 from qat.ptq.finalize import PTQConfig, finalize
+from qat.runtime.layers import IntegerConv
 from qat.runtime.network import IntegerNetwork
 from qat.zoo.models import SmallCNN
 
@@ -168,3 +172,22 @@ def test_nothing_is_unpickled_or_evaluated(tmp_path: Path, capfd: pytest.Capture
         with pytest.raises(ValueError, match="export the network again"):
             open_pt2(path, "generic")
     assert "unpickled" not in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="Inductor's int8 convolutions are exact with VNNI")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@torch.no_grad()
+def test_inductor_runs_every_convolution_in_int8(tmp_path: Path) -> None:
+    network, x = lowered("small_cnn", "int8")
+    program = open_pt2(qat.export(network, tmp_path, x, formats=["pt2"])["pt2"], "generic")
+    torch._dynamo.reset()
+    with inductor.patch(freezing=True):
+        made, code = run_and_get_code(torch.compile(program.graph), x)
+    convolutions = [n for n in network.nodes if isinstance(network.layer(n.name), IntegerConv)]
+    assert sum(line.count("qconv_pointwise") for c in code for line in c.splitlines() if " = " in line) >= (
+        len(convolutions) - 1  # the last layer is linear
+    )
+    assert not any("extern_kernels.convolution" in c for c in code)
+    expected = network(x)
+    assert (made - expected).abs().max() <= 0.05 * expected.abs().max()
