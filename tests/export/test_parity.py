@@ -270,6 +270,26 @@ def test_a_step_at_a_tie_is_no_difference() -> None:
     assert compare((y, y), [(a, b)]).layers[0].equal_share == 0.25
 
 
+def test_decisions_at_ties_are_counted_apart() -> None:
+    """Of six samples three are decided otherwise: one with two equal classes, one behind a tie, one for no reason."""
+    a = torch.tensor([[2.0, 1.0], [1.0, 1.0], [2.0, 1.0], [2.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    b = a.clone()
+    b[1, 1], b[2], b[3] = 1.5, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])
+    samples = torch.tensor([2, 3, 5])
+    first = {"u": torch.tensor([[7, 8], [7, 8], [7, 8]])}
+    second = {"u": torch.tensor([[7, 9], [7, 8], [6, 8]])}
+    ties = [{"u": torch.tensor([[False, True], [False, True], [True, False]])}]
+    parity = compare((a, b), [(first, second)], ties=ties, samples=samples)
+    assert parity.agreement == pytest.approx(3 / 6)
+    assert parity.agreement_outside_ties == pytest.approx(5 / 6)  # all but sample 3
+    with pytest.raises(ParityError, match=r"top-1 agreement 83\.3333% is below 99"):
+        parity.check("pair", ParityLimits())
+    parity.check("pair", ParityLimits(agreement=0.8))
+    untied = compare((a, b), [(first, second)], ties=[{"u": torch.zeros(3, 2, dtype=torch.bool)}], samples=samples)
+    assert untied.agreement_outside_ties == pytest.approx(4 / 6)
+    assert untied.layers[0].differences == [([2, 1], 8, 9), ([5, 0], 7, 6)]  # samples by their number
+
+
 def test_where_ties_are() -> None:
     """Sums of two grids whose steps are 1 and 1/2, on a grid of whole steps: every other one is a tie."""
 
