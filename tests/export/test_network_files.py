@@ -46,8 +46,12 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("target", ["generic", "onnxruntime_x86"])
-@pytest.mark.parametrize("name", CASES)
+def held() -> list[tuple[str, str]]:
+    """Every network with its targets: ONNX Runtime's cannot hold recurrent layers."""
+    return [(name, t) for name, case in CASES.items() for t in ("generic", "onnxruntime_x86")[: len(case.formats)]]
+
+
+@pytest.mark.parametrize(("name", "target"), held())
 @torch.no_grad()
 def test_what_trains_is_what_runs(name: str, target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
