@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from qat.export.onnx_model import Model
+from qat.export.onnx_model import Model, fits_four_bits
 from qat.numerics.granularity import rows_of
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
 from qat.runtime.network import Node
@@ -15,20 +15,10 @@ def integer_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     assert isinstance(layer, IntegerConv)
     name = node.name
     x = model.real(node.inputs[0], f"{name}.input")
-    weight, zero = layer.weight.int(), layer.weight_zero_point
-    centred = weight - zero.reshape(-1, *[1] * (weight.dim() - 1))
-    if int(centred.min()) >= -128 and int(centred.max()) <= 127:  # engines are fastest without weight zero points
-        weight, zero, dtype = centred, torch.zeros_like(zero), "int8"
-    else:
-        dtype = "uint8" if layer.weight_bounds[0] >= 0 else "int8"
     direct = layer.output_padding is not None and layer.groups == 1  # [in, out, *kernel]: channels lie along axis 1
-    weight = weight.transpose(0, 1) if direct else weight
-    w = model.op(
-        "DequantizeLinear",
-        [model.constant(f"{name}.weight", weight, dtype), model.constant(f"{name}.weight_scale", layer.weight_scale),
-         model.constant(f"{name}.weight_zero_point", zero, dtype)],
-        f"{name}.weight_real", axis=int(direct),
-    )  # fmt: skip
+    w, zeros = _weight(model, name, layer, direct)
+    scales = model.constant(f"{name}.weight_scale", layer.weight_scale)
+    w = model.op("DequantizeLinear", [w, scales, *zeros], f"{name}.weight_real", axis=int(direct))
     w = w if direct else weight_as_kept(model, name, layer, w)
     scale = layer.input_scale * layer.weight_scale
     if layer.bias.dtype == torch.int32:
@@ -37,6 +27,28 @@ def integer_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     else:  # 16-bit inputs: no engine has an integer kernel, and the bias is wider than int32
         b = model.constant(f"{name}.bias_real", layer.bias.double() * scale, np.float32)
     model.finish(layer, name, lambda out: _sum(model, node, layer, [x, w, b], out))
+
+
+def _weight(model: Model, name: str, layer: IntegerConv, direct: bool) -> tuple[str, list[str]]:
+    """The weight's integers and, if they need any, zero points: engines are fastest without.
+
+    A linear layer has them, all 0: without, ONNX Runtime makes a single one, which its own Gemm refuses.
+    """
+    codes, zero, (low, high) = layer.weight.int(), layer.weight_zero_point, layer.weight_bounds
+    column = zero.reshape(-1, *[1] * (codes.dim() - 1))
+    centred, swap = codes - column, (lambda t: t.transpose(0, 1)) if direct else (lambda t: t)
+    ends = [int(centred.min()), int(centred.max())]
+    if ends[0] < -128 or ends[1] > 127:
+        kind = "UINT8" if low >= 0 else "INT8"
+        return model.typed(f"{name}.weight", swap(codes), kind), [model.typed(f"{name}.weight_zero_point", zero, kind)]
+    if fits_four_bits(low, high) and not fits_four_bits(min(ends[0], -1), ends[1]):
+        wide = model.cast(model.typed(f"{name}.weight", swap(codes), "UINT4"), "INT32", f"{name}.weight_codes")
+        zeros = model.constant(f"{name}.weight_zero_point", swap(column), np.int32)
+        wide = model.op("Sub", [wide, zeros], f"{name}.weight_centred")
+        w = model.cast(wide, "INT8", f"{name}.weight_bytes")
+    else:
+        w = model.integers(f"{name}.weight", swap(centred), min(ends[0], -1), ends[1])
+    return w, [model.typed(f"{name}.weight_zero_point", zero * 0, "INT8")] if codes.dim() == 2 else []
 
 
 def _sum(model: Model, node: Node, layer: IntegerConv, inputs: list[str], output: str) -> str:
@@ -66,12 +78,15 @@ def _dequantized_weight(model: Model, name: str, layer: FloatConv) -> str:
     codes = rows_of(layer.weight, layer.group_size).reshape(layer.weight.shape[0], -1)  # groups filled up
     if layer.group_size is None:
         codes = layer.weight
-    dtype = np.dtype({torch.int32: "uint16"}.get(layer.weight.dtype, str(layer.weight.dtype).removeprefix("torch.")))
+    low, high = layer.weight_bounds
+    kind = "UINT" if low >= 0 else "INT"
+    kind += "4" if fits_four_bits(low, high) else "8" if high - low < 256 else "16"
     constants = [
-        model.constant(f"{name}.weight", codes, dtype),
+        model.typed(f"{name}.weight", codes, kind),
         model.constant(f"{name}.weight_scale", layer.weight_scale),
-        model.constant(f"{name}.weight_zero_point", layer.weight_zero_point, dtype),
     ]
+    if bool((layer.weight_zero_point != 0).any()):
+        constants.append(model.typed(f"{name}.weight_zero_point", layer.weight_zero_point, kind))
     if layer.group_size is None:
         return model.op("DequantizeLinear", constants, f"{name}.weight_real", axis=0)
     real = model.op("DequantizeLinear", constants, f"{name}.weight_groups", axis=1, block_size=layer.group_size)
@@ -104,13 +119,12 @@ def product(
     shape = layer.weight_shape if isinstance(layer, StoredConv) else list(layer.weight.shape)
     if len(shape) > 2:
         pads = [before for before, _ in layer.padding] + [after for _, after in layer.padding]
-        kind, extra = "Conv", {}
-        if layer.output_padding is not None:
-            kind, extra = "ConvTranspose", {"output_padding": layer.output_padding}
-        return model.op(
-            kind, inputs, output, strides=layer.stride, pads=pads, dilations=layer.dilation, group=layer.groups,
-            kernel_shape=shape[2:], **extra,
-        )  # fmt: skip
+        kind = "Conv" if layer.output_padding is None else "ConvTranspose"
+        given = {"strides": (layer.stride, 1), "pads": (pads, 0), "dilations": (layer.dilation, 1),
+                 "group": ([layer.groups], 1), "output_padding": (layer.output_padding or [], 0)}  # fmt: skip
+        others = {name: values for name, (values, default) in given.items() if any(v != default for v in values)}
+        others |= {"group": layer.groups} if "group" in others else {}
+        return model.op(kind, inputs, output, kernel_shape=shape[2:], **others)
     if len(model.shapes[node.inputs[0]]) == 2:
         return model.op("Gemm", inputs, output, transB=1)
     # as rows of a matrix: Gemm has integer kernels with a bias; and around a MatMul with dequantized weights ONNX

@@ -3,6 +3,9 @@
 A grid narrower than its type (4 bits in uint8) is a Clip on the integers after QuantizeLinear, which leaves the pattern
 that engines fuse whole. Signed activations are stored higher in uint8, from 0 on, zero point and all: the same real
 numbers, but engines have integer kernels only where a layer's input and output share a type.
+
+Equal constants are one initializer, attributes with their default value and types of inner tensors are left out: in a
+small network they are as many bytes as a tenth of the weights.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,8 @@ from qat.runtime.layers import RuntimeLayer
 from qat.runtime.network import IntegerNetwork, Node
 
 
-def _require_onnx() -> Any:
+def require_onnx() -> Any:
+    """The `onnx` package; an ImportError says how to install it."""
     try:
         import onnx
     except ImportError as error:
@@ -38,24 +42,30 @@ class Model:
     def __init__(
         self, network: IntegerNetwork, tensors: dict[str, Tensor], symbolic: dict[str, list[int | None]]
     ) -> None:
-        self.onnx = _require_onnx()
+        self.onnx = require_onnx()
         self.network, self.symbolic = network, symbolic
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self.nodes: list[Any] = []
         self.initializers: dict[str, Any] = {}
+        self._names: dict[tuple[int, tuple[int, ...], bytes], str] = {}
 
     def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Append an operation; returns the name of its result."""
-        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=f"{output}:{kind}", **attributes))
+        """Append an operation, which is called as its result is; returns that name."""
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
     def constant(self, name: str, value: Any, dtype: Any = None) -> str:
-        """Add an initializer; returns its name."""
+        """Add an initializer, if there is no equal one; returns its name."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         array = array if dtype is None else array.astype(dtype)
-        self.initializers[name] = self.onnx.numpy_helper.from_array(array.copy(order="C"), name)
-        return name
+        return self._initializer(self.onnx.numpy_helper.from_array(array.copy(order="C"), name))
+
+    def _initializer(self, tensor: Any) -> str:
+        known = self._names.setdefault((tensor.data_type, tuple(tensor.dims), tensor.raw_data), tensor.name)
+        if known == tensor.name:
+            self.initializers[known] = tensor
+        return known
 
     def typed(self, name: str, value: Tensor, kind: str) -> str:
         """Add an initializer of the ONNX type `kind`, which numpy may not have; returns its name."""
@@ -64,13 +74,25 @@ class Model:
             data = pack_bits(value.int() & 15, 4).numpy()
         elif kind == "BFLOAT16":
             data = value.view(torch.int16).numpy()
+        elif kind.startswith("FLOAT8"):
+            data = value.view(torch.uint8).numpy()
         else:
             data = value.numpy().astype({"FLOAT": "float32"}.get(kind, kind.lower()))
         tensor = self.onnx.helper.make_tensor(
             name, getattr(self.onnx.TensorProto, kind), list(value.shape), data.tobytes(), raw=True
         )
-        self.initializers[name] = tensor
-        return name
+        return self._initializer(tensor)
+
+    def integers(self, name: str, value: Tensor, low: int, high: int) -> str:
+        """Add integers between `low` and `high` in the smallest type that holds them; returns the name of the tensor.
+
+        Four bits are unpacked to eight by a Cast of the initializer, which engines do as they load the file: their
+        kernels take whole bytes.
+        """
+        sign = "UINT" if low >= 0 else "INT"
+        if not fits_four_bits(low, high):
+            return self.typed(name, value, f"{sign}{8 if high - low < 256 else 16}")
+        return self.cast(self.typed(name, value, f"{sign}4"), f"{sign}8", f"{name}_bytes")
 
     def cast(self, x: str, kind: str, output: str, **attributes: Any) -> str:
         """`x` as the ONNX type `kind`."""
@@ -108,16 +130,14 @@ class Model:
     def grid_constants(self, grid: Quantize, name: str) -> list[str]:
         """Scale and zero point of the tensor `name` as initializers."""
         dtype, offset = storage(grid)
-        return [
-            self.constant(f"{name}.scale", grid.scale),
-            self.constant(f"{name}.zero_point", grid.zero_point + offset, dtype),
-        ]
+        zero = int(grid.zero_point) + offset
+        return [self.constant(f"{name}.scale", grid.scale), self.constant(f"{dtype}_{zero}", zero, dtype)]
 
-    def real(self, name: str, output: str) -> str:
-        """Real numbers of the integer tensor `name`."""
+    def real(self, name: str, output: str, source: str | None = None) -> str:
+        """Real numbers of the integer tensor `name`, read from `source` if that is given."""
         grid = self.network.grid(name)
         assert grid is not None
-        return self.op("DequantizeLinear", [name, *self.grid_constants(grid, output)], output)
+        return self.op("DequantizeLinear", [source or name, *self.grid_constants(grid, name)], output)
 
     def as_float(self, node: Node, emit: Callable[[str, str], str]) -> None:
         """Write `emit(input, output)`, which keeps integers as they are, in float32.
@@ -136,6 +156,11 @@ class Model:
             emit(name)
         else:
             self.quantize(emit(f"{name}.float"), layer.output, name)
+
+
+def fits_four_bits(low: int, high: int) -> bool:
+    """Whether one of ONNX's 4-bit types holds all integers from `low` to `high`."""
+    return low >= -8 and high <= (15 if low >= 0 else 7)
 
 
 def storage(grid: Quantize) -> tuple[np.dtype[Any], int]:

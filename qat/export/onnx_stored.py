@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from qat.export.onnx_conv import product, weight_as_kept
 from qat.export.onnx_model import Model
@@ -108,15 +109,17 @@ def table_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
 
 def table_weight(model: Model, name: str, layer: TableConv) -> str:
     """Codes, looked up in their table of levels, times scales."""
-    kind = _code_type(layer)
-    values = model.typed(f"{name}.weight", layer.codes, kind)
-    if layer.levels is not None:
+    kind, codes, levels = _code_type(layer), layer.codes, layer.levels
+    if levels is not None:
+        kind, codes, levels = _as_float8(layer) or (kind, codes, levels)
+    values = model.typed(f"{name}.weight", codes, kind)
+    if levels is not None:
         index = model.cast(values, "INT32", f"{name}.weight_index")
-        if layer.levels.shape[0] == 1:
-            table = model.constant(f"{name}.weight_levels", layer.levels[0])
+        if levels.shape[0] == 1:
+            table = model.constant(f"{name}.weight_levels", levels[0])
             values = model.op("Gather", [table, index], f"{name}.weight_values")
         else:
-            table = model.constant(f"{name}.weight_levels", layer.levels)
+            table = model.constant(f"{name}.weight_levels", levels)
             values = model.op("GatherElements", [table, index], f"{name}.weight_values", axis=1)
     elif kind != "FLOAT":
         values = model.cast(values, "FLOAT", f"{name}.weight_values")
@@ -153,6 +156,16 @@ def product_weight(model: Model, name: str, layer: ProductConv) -> str:
     if inputs != layer.padded:
         w = model.head(w, [inputs], [1], f"{name}.weight_cut")
     return model.reshape(w, layer.weight_shape, f"{name}.weight_real")
+
+
+def _as_float8(layer: TableConv) -> tuple[str, Tensor, None] | None:
+    """Codes of 8 bits as the floats of ONNX that they stand for, if they stand for such: a table less in the file."""
+    values = layer.levels.expand(layer.codes.shape[0], -1).gather(1, layer.codes.long())
+    for kind, dtype in (("FLOAT8E4M3FN", torch.float8_e4m3fn), ("FLOAT8E5M2", torch.float8_e5m2)):
+        narrow = values.to(dtype)
+        if layer.levels.shape[1] > 16 and torch.equal(narrow.float(), values):
+            return kind, narrow, None
+    return None
 
 
 def _code_type(layer: TableConv | ProductConv) -> str:

@@ -1,7 +1,10 @@
-"""Running exported ONNX files with ONNX Runtime."""
+"""Running exported ONNX files with ONNX Runtime, and what it makes of them."""
 
+import re
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.export.onnx_model import storage
+from qat.export.onnx_cut import integers_given
+from qat.export.onnx_model import require_onnx
 from qat.runtime.grid import Quantize
 from qat.targets import TARGETS
+
+INTEGER_KERNELS = {"QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QAttention", "NhwcMaxPool"}
+"""Kernels of integers whose name does not begin with QLinear."""
+
+MOVES = {
+    "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Concat", "Gather", "Expand",
+    "Identity", "Tile", "MaxPool", "ReorderInput", "ReorderOutput", "Shape", "DepthToSpace", "SpaceToDepth",
+}  # fmt: skip
+"""Operations that move or select numbers and compute none."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What an engine runs of a file.
+
+    Attributes:
+        counts: kernel -> how often it stands in the optimised graph, the most frequent first.
+        floating: what is computed with real numbers: name of the layer and kernel.
+    """
+
+    counts: dict[str, int]
+    floating: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"counts": self.counts, "floating": self.floating}
 
 
 def _require_onnxruntime() -> Any:
@@ -22,6 +52,28 @@ def _require_onnxruntime() -> Any:
     return onnxruntime
 
 
+def _options(onnxruntime: Any, target: str, threads: int = 0) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    for key, value in TARGETS[target].onnxruntime_options.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _session(onnxruntime: Any, model: str | bytes, options: Any) -> Any:
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has a class of its own for every fault
+        if not isinstance(model, bytes) and not Path(model).is_file():
+            raise FileNotFoundError(f"no ONNX file at '{model}'") from error
+        name = "the model" if isinstance(model, bytes) else f"'{model}'"
+        raise ValueError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot open {name}: it is damaged, or holds operations that "
+            f"this version lacks ({error})"
+        ) from error
+
+
 class OnnxNetwork:
     """An ONNX file as a callable on float32 torch tensors, run as its target runs it.
 
@@ -29,26 +81,16 @@ class OnnxNetwork:
         model: path of the file, or its bytes.
         target: key of `TARGETS`; its session options are used.
         threads: threads inside an operation; 0 lets ONNX Runtime choose.
+
+    Raises:
+        ImportError: the package is missing.
+        ValueError: the file is none, or has operations that ONNX Runtime lacks; says which.
     """
 
     def __init__(self, model: Path | str | bytes, target: str = "generic", threads: int = 0) -> None:
         onnxruntime = _require_onnxruntime()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        for key, value in TARGETS[target].onnxruntime_options.items():
-            options.add_session_config_entry(key, value)
-        source = model if isinstance(model, bytes) else str(model)
-        try:
-            self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime has a class of its own for every fault
-            if not isinstance(model, bytes) and not Path(model).is_file():
-                raise FileNotFoundError(f"no ONNX file at '{model}'") from error
-            name = "the model" if isinstance(model, bytes) else f"'{model}'"
-            raise ValueError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot open {name}: it is damaged, or holds operations that "
-                f"this version lacks ({error})"
-            ) from error
+        options = _options(onnxruntime, target, threads)
+        self.session = _session(onnxruntime, model if isinstance(model, bytes) else str(model), options)
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
@@ -65,57 +107,48 @@ class OnnxNetwork:
 def onnx_integers_given(
     path: Path, target: str, grids: Mapping[str, Quantize], inputs: tuple[Tensor, ...], given: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What each layer of an ONNX file, read back from disk and run by ONNX Runtime, makes of `given` integers.
+    """What each layer of an ONNX file, run by ONNX Runtime, makes of `given` integers (see `onnx_cut`)."""
+    return integers_given(lambda model: OnnxNetwork(model, target), path, grids, inputs, given)
 
-    The file's graph is cut at every integer activation: readers get a new input instead, and the tensor is an output.
 
-    Args:
-        path: the file.
-        target: key of `TARGETS`.
-        grids: of the tensors in `given`.
-        inputs: of the network, batch dimension first.
-        given: name of tensor -> its integers.
+def kernels(path: Path | str, target: str = "generic") -> Kernels:
+    """What ONNX Runtime really runs of a file, after its own fusions, on this machine.
+
+    Raises:
+        ImportError: a package is missing.
+        ValueError: the file is none, or has operations that ONNX Runtime lacks; says which.
     """
-    import onnx
-
-    model = onnx.load(path)
-    graph = model.graph
-    kinds = {value.name: value for value in [*graph.value_info, *graph.output]}
-    own = [value.name for value in graph.input]
-    present = [name for name in given if name in kinds]
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            if name in given:
-                node.input[i] = f"{name}/given"
-    for name in present:
-        value = onnx.ValueInfoProto()
-        value.CopyFrom(kinds[name])
-        value.name = f"{name}/given"
-        graph.input.append(value)
-        if name not in {output.name for output in graph.output}:
-            graph.output.append(kinds[name])
-    session = OnnxNetwork(model.SerializeToString(), target)
-    feeds = {name: x.numpy() for name, x in zip(own, inputs, strict=True)}
-    for name in present:
-        dtype, offset = storage(grids[name])
-        feeds[f"{name}/given"] = (given[name].int() + offset).numpy().astype(dtype)
-    made = session.run({name: feeds[name] for name in session.inputs})
-    return {name: torch.from_numpy(made[name].astype(np.int32)) - storage(grids[name])[1] for name in present}
-
-
-def count_kernels(path: Path, target: str = "generic") -> dict[str, int]:
-    """How often each operation stands in the graph that ONNX Runtime really runs, after its own fusions."""
-    import tempfile
-
-    import onnx
-
-    onnxruntime = _require_onnxruntime()
+    onnxruntime, onnx = _require_onnxruntime(), require_onnx()
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options = _options(onnxruntime, target)
         options.optimized_model_filepath = f"{folder}/optimized.onnx"
-        for key, value in TARGETS[target].onnxruntime_options.items():
-            options.add_session_config_entry(key, value)
-        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        _session(onnxruntime, str(path), options)
         graph = onnx.load(options.optimized_model_filepath).graph
-    return dict(Counter(node.op_type for node in graph.node).most_common())
+    return _judge(graph, onnx.TensorProto)
+
+
+def _judge(graph: Any, types: Any) -> Kernels:
+    """Follow which tensors are real numbers from the inputs on."""
+    real = {v.name for v in graph.input if v.type.tensor_type.elem_type in (types.FLOAT, types.FLOAT16)}
+    real |= {t.name for t in graph.initializer if t.data_type in (types.FLOAT, types.FLOAT16)}
+    computed = []
+    for node in graph.node:
+        kind, reads_real = node.op_type, any(name in real for name in node.input[:1])
+        integer = kind.startswith("QLinear") or kind in INTEGER_KERNELS
+        if kind == "DequantizeLinear" or (kind == "QGemm" and len(node.input) < 8):
+            real |= set(node.output)
+        elif kind == "Cast":
+            to = next(a.i for a in node.attribute if a.name == "to")
+            real |= set(node.output) if to in (types.FLOAT, types.FLOAT16) else set()
+        elif reads_real and not integer and kind != "QuantizeLinear":
+            real |= set(node.output)
+            if kind not in MOVES:
+                computed.append(f"{_layer_name(node)} ({kind})")
+    return Kernels(dict(Counter(node.op_type for node in graph.node).most_common()), computed)
+
+
+def _layer_name(node: Any) -> str:
+    """The layer that a node of the optimised graph belongs to: ONNX Runtime appends to its name."""
+    return (
+        re.sub(r"(_token_\d+|_nchwc)+$", "", node.name or node.output[0]).removesuffix(".rows").removesuffix(".float")
+    )

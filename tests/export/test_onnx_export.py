@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 import qat
 from qat.export.onnx import save_onnx
-from qat.export.onnxruntime import OnnxNetwork, count_kernels
+from qat.export.onnxruntime import OnnxNetwork, kernels
 from qat.ptq import round_biases
 from qat.runtime import IntegerConv, IntegerNetwork
 from qat.zoo.models import ResNet, SmallCNN
@@ -133,12 +133,12 @@ def test_everything_runs_in_integers(model: str, preset: str, tmp_path: Path) ->
     torch.manual_seed(0)
     network, path = qat.lower(ready(make(), qat.preset(preset), x)), tmp_path / "model.onnx"
     save_onnx(network, path, (x[:1],))
-    kernels = count_kernels(path)
-    assert kernels["QLinearConv"] == convolutions
-    assert kernels["QGemm"] == linears
-    assert kernels["QLinearAdd"] == adds
-    assert kernels["QLinearGlobalAveragePool"] == 1
-    assert not FLOAT_KERNELS & set(kernels)
+    ran = kernels(path).counts
+    assert ran["QLinearConv"] == convolutions
+    assert ran["QGemm"] == linears
+    assert ran["QLinearAdd"] == adds
+    assert ran["QLinearGlobalAveragePool"] == 1
+    assert not FLOAT_KERNELS & set(ran)
     got, expected = by_onnxruntime(path, x), network(x)
     if model == "small_cnn":
         assert_same(got, expected, 0.98)
@@ -166,12 +166,12 @@ def test_linear_layers_on_sequences(scheme: str, tmp_path: Path) -> None:
         config = {"weight": config["weight"] | {"group_size": 32, "symmetric": True}}
     network, path = qat.lower(ready(net, qat.QuantConfig.from_dict(config), x)), tmp_path / "model.onnx"
     save_onnx(network, path, (x[:2],))
-    kernels = count_kernels(path)
+    ran = kernels(path).counts
     if scheme == "int8":
-        assert kernels["QGemm"] == 2
-        assert not FLOAT_KERNELS & set(kernels)
+        assert ran["QGemm"] == 2
+        assert not FLOAT_KERNELS & set(ran)
     else:
-        assert not {"MatMulNBits", "DynamicQuantizeMatMul", "QGemm"} & set(kernels)
+        assert not {"MatMulNBits", "DynamicQuantizeMatMul", "QGemm"} & set(ran)
     assert_same(by_onnxruntime(path, x), network(x), 0.99)
 
 
@@ -347,7 +347,7 @@ def test_session_options_of_the_target_are_used(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
     OnnxNetwork(tmp_path / "m.onnx", target)
-    count_kernels(tmp_path / "m.onnx", target)
+    kernels(tmp_path / "m.onnx", target)
     assert seen == [entry] * 2
 
 

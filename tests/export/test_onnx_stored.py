@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import qat
 from qat.export.onnx import save_onnx
 from qat.export.onnx_stored import check_onnx
-from qat.export.onnxruntime import OnnxNetwork, count_kernels
+from qat.export.onnxruntime import OnnxNetwork, kernels
 from qat.numerics.formats import FORMATS
 from qat.ptq import round_biases
 from qat.runtime import IntegerNetwork
@@ -171,7 +171,7 @@ def test_engines_multiply_weights_out_once(name: str, tmp_path: Path) -> None:
     network, x = lowered(images(), {"weight": WEIGHTS[name][0]})
     save_onnx(network, tmp_path / "m.onnx", (x[:2],))
     gone = {"Cast", "Gather", "GatherElements", "Sub", "Mul", "Add", "Transpose", "Slice"}
-    assert not gone & set(count_kernels(tmp_path / "m.onnx"))
+    assert not gone & set(kernels(tmp_path / "m.onnx").counts)
 
 
 def test_zero_points_are_written_where_there_are_any(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_engines_leave_weights_between_integer_activations_alone(name: str, tmp_
     """ONNX Runtime rounds float weights between DequantizeLinear and QuantizeLinear to 8 bits: there must be none."""
     network, x = lowered(images(), {"weight": WEIGHTS[name][0]} | INT8)
     save_onnx(network, tmp_path / "m.onnx", (x[:2],))
-    assert not {"QLinearConv", "QGemm"} & set(count_kernels(tmp_path / "m.onnx"))
+    assert not {"QLinearConv", "QGemm"} & set(kernels(tmp_path / "m.onnx").counts)
 
 
 def test_engines_leave_float_layers_between_integer_activations_alone(tmp_path: Path) -> None:
