@@ -223,3 +223,14 @@ def number(text: str) -> int | float | str:
         except ValueError:
             pass
     return text
+
+
+def kernel_lines(summary: Summary) -> list[str]:
+    """What engines run of each exported file, a sentence a file: how often which kernel, and what stayed float."""
+    lines = []
+    for key, ran in (summary.get("kernels") or {}).items():
+        counts = ", ".join(f"{count} {name}" for name, count in ran["counts"].items())
+        floating = ran["floating"]
+        rest = f"in float: {', '.join(floating)}" if floating else "nothing is computed in float"
+        lines.append(f"{STAGES.get(key, key)} in {ran['engine']}: {counts}; {rest}.")
+    return lines

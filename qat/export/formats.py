@@ -5,10 +5,11 @@ reports and `python -m qat compare` read the table, and know no format by name.
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,15 @@ from qat.export.checkpoint import load_checkpoint, save_checkpoint
 from qat.export.compressed_run import open_compressed_tensors
 from qat.export.onnx import save_onnx
 from qat.export.onnx_stored import check_onnx
-from qat.export.onnxruntime import OnnxNetwork, onnx_integers_given
+from qat.export.onnxruntime import Kernels, OnnxNetwork, kernels, onnx_integers_given
+from qat.export.openvino import OpenVinoNetwork, openvino_integers_given, openvino_kernels, save_openvino
 from qat.export.pt2 import check_reference, open_pt2, pt2_integers_given, save_pt2
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 from qat.scheme import QuantConfig
 from qat.scheme.compressed import check_compressed
+
+LOG = logging.getLogger(__name__)
 
 Inputs = tuple[Tensor, ...]
 Integers = dict[str, Tensor]
@@ -42,6 +46,7 @@ class Exporter:
         write: (network, path, example inputs) -> None. Written whole or not at all.
         open: (path, key of TARGETS) -> a callable on tensors that returns a float tensor or a tuple of
             them, as its target runs the file.
+        kernels: (path, key of TARGETS) -> what its engine runs of the file; None where that cannot be asked.
         given: (path, key of TARGETS, grids, inputs, integers) -> what each layer of the file makes of these integers,
             by name of tensor; None where a file can be run from end to end only.
         check: refuses a configuration that no file of this format can hold, with a ValueError: which field, why, what
@@ -60,6 +65,7 @@ class Exporter:
     file: str
     write: Callable[[Any, Path, Inputs], None]
     open: Callable[[Path, str], Callable[..., Any]]
+    kernels: Callable[[Path, str], Kernels] | None = None
     given: Given | None = None
     check: Callable[[QuantConfig], None] | None = None
     reference: Callable[[nn.Module, Path], nn.Module] | None = None
@@ -125,6 +131,31 @@ def _check_compressed_tensors(prepared: nn.Module) -> None:
     check_network(prepared)
 
 
+class Engine(NamedTuple):
+    """What runs ONNX files, as the fields of an Exporter."""
+
+    open: Callable[[Path, str], Callable[..., Any]]
+    kernels: Callable[[Path, str], Kernels]
+    given: Given
+
+
+ONNXRUNTIME = Engine(OnnxNetwork, kernels, onnx_integers_given)
+OPENVINO = Engine(
+    lambda path, target: OpenVinoNetwork(path), lambda path, target: openvino_kernels(path), openvino_integers_given
+)
+
+
+def _onnx_engine(target: str) -> Engine:
+    """OpenVINO for what is made for it, if it is installed; else ONNX Runtime."""
+    if target != "openvino":
+        return ONNXRUNTIME
+    if importlib.util.find_spec("openvino") is None:
+        LOG.warning("target=openvino: the ONNX file is checked with ONNX Runtime, since OpenVINO is not installed; "
+                    "pip install 'qat[openvino]'")  # fmt: skip
+        return ONNXRUNTIME
+    return OPENVINO
+
+
 EXPORTERS: dict[str, Exporter] = {
     "int8": Exporter(
         label="int8 checkpoint",
@@ -137,8 +168,9 @@ EXPORTERS: dict[str, Exporter] = {
         label="ONNX",
         file="model.onnx",
         write=save_onnx,
-        open=OnnxNetwork,
-        given=onnx_integers_given,
+        open=lambda path, target: _onnx_engine(target).open(path, target),
+        kernels=lambda path, target: _onnx_engine(target).kernels(path, target),
+        given=lambda path, target, *others: _onnx_engine(target).given(path, target, *others),
         check=check_onnx,
         packages=("onnx", "onnxruntime"),
         extra="export",
@@ -171,5 +203,16 @@ EXPORTERS: dict[str, Exporter] = {
         open=open_pt2,
         given=pt2_integers_given,
         check=check_reference,
+    ),
+    "openvino": Exporter(
+        label="OpenVINO",
+        file="openvino",
+        write=save_openvino,
+        open=OPENVINO.open,
+        kernels=OPENVINO.kernels,
+        given=OPENVINO.given,
+        check=check_onnx,
+        packages=("onnx", "openvino"),
+        extra="openvino",
     ),
 }

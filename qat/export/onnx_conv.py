@@ -18,7 +18,7 @@ def integer_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     direct = layer.output_padding is not None and layer.groups == 1  # [in, out, *kernel]: channels lie along axis 1
     w, zeros = _weight(model, name, layer, direct)
     scales = model.constant(f"{name}.weight_scale", layer.weight_scale)
-    w = model.op("DequantizeLinear", [w, scales, *zeros], f"{name}.weight_real", axis=int(direct))
+    w = model.op("DequantizeLinear", [w, scales, zeros], f"{name}.weight_real", axis=int(direct))
     w = w if direct else weight_as_kept(model, name, layer, w)
     scale = layer.input_scale * layer.weight_scale
     if layer.bias.dtype == torch.int32:
@@ -29,26 +29,27 @@ def integer_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     model.finish(layer, name, lambda out: _sum(model, node, layer, [x, w, b], out))
 
 
-def _weight(model: Model, name: str, layer: IntegerConv, direct: bool) -> tuple[str, list[str]]:
-    """The weight's integers and, if they need any, zero points: engines are fastest without.
+def _weight(model: Model, name: str, layer: IntegerConv, direct: bool) -> list[str]:
+    """The weight's integers and zero points: all 0 if that is possible at all, since engines are fastest so.
 
-    A linear layer has them, all 0: without, ONNX Runtime makes a single one, which its own Gemm refuses.
+    Left out they cannot be: ONNX Runtime makes a single one for all channels then, which its own kernel refuses.
     """
     codes, zero, (low, high) = layer.weight.int(), layer.weight_zero_point, layer.weight_bounds
     column = zero.reshape(-1, *[1] * (codes.dim() - 1))
     centred, swap = codes - column, (lambda t: t.transpose(0, 1)) if direct else (lambda t: t)
-    ends = [int(centred.min()), int(centred.max())]
-    if ends[0] < -128 or ends[1] > 127:
-        kind = "UINT8" if low >= 0 else "INT8"
-        return model.typed(f"{name}.weight", swap(codes), kind), [model.typed(f"{name}.weight_zero_point", zero, kind)]
-    if fits_four_bits(low, high) and not fits_four_bits(min(ends[0], -1), ends[1]):
-        wide = model.cast(model.typed(f"{name}.weight", swap(codes), "UINT4"), "INT32", f"{name}.weight_codes")
-        zeros = model.constant(f"{name}.weight_zero_point", swap(column), np.int32)
+    least, most = min(int(centred.min()), -1), int(centred.max())
+    sign = "UINT" if low >= 0 else "INT"
+    if least < -128 or most > 127:
+        parts = {"weight": swap(codes), "weight_zero_point": zero}
+        return [model.typed(f"{name}.{part}", value, f"{sign}8") for part, value in parts.items()]
+    if fits_four_bits(low, high) and not fits_four_bits(least, most):
+        wide = model.cast(model.typed(f"{name}.weight", swap(codes), f"{sign}4"), "INT32", f"{name}.weight_codes")
+        zeros = model.constant(f"{name}.weight_centre", swap(column), np.int32)
         wide = model.op("Sub", [wide, zeros], f"{name}.weight_centred")
         w = model.cast(wide, "INT8", f"{name}.weight_bytes")
     else:
-        w = model.integers(f"{name}.weight", swap(centred), min(ends[0], -1), ends[1])
-    return w, [model.typed(f"{name}.weight_zero_point", zero * 0, "INT8")] if codes.dim() == 2 else []
+        w = model.integers(f"{name}.weight", swap(centred), least, most)
+    return [w, model.typed(f"{name}.weight_zero_point", zero * 0, "INT8")]
 
 
 def _sum(model: Model, node: Node, layer: IntegerConv, inputs: list[str], output: str) -> str:
@@ -84,9 +85,8 @@ def _dequantized_weight(model: Model, name: str, layer: FloatConv) -> str:
     constants = [
         model.typed(f"{name}.weight", codes, kind),
         model.constant(f"{name}.weight_scale", layer.weight_scale),
+        model.typed(f"{name}.weight_zero_point", layer.weight_zero_point, kind),
     ]
-    if bool((layer.weight_zero_point != 0).any()):
-        constants.append(model.typed(f"{name}.weight_zero_point", layer.weight_zero_point, kind))
     if layer.group_size is None:
         return model.op("DequantizeLinear", constants, f"{name}.weight_real", axis=0)
     real = model.op("DequantizeLinear", constants, f"{name}.weight_groups", axis=1, block_size=layer.group_size)

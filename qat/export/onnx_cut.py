@@ -50,7 +50,7 @@ def integers_given(
 
 
 def cut(model: Any, grids: Mapping[str, Quantize], given: Mapping[str, Tensor]) -> None:
-    """Make every tensor of `given` that the graph computes an output, and `NAME/given` an input that is read instead."""
+    """Make each tensor of `given` that the graph computes an output, and `NAME/given` an input that is read instead."""
     helper, graph = require_onnx().helper, model.graph
     made = {name for node in graph.node for name in node.output}
     for node in graph.node:

@@ -4,7 +4,8 @@ A grid narrower than its type (4 bits in uint8) is a Clip on the integers after 
 that engines fuse whole. Signed activations are stored higher in uint8, from 0 on, zero point and all: the same real
 numbers, but engines have integer kernels only where a layer's input and output share a type.
 
-Equal constants are one initializer, attributes with their default value and types of inner tensors are left out: in a
+Equal numbers are one initializer (tensors are not: ONNX Runtime rewrites a layer's weights and zero points in place,
+and fails on those of two), attributes with their default value and types of inner tensors are left out: in a
 small network they are as many bytes as a tenth of the weights.
 """
 
@@ -56,16 +57,14 @@ class Model:
         return output
 
     def constant(self, name: str, value: Any, dtype: Any = None) -> str:
-        """Add an initializer, if there is no equal one; returns its name."""
+        """Add an initializer; returns its name. Of equal numbers, or lists of sizes, there is one."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         array = array if dtype is None else array.astype(dtype)
-        return self._initializer(self.onnx.numpy_helper.from_array(array.copy(order="C"), name))
-
-    def _initializer(self, tensor: Any) -> str:
-        known = self._names.setdefault((tensor.data_type, tuple(tensor.dims), tensor.raw_data), tensor.name)
-        if known == tensor.name:
-            self.initializers[known] = tensor
-        return known
+        tensor = self.onnx.numpy_helper.from_array(array.copy(order="C"), name)
+        if array.size == 1 or array.dtype == np.int64:
+            name = self._names.setdefault((tensor.data_type, tuple(tensor.dims), tensor.raw_data), name)
+        self.initializers.setdefault(name, tensor)
+        return name
 
     def typed(self, name: str, value: Tensor, kind: str) -> str:
         """Add an initializer of the ONNX type `kind`, which numpy may not have; returns its name."""
@@ -81,7 +80,8 @@ class Model:
         tensor = self.onnx.helper.make_tensor(
             name, getattr(self.onnx.TensorProto, kind), list(value.shape), data.tobytes(), raw=True
         )
-        return self._initializer(tensor)
+        self.initializers[name] = tensor
+        return name
 
     def integers(self, name: str, value: Tensor, low: int, high: int) -> str:
         """Add integers between `low` and `high` in the smallest type that holds them; returns the name of the tensor.

@@ -109,9 +109,10 @@ def table_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
 
 def table_weight(model: Model, name: str, layer: TableConv) -> str:
     """Codes, looked up in their table of levels, times scales."""
-    kind, codes, levels = _code_type(layer), layer.codes, layer.levels
-    if levels is not None:
-        kind, codes, levels = _as_float8(layer) or (kind, codes, levels)
+    kind, codes = _code_type(layer), layer.codes
+    levels: Tensor | None = layer.levels
+    if levels is not None and (narrow := _as_float8(layer)) is not None:
+        (kind, codes), levels = narrow, None
     values = model.typed(f"{name}.weight", codes, kind)
     if levels is not None:
         index = model.cast(values, "INT32", f"{name}.weight_index")
@@ -158,13 +159,13 @@ def product_weight(model: Model, name: str, layer: ProductConv) -> str:
     return model.reshape(w, layer.weight_shape, f"{name}.weight_real")
 
 
-def _as_float8(layer: TableConv) -> tuple[str, Tensor, None] | None:
+def _as_float8(layer: TableConv) -> tuple[str, Tensor] | None:
     """Codes of 8 bits as the floats of ONNX that they stand for, if they stand for such: a table less in the file."""
     values = layer.levels.expand(layer.codes.shape[0], -1).gather(1, layer.codes.long())
     for kind, dtype in (("FLOAT8E4M3FN", torch.float8_e4m3fn), ("FLOAT8E5M2", torch.float8_e5m2)):
         narrow = values.to(dtype)
         if layer.levels.shape[1] > 16 and torch.equal(narrow.float(), values):
-            return kind, narrow, None
+            return kind, narrow
     return None
 
 

@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,18 @@ class Kernels:
     """What an engine runs of a file.
 
     Attributes:
+        engine: its name and version.
         counts: kernel -> how often it stands in the optimised graph, the most frequent first.
         floating: what is computed with real numbers: name of the layer and kernel.
     """
 
+    engine: str
     counts: dict[str, int]
     floating: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {"counts": self.counts, "floating": self.floating}
+        return asdict(self)
 
 
 def _require_onnxruntime() -> Any:
@@ -114,6 +116,10 @@ def onnx_integers_given(
 def kernels(path: Path | str, target: str = "generic") -> Kernels:
     """What ONNX Runtime really runs of a file, after its own fusions, on this machine.
 
+    Args:
+        path: the file.
+        target: key of `TARGETS`; its session options are used.
+
     Raises:
         ImportError: a package is missing.
         ValueError: the file is none, or has operations that ONNX Runtime lacks; says which.
@@ -124,11 +130,13 @@ def kernels(path: Path | str, target: str = "generic") -> Kernels:
         options.optimized_model_filepath = f"{folder}/optimized.onnx"
         _session(onnxruntime, str(path), options)
         graph = onnx.load(options.optimized_model_filepath).graph
-    return _judge(graph, onnx.TensorProto)
+    counts = Counter(node.op_type for node in graph.node)
+    engine = f"ONNX Runtime {onnxruntime.__version__}"
+    return Kernels(engine, dict(counts.most_common()), _floating(graph, onnx.TensorProto))
 
 
-def _judge(graph: Any, types: Any) -> Kernels:
-    """Follow which tensors are real numbers from the inputs on."""
+def _floating(graph: Any, types: Any) -> list[str]:
+    """What computes with real numbers: which tensors are such is followed from the inputs on."""
     real = {v.name for v in graph.input if v.type.tensor_type.elem_type in (types.FLOAT, types.FLOAT16)}
     real |= {t.name for t in graph.initializer if t.data_type in (types.FLOAT, types.FLOAT16)}
     computed = []
@@ -144,7 +152,7 @@ def _judge(graph: Any, types: Any) -> Kernels:
             real |= set(node.output)
             if kind not in MOVES:
                 computed.append(f"{_layer_name(node)} ({kind})")
-    return Kernels(dict(Counter(node.op_type for node in graph.node).most_common()), computed)
+    return computed
 
 
 def _layer_name(node: Any) -> str:

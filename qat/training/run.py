@@ -130,6 +130,7 @@ class Run:
             Format -> path of the files that hold the limits.
         """
         settings, class_dim = self.config["export"], getattr(self.task, "class_dim", 1)
+        self.summary["kernels"] = {}
         with tempfile.TemporaryDirectory(prefix=".export-", dir=self.folder) as new:
             written = self._written(network, Path(new), example, formats)
             self.summary["unread"] = {name: why for name in written if (why := EXPORTERS[name].why_unread())}
@@ -149,6 +150,8 @@ class Run:
                         continue
                     metrics, size = self._metrics(outputs[name]), size_of(written[name])
                     self.summary["stages"][name] = {"metrics": metrics, "bytes": size, "latency_ms": latency}
+                    if (ran := EXPORTERS[name].kernels) is not None:
+                        self.summary["kernels"][name] = ran(written[name], reloaded.target).to_dict()
                 pairs = measure(
                     net, network, reloaded, self.inputs, layer_samples=settings["layer_samples"], class_dim=class_dim,
                     outputs=outputs, metrics=self._metrics,
@@ -216,6 +219,7 @@ class Run:
         from qat.analysis.console import parity_table, summary_table, verdict
         from qat.analysis.plots import read_history, save, stages_figure
         from qat.analysis.report import write_report
+        from qat.analysis.summary import kernel_lines
 
         write_summary(self.summary, self.folder / "summary.json")
         write_report(self.folder / "report.html", self.summary, layers, read_history(self.folder), config_yaml)
@@ -227,6 +231,9 @@ class Run:
         if self.summary["parity"]:
             console.print()
             console.print(parity_table(self.summary))
+        for line in kernel_lines(self.summary):
+            console.print()
+            console.print(line)
         console.print()
         console.print(verdict(self.summary))
         console.print(f"Run directory: {self.folder}", soft_wrap=True)

@@ -279,7 +279,7 @@ def test_configuration_travels_in_the_file(tmp_path: Path) -> None:
     x = images(4, 1, 8, 8)
     save_onnx(qat.lower(ready(SmallCNN(1, 10, 4), qat.preset("w4a8"), x)), tmp_path / "m.onnx", (x,))
     properties = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx").metadata_props}
-    assert json.loads(properties["qat"])["quant"] == qat.preset("w4a8").to_dict()
+    assert json.loads(properties["quant"]) == qat.preset("w4a8").to_dict()
 
 
 def test_four_bit_weights_of_a_weight_only_file_stay_integers(tmp_path: Path) -> None:
@@ -289,9 +289,10 @@ def test_four_bit_weights_of_a_weight_only_file_stay_integers(tmp_path: Path) ->
     weights = [t for t in onnx.load(tmp_path / "m.onnx").graph.initializer if t.name.endswith(".weight")]
     assert len(weights) == 6
     for tensor in weights:
-        array = onnx.numpy_helper.to_array(tensor)
-        assert array.dtype == np.int8
+        assert tensor.data_type == onnx.TensorProto.INT4
+        array = onnx.numpy_helper.to_array(tensor).astype(np.int8)
         assert abs(array).max() <= 7
+        assert len(tensor.raw_data) == -(-array.size // 2)
     assert_same(by_onnxruntime(tmp_path / "m.onnx", x), network(x))
 
 

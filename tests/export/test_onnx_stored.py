@@ -92,9 +92,9 @@ def _seed() -> None:
 
 # scheme of the weight, the layer that holds it, and the type of its codes
 WEIGHTS: dict[str, tuple[dict[str, Any], type, str]] = {
-    "e4m3fn": ({"format": "e4m3fn", "bits": 8}, TableConv, "UINT8"),
-    "e5m2_tensor": ({"format": "e5m2", "bits": 8, "granularity": "tensor"}, TableConv, "UINT8"),
-    "e3m2": ({"format": "e3m2", "bits": 6}, TableConv, "UINT8"),
+    "e4m3fn": ({"format": "e4m3fn", "bits": 8}, TableConv, "FLOAT8E4M3FN"),
+    "e5m2_tensor": ({"format": "e5m2", "bits": 8, "granularity": "tensor"}, TableConv, "FLOAT8E5M2"),
+    "e3m2": ({"format": "e3m2", "bits": 6}, TableConv, "FLOAT8E4M3FN"),
     "e2m1": ({"format": "e2m1", "bits": 4}, TableConv, "UINT4"),
     "bf16": ({"format": "bf16", "bits": 16}, TableConv, "BFLOAT16"),
     "fp16": ({"format": "fp16", "bits": 16}, TableConv, "FLOAT16"),
@@ -122,7 +122,7 @@ WEIGHTS: dict[str, tuple[dict[str, Any], type, str]] = {
     "axis_dorefa": ({"bits": 4, "axis": 1, "range": "dorefa"}, TableConv, "INT8"),
     "int12": ({"bits": 12}, FloatConv, "INT16"),
     "int16_affine": ({"bits": 16} | AFFINE, FloatConv, "UINT16"),
-    "int10_group": ({"bits": 10, "group_size": 8} | GROUP | AFFINE, FloatConv, "INT16"),
+    "int10_group": ({"bits": 10, "group_size": 8} | GROUP | AFFINE, FloatConv, "UINT16"),
 }  # fmt: skip
 
 
