@@ -1,5 +1,7 @@
 """Convolutions and linear layers of integers, of dequantized integers, and of floats, in ONNX."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -121,9 +123,10 @@ def product(
         pads = [before for before, _ in layer.padding] + [after for _, after in layer.padding]
         kind = "Conv" if layer.output_padding is None else "ConvTranspose"
         given = {"strides": (layer.stride, 1), "pads": (pads, 0), "dilations": (layer.dilation, 1),
-                 "group": ([layer.groups], 1), "output_padding": (layer.output_padding or [], 0)}  # fmt: skip
-        others = {name: values for name, (values, default) in given.items() if any(v != default for v in values)}
-        others |= {"group": layer.groups} if "group" in others else {}
+                 "output_padding": (layer.output_padding or [], 0)}  # fmt: skip
+        others: dict[str, Any] = {k: v for k, (v, default) in given.items() if any(n != default for n in v)}
+        if layer.groups != 1:
+            others["group"] = layer.groups
         return model.op(kind, inputs, output, kernel_shape=shape[2:], **others)
     if len(model.shapes[node.inputs[0]]) == 2:
         return model.op("Gemm", inputs, output, transB=1)
