@@ -1,4 +1,4 @@
-"""What an exported ONNX file holds, as text: where it comes from, weights, and the kernels that an engine runs of it."""
+"""What an exported ONNX file holds, as text: where it comes from, its weights, the kernels that run of it."""
 
 import json
 import math

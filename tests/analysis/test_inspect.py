@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -474,3 +475,23 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.
         with pytest.raises(SystemExit):
             main(["inspect", str(tmp_path / f"{name}.safetensors")])
         assert said in capsys.readouterr().err
+
+
+def test_an_onnx_file_is_inspected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="pip install 'qat[export]'")
+    x = torch.randn(8, 1, 8, 8)
+    prepared = qat.prepare(SmallCNN(1, 10, 8).eval(), INT8, x[:2])
+    finalize(prepared, [x], PTQConfig(adaptive_rounding_steps=0), trained=False)
+    path = qat.export(qat.lower(prepared), tmp_path, x[:2], formats=["onnx"])["onnx"]
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "opset ai.onnx 21" in text
+    assert "x [batch, 1, 8, 8]" in text
+    assert "5 QLinearConv" in text
+    assert "nothing is computed in float" in text
+    assert re.search(r"block\.conv1\.weight +int8 +8x8x3x3 +576 +576", text), text
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(SystemExit):
+        main(["inspect", str(damaged)])
+    assert "damaged.onnx" in capsys.readouterr().err

@@ -16,11 +16,13 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
 import qat
+from qat.export.agreement import Parity, ParityLimits
 from qat.export.formats import EXPORTERS, OPENVINO
 from qat.export.onnx import save_onnx
 from qat.export.onnxruntime import OnnxNetwork, kernels
 from qat.export.openvino import OpenVinoNetwork, openvino_kernels
-from qat.export.parity import Parity, ParityLimits, measure
+from qat.export.parity import measure
+from qat.export.reloaded import Reloaded
 from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerNetwork
 from qat.zoo.models import SmallCNN
@@ -67,9 +69,12 @@ def overhead(path: Path) -> float:
     return 1 - sum(len(tensor.raw_data) for tensor in onnx.load(path).graph.initializer) / size
 
 
-def assert_agrees(parity: Parity) -> None:
+def assert_agrees(file: Exported, name: str, path: Path) -> Parity:
+    reloaded = Reloaded({name: path}, fresh=False)
+    parity = measure(file.prepared, file.network, reloaded, file.x)[f"qat_{name}"]
     parity.check("training / file", ParityLimits(agreement=1.0))
     assert parity.layers
+    return parity
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -141,7 +146,7 @@ def test_layers_that_stay_float_are_named(tmp_path: Path) -> None:
 
 
 def test_onnxruntime_agrees(file: Exported) -> None:
-    assert_agrees(measure(file.prepared, file.network, {"onnx": file.path}, file.x)["qat_onnx"])
+    assert_agrees(file, "onnx", file.path)
 
 
 def test_reference_evaluator_agrees(file: Exported) -> None:
@@ -160,8 +165,7 @@ def test_openvino_runs_the_same_file(file: Exported, monkeypatch: pytest.MonkeyP
     assert ran.counts["Convolution (u8)"] == len(convolutions)
     for field in ("open", "given", "kernels"):  # a target's file is measured on its engine
         monkeypatch.setitem(EXPORTERS["onnx"].__dict__, field, getattr(OPENVINO, field))
-    parity = measure(file.prepared, file.network, {"onnx": file.path}, file.x)["qat_onnx"]
-    assert_agrees(parity)
+    parity = assert_agrees(file, "onnx", file.path)
     outputs = file.network(file.x)
     assert parity.max_abs <= 0.02 * outputs.std()  # sums are rounded: without, differences are everywhere
     assert (OpenVinoNetwork(file.path)(file.x) - outputs).abs().mean() <= 1e-2 * outputs.std()
@@ -172,7 +176,7 @@ def test_openvinos_own_files(tmp_path: Path) -> None:
     file = exported(*NETWORKS["small_cnn"], tmp_path / "model.onnx")
     paths = qat.export(file.network, tmp_path, file.x[:2], formats=["openvino"])
     assert sorted(p.name for p in paths["openvino"].iterdir()) == ["model.bin", "model.xml"]
-    assert_agrees(measure(file.prepared, file.network, paths, file.x)["qat_openvino"])
+    assert_agrees(file, "openvino", paths["openvino"])
     assert openvino_kernels(paths["openvino"]).floating == []
     assert torch.allclose(OpenVinoNetwork(paths["openvino"])(file.x[:5]), file.network(file.x[:5]), atol=1e-5)
 
