@@ -53,7 +53,7 @@ def _read(openvino: Any, path: Path | str) -> Any:
     try:
         return openvino.Core().read_model(str(file))
     except RuntimeError as error:
-        raise ValueError(f"OpenVINO {openvino.__version__} cannot load '{file}': {error}") from error
+        raise ValueError(f"OpenVINO {openvino.__version__} cannot open '{file}': {error}") from error
 
 
 class OpenVinoNetwork:

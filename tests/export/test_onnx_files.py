@@ -198,13 +198,13 @@ def foreign(path: Path) -> Path:
 def test_operations_that_onnxruntime_lacks_are_named(tmp_path: Path) -> None:
     path = foreign(tmp_path / "foreign.onnx")
     for use in (OnnxNetwork, kernels):
-        with pytest.raises(ValueError, match=r"ONNX Runtime .* cannot load .*foreign\.onnx.*Transmogrify"):
+        with pytest.raises(ValueError, match=r"ONNX Runtime .* cannot open .*foreign\.onnx.*Transmogrify"):
             use(path)
 
 
 def test_operations_that_openvino_lacks_are_named(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="pip install 'qat[openvino]'")
-    with pytest.raises(ValueError, match=r"(?s)OpenVINO .* cannot load .*foreign\.onnx.*Transmogrify"):
+    with pytest.raises(ValueError, match=r"(?s)OpenVINO .* cannot open .*foreign\.onnx.*Transmogrify"):
         OpenVinoNetwork(foreign(tmp_path / "foreign.onnx"))
 
 
@@ -213,7 +213,7 @@ def test_what_is_no_model_is_refused(engine: Callable[[Path], Any], tmp_path: Pa
     if engine is OpenVinoNetwork:
         pytest.importorskip("openvino", reason="pip install 'qat[openvino]'")
     (tmp_path / "broken.onnx").write_bytes(b"\x08\x0a nonsense" * 20)
-    with pytest.raises(ValueError, match=r"cannot load .*broken\.onnx"):
+    with pytest.raises(ValueError, match=r"cannot open .*broken\.onnx"):
         engine(tmp_path / "broken.onnx")
 
 
