@@ -277,7 +277,8 @@ def test_what_trains_is_what_runs(name: str, scheme: str, tmp_path: Path) -> Non
     assert error.square().mean() <= 1e-2 * quantization.square().mean()  # a step near a tie
     paths = qat.export(network, tmp_path, CASES[name].inputs(3))
     checkpoint = qat.load(paths["int8"])
-    assert exact(checkpoint(*x), network(*x))
+    expected_integers = network.run(*x)  # by its layers: the fast path scales real outputs in another order
+    assert all(exact(made, expected_integers[key]) for key, made in checkpoint.run(*x).items())
     pairs = measure(prepared, network, paths, x, batch_size=40)
     for pair, parity in pairs.items():
         share = 0.995 if name == "twice" else 0.999  # a bias that is added at several scales is rounded to none
@@ -285,7 +286,7 @@ def test_what_trains_is_what_runs(name: str, scheme: str, tmp_path: Path) -> Non
         assert "activation" not in (INTEGER | STORED)[scheme] or parity.layers or name == "embedding_alone"
     checkpoint.set_reference()
     if scheme in INTEGER:
-        assert exact(checkpoint(*x), network(*x))
+        assert all(exact(made, expected_integers[key]) for key, made in checkpoint.run(*x).items())
     onnx = OnnxNetwork(paths["onnx"])
     assert (onnx(*x) - network(*x)).square().mean() <= 1e-2 * quantization.square().mean()
     assert onnx(*CASES[name].inputs(1)).shape == expected[:1].shape
