@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python
 
-.PHONY: help train test lint types check clean
+.PHONY: help train test bench peers lint types check clean
 help: ## show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
 
@@ -22,6 +22,15 @@ train: $(STAMP) ## install what is missing and run the main job; ARGS="quant=w4a
 test: $(STAMP) ## install what is missing and run the tests; ARGS="tests/test_scheme.py" for some
 	$(RUN) -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
 
+bench: $(STAMP) ## what a step of quantized training costs, against the committed results (3 minutes)
+	$(RUN) -m experiments.speed.training --short
+
+PEERS := torchao==0.18.0 brevitas==0.13.4 nvidia-modelopt==0.47.0 nncf==3.4.0 requests huggingface_hub
+peers: $(STAMP) ## an environment with other frameworks, to measure them too
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-peers/bin/pip install --quiet $(PEERS)
+
 lint: $(STAMP) ## ruff
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -32,4 +41,4 @@ types: $(STAMP) ## mypy
 check: test lint types ## all three
 
 clean: ## remove the environment and every run
-	rm -rf $(VENV) outputs multirun
+	rm -rf $(VENV) .venv-peers outputs multirun

@@ -80,8 +80,11 @@ def assert_files_agree(prepared: fx.GraphModule, inputs: Inputs, folder: Path, o
     assert given
     example = tuple(x[:3] for x in inputs)
     paths = qat.export(network, folder, example, formats=["int8", "onnx"] if onnx else ["int8"])
-    assert torch.equal(qat.load(folder / "model.safetensors").run(*inputs)[network.outputs[0]], result)
+    loaded = qat.load(folder / "model.safetensors")
+    assert torch.equal(loaded.run(*inputs)[network.outputs[0]], result)
     made = [integers_given(network, inputs, given)]
+    if (kernels := loaded.fast_path().plan) is not None:
+        made.append(kernels.integers(given, *inputs))
     if onnx:
         path = next(p for p in paths.values() if str(p).endswith(".onnx"))
         made.append(onnx_integers_given(path, "generic", network.grids(), inputs, given))
