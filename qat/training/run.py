@@ -154,7 +154,7 @@ class Run:
                         self.summary["kernels"][name] = ran(written[name], reloaded.target).to_dict()
                 pairs = measure(
                     net, network, reloaded, self.inputs, layer_samples=settings["layer_samples"], class_dim=class_dim,
-                    outputs=outputs, metrics=self._metrics,
+                    outputs=outputs, metrics=self._metrics, batch_size=BATCH,
                 )  # fmt: skip
             self.summary["parity"] = {pair: measured.to_dict(layers=True) for pair, measured in pairs.items()}
             return self._publish(written, pairs, limits or ParityLimits())
