@@ -21,7 +21,16 @@ LONG = ("test_main_job.py", "test_language_model.py", "test_distributed.py", "te
 """Files whose tests start whole runs. They go first, so that no worker is left alone with one in the end."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put LONG files first, the rest in order."""
+    """Put LONG files first, the rest in order; of tests `sampled(n)` leave one in n, and mark the others `slow`."""
+    seen: dict[str, int] = {}
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None:
+            family = item.nodeid.partition("[")[0]
+            if seen.setdefault(family, 0) % sampled.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[family] += 1
     order = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))

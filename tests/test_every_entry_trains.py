@@ -216,6 +216,7 @@ def overrides(role: str, data: dict[str, Any]) -> list[str]:
     ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("role", "data"),
     COVERING + OBSERVED,

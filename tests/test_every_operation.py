@@ -213,6 +213,7 @@ NAMED = LAYERS | OPERATIONS
 CASES = list(dict.fromkeys(case for cases in NAMED.values() for case in cases))
 
 
+@pytest.mark.sampled(6)  # the tables' own tests run them all
 @pytest.mark.parametrize("case", CASES)
 def test_the_whole_way(case: str, tmp_path: Path) -> None:
     net, inputs = network(case)

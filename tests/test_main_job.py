@@ -220,20 +220,37 @@ def test_reports_and_logs_are_written(default: tuple[Path, str]) -> None:
 
 @pytest.fixture(scope="session")
 def sweep(home: Path, default: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One job a preset, from the default run's float weights."""
-    folder = tmp_path_factory.mktemp("sweep") / "presets"
+    """One job a preset of SWEPT, from the default run's float weights."""
+    return swept(SWEPT, home, default, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def rest(home: Path, default: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The same of all other presets."""
+    return swept(REST, home, default, tmp_path_factory)
+
+
+def swept(
+    presets: tuple[str, ...], home: Path, default: tuple[Path, str], paths: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    folder = paths.mktemp("sweep") / "presets"
     given = f"float_checkpoint={default[0] / 'float.safetensors'}"
-    done = train(home, "-m", f"hydra.sweep.dir={folder}", f"quant={','.join(PRESETS)}", given, *QUICK)
+    done = train(home, "-m", f"hydra.sweep.dir={folder}", f"quant={','.join(presets)}", given, *QUICK)
     return folder, succeeded(done)
 
+
+SWEPT = ("off", "int8", "w4a4_lsq", "w2a2_lsq", "w4g32", "nvfp4", "codebook4")
+REST = tuple(name for name in PRESETS if name not in SWEPT)
 
 NO_ONNX = ("mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4", "apot4")
 """Presets whose activations ONNX has no type for."""
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "off"])
-def test_every_shipped_preset_has_parity(sweep: tuple[Path, str], preset: str) -> None:
-    summary = summary_of(sweep[0] / str(list(PRESETS).index(preset)))
+@pytest.mark.parametrize("preset", [*SWEPT[1:], *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
+def test_every_shipped_preset_has_parity(request: pytest.FixtureRequest, preset: str) -> None:
+    jobs = SWEPT if preset in SWEPT else REST
+    sweep: tuple[Path, str] = request.getfixturevalue("sweep" if preset in SWEPT else "rest")
+    summary = summary_of(sweep[0] / str(jobs.index(preset)))
     assert summary["name"] == f"digits/small_cnn/{preset}"
     if preset in NO_ONNX:
         assert tuple(summary["stages"]) == STAGES[:-1]
@@ -245,7 +262,7 @@ def test_every_shipped_preset_has_parity(sweep: tuple[Path, str], preset: str) -
 
 def test_given_float_weights_skip_the_float_phase(sweep: tuple[Path, str], default: tuple[Path, str]) -> None:
     expected = summary_of(default[0])["stages"]["float"]["metrics"]
-    for job in range(len(PRESETS)):
+    for job in range(len(SWEPT)):
         summary = summary_of(sweep[0] / str(job))
         assert summary["stages"]["float"]["metrics"] == expected
         assert "float" not in summary["seconds"]
@@ -253,7 +270,7 @@ def test_given_float_weights_skip_the_float_phase(sweep: tuple[Path, str], defau
 
 
 def test_without_quantization_there_is_the_float_stage_only(sweep: tuple[Path, str]) -> None:
-    folder = sweep[0] / str(list(PRESETS).index("off"))
+    folder = sweep[0] / str(SWEPT.index("off"))
     summary = summary_of(folder)
     assert tuple(summary["stages"]) == ("float",)
     assert summary["parity"] == {}
@@ -266,7 +283,7 @@ def test_a_sweep_ends_with_one_table_and_one_plot(sweep: tuple[Path, str]) -> No
     folder, console = sweep
     with (folder / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["quant"] for row in rows] == list(PRESETS)
+    assert [row["quant"] for row in rows] == list(SWEPT)
     for job, row in enumerate(rows):
         assert row["status"] == "finished"
         stages = summary_of(folder / str(job))["stages"]

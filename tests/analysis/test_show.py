@@ -42,7 +42,10 @@ def test_the_command_writes_a_picture_and_says_so(tmp_path: Path, suffix: str) -
     assert "quant.weight: int3 symmetric channel, learned (mse), SQNR" in done.stdout
     assert "quant.activation: int4 symmetric tensor, learned (mse), SQNR" in done.stdout
     assert "quant.input: int8 symmetric tensor, running (ema), SQNR" in done.stdout
-    assert "rules are not drawn: first (weight.bits=8, weight.narrow_range=False, activation.bits=8); last (" in done.stdout
+    assert (
+        "rules are not drawn: first (weight.bits=8, weight.narrow_range=False, activation.bits=8); last ("
+        in done.stdout
+    )
     head = out.read_bytes()[:5]
     assert head == (b"<?xml" if suffix == "svg" else b"\x89PNG\r")
 
@@ -115,6 +118,7 @@ def activation(*settings: str) -> Curve:
     return measure(configure([f"quant.activation.{setting}" for setting in settings]).activation, "activation")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "off"])
 def test_every_preset_is_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "scheme.svg"
