@@ -13,11 +13,9 @@ Results of rows that are not measured again stay in inference.csv.
 import argparse
 import csv
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import qat
+from experiments.speed.machine import machine
 from qat.export.onnxruntime import OnnxNetwork
 from qat.export.openvino import OpenVinoNetwork
 from qat.ptq import PTQConfig, finalize
@@ -185,20 +184,6 @@ def lines_of(name: str, threads: int, rounds: list[dict[Row, dict[int, float]]])
     return lines
 
 
-def machine() -> dict[str, Any]:
-    """Processor and versions; nothing that names this one machine."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    flags = set(next((line.split(":")[1] for line in text.splitlines() if line.startswith("flags")), "").split())
-    model = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
-    packages = [p for p in ("torch", "onnxruntime", "openvino") if importlib.util.find_spec(p)]
-    return {
-        "processor": model or platform.processor(), "cores": os.cpu_count(),
-        "instructions": sorted(flags & {"avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}),
-        "python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages},
-    }  # fmt: skip
-
-
 def plot(lines: list[dict[str, Any]], path: Path) -> None:
     """Ratios as bars from the least to the largest round, a panel a network."""
     import matplotlib as mpl
@@ -306,7 +291,7 @@ def main() -> None:
         writer = csv.DictWriter(file, lines[0])
         writer.writeheader()
         writer.writerows(lines)
-    args.out.with_suffix(".json").write_text(json.dumps(machine(), indent=2) + "\n")
+    args.out.with_suffix(".json").write_text(json.dumps(machine(("torch", "onnxruntime", "openvino")), indent=2) + "\n")
     plot(lines, args.out.with_suffix(".svg"))
     console.print(f"wrote {args.out}, its machine (.json) and plot (.svg)")
 

@@ -1,6 +1,7 @@
 """On what was measured, as plain data that goes beside every result."""
 
-import datetime
+import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -8,26 +9,19 @@ from typing import Any
 
 import torch
 
-
-def machine(device: str = "cpu") -> dict[str, Any]:
-    """Processor, threads, versions, date; nothing that names this one machine."""
-    facts: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-    }
-    if device != "cpu":
-        facts["device"] = torch.cuda.get_device_name(device)
-    return facts
+INSTRUCTIONS = {"avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
-def _processor() -> str:
-    """The processor's model."""
+def machine(packages: tuple[str, ...] = ("torch",), device: str = "cpu") -> dict[str, Any]:
+    """Processor and versions; nothing that names this one machine."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.processor() or platform.machine()
+    fields = [line.partition(":")[::2] for line in (path.read_text() if path.is_file() else "").splitlines()]
+    info = {name.strip(): value.strip() for name, value in fields}
+    facts = {
+        "processor": info.get("model name", "") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "instructions": sorted(INSTRUCTIONS & {*info.get("flags", "").split(), *info.get("Features", "").split()}),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)},
+    }
+    return facts if device == "cpu" else {**facts, "device": torch.cuda.get_device_name(device)}

@@ -3,7 +3,7 @@
 python -m experiments.speed.training                              # all that is installed, about 15 minutes
 python -m experiments.speed.training --short                      # ours, about 3 minutes (`make bench`)
 python -m experiments.speed.training --peers .venv-peers          # peers from their environment (`make peers`)
-python -m experiments.speed.training --device cuda --amp bfloat16
+python -m experiments.speed.training --device cuda
 
 Each row is measured in a process of its own, in which float and quantized steps alternate; a ratio is of two
 neighbours.
@@ -12,6 +12,7 @@ Memory is the growth of the peak of resident memory over the built network, in a
 
 import argparse
 import csv
+import datetime
 import gc
 import json
 import os
@@ -214,14 +215,8 @@ def plot(rows: list[dict[str, Any]], path: Path, about: str) -> None:
             axis.barh(places, [r["ratio"] for r in found], 0.36, color=colour, label=way)
             axis.errorbar([r["ratio"] for r in found], places, xerr=spread, fmt="none", ecolor="#555555", lw=0.8)
             for r, place in zip(found, places, strict=True):
-                axis.text(
-                    0.03,
-                    place,
-                    f"{r['ratio']:.2f}",
-                    va="center",
-                    fontsize=7,
-                    color="white" if way == "eager" else "black",
-                )
+                ink = "white" if way == "eager" else "black"
+                axis.text(0.03, place, f"{r['ratio']:.2f}", va="center", fontsize=7, color=ink)
         axis.axvline(1, color="black", lw=1)
         axis.set_title(work)
         axis.set_xlabel("time of a step / float")
@@ -248,7 +243,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--device", default="cpu")
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--repeats", type=int, default=None)
-    result.add_argument("--out", type=Path, default=FOLDER / "results")
+    result.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
     result.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     result.add_argument("--measure", choices=("time", "memory"), help=argparse.SUPPRESS)
     return result
@@ -268,7 +263,8 @@ def main() -> None:
 
     from experiments.speed.machine import machine
 
-    console, facts = Console(), machine(args.device)
+    console = Console()
+    facts = {"date": datetime.date.today().isoformat(), **machine(("torch", "torchao"), args.device)}
     kept = args.out / f"training_{args.device.partition(':')[0]}.csv"
     earlier = list(csv.DictReader(kept.open())) if args.short and kept.is_file() else []
     with console.status("") as status:

@@ -58,8 +58,10 @@ def _options(onnxruntime: Any, target: str, threads: int = 0) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    for key, value in TARGETS[target].onnxruntime_options.items():
-        options.add_session_config_entry(key, value)
+    described = TARGETS[target]
+    if not (described.exact_with_vnni and torch.cpu._is_vnni_supported()):
+        for key, value in described.onnxruntime_options.items():
+            options.add_session_config_entry(key, value)
     return options
 
 

@@ -258,7 +258,9 @@ TARGETS: dict[str, Target] = {
     "onnxruntime_x86": _onnxruntime(
         "ONNX Runtime on x86 with AVX2 and no VNNI, at full speed: 7-bit weights.", _SEVEN_BITS, onnxruntime_options={}
     ),
-    "onnxruntime_x86_vnni": _onnxruntime("ONNX Runtime on x86 with AVX-VNNI or AVX512-VNNI.", _PER_CHANNEL),
+    "onnxruntime_x86_vnni": _onnxruntime(
+        "ONNX Runtime on x86 with AVX-VNNI or AVX512-VNNI.", _PER_CHANNEL, exact_with_vnni=True
+    ),
     "onnxruntime_arm": _onnxruntime(
         "ONNX Runtime on 64-bit ARM: int8 activations with a zero point.", _PER_CHANNEL,
         prefers={"activation": {"symmetric": False, "signed": True}},

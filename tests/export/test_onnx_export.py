@@ -330,10 +330,15 @@ def test_eight_bit_weights_are_exact_in_exact_mode(tmp_path: Path) -> None:
     assert_same(by_onnxruntime(tmp_path / "m.onnx", x), network(x), 1.0)
 
 
-@pytest.mark.parametrize(("target", "entry"), [("generic", "1"), ("onnxruntime_x86", None)])
+@pytest.mark.parametrize(
+    ("target", "vnni", "entry"),
+    [("generic", True, "1"), ("onnxruntime_x86", False, None), ("onnxruntime_x86_vnni", True, None),
+     ("onnxruntime_x86_vnni", False, "1")],
+)  # fmt: skip
 def test_session_options_of_the_target_are_used(
-    target: str, entry: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, vnni: bool, entry: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     x = images(4, 1, 8, 8)
     save_onnx(qat.lower(ready(SmallCNN(1, 10, 4), qat.preset("int8"), x)), tmp_path / "m.onnx", (x,))
     seen: list[str | None] = []
