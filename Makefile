@@ -20,7 +20,7 @@ train: $(STAMP) ## install what is missing and run the main job; ARGS="quant=w4a
 	$(RUN) train.py $(ARGS)
 
 test: $(STAMP) ## install what is missing and run the tests; ARGS="tests/test_scheme.py" for some
-	$(RUN) -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
+	$(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(STAMP) ## what a step of quantized training costs, against the committed results (3 minutes)
 	$(RUN) -m experiments.speed.training --short

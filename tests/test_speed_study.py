@@ -60,6 +60,17 @@ def test_the_table_and_the_plot(tmp_path: Path) -> None:
     assert "a processor, today" in (tmp_path / "plot.svg").read_text() or (tmp_path / "plot.svg").stat().st_size > 5000
 
 
+def test_a_part_that_is_measured_again_replaces_itself() -> None:
+    earlier = [
+        {"work": "lm", "variant": "lsq", "way": "eager", "ratio": "1.3", "failed": ""},
+        {"work": "resnet20", "variant": "ema", "way": "eager", "ratio": "1.2", "failed": ""},
+    ]
+    again = {"work": "lm", "variant": "lsq", "way": "eager", "ratio": 1.1}
+    assert training.merged(earlier, [again]) == [
+        {"work": "resnet20", "variant": "ema", "way": "eager", "ratio": 1.2}, again
+    ]  # fmt: skip
+
+
 def test_work_is_plain_torch() -> None:
     for make in work.WORK.values():
         assert not any(isinstance(module, FakeQuantize) for module in make().net.modules())

@@ -166,6 +166,23 @@ def rows_of(args: argparse.Namespace, progress: Callable[[str], None]) -> list[d
     return rows
 
 
+def merged(earlier: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured before, with what was measured again in its place, in the order of WORK and VARIANTS."""
+    numbers = [{k: _number(v) for k, v in row.items() if v != ""} for row in earlier]
+    found = {(row["work"], row["variant"], row["way"]): row for row in [*numbers, *rows]}
+    works, names = list(WORK), list(VARIANTS)
+    return sorted(
+        found.values(), key=lambda r: (works.index(r["work"]), names.index(r["variant"]), r["way"] != "eager")
+    )
+
+
+def _number(text: Any) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 FIELDS = (
     "work", "variant", "way", "ratio", "ratio_min", "ratio_max", "ms", "float_ms", "memory_ratio", "growth_mb",
     "float_growth_mb", "preparation_s", "first_step_s", "loss", "failed",
@@ -266,10 +283,10 @@ def main() -> None:
     console = Console()
     facts = {"date": datetime.date.today().isoformat(), **machine(("torch", "torchao"), args.device)}
     kept = args.out / f"training_{args.device.partition(':')[0]}.csv"
-    earlier = list(csv.DictReader(kept.open())) if args.short and kept.is_file() else []
+    earlier = list(csv.DictReader(kept.open())) if kept.is_file() else []
     with console.status("") as status:
         rows = rows_of(args, status.update)
-    console.print(show(rows, earlier))
+    console.print(show(rows, earlier if args.short else []))
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
     left_out = [v.title for v in VARIANTS.values() if interpreter(v.package, args.peers) is None]
     if left_out and not args.short:
@@ -279,6 +296,7 @@ def main() -> None:
     if args.short:
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    rows = merged(earlier, rows)
     with kept.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

@@ -176,10 +176,16 @@ def _pad(model: Model, node: Node, layer: RuntimeLayer) -> None:
     grid = model.network.grid(node.inputs[0])
     dtype, offset = (np.dtype(np.float32), 0) if grid is None else storage(grid)
     wide = grid is not None and dtype.itemsize > 1
-    shape = model.constant(f"{node.name}.pads", flat, np.int64)
     mode = layer.settings.get("mode", "constant")
+    if mode == "circular":  # slices, as OpenVINO has no Pad that wraps
+        if wide:
+            model.as_float(node, lambda x, out: _wrap(model, node.name, x, pads, out))
+        else:
+            _wrap(model, node.name, node.inputs[0], pads, node.name)
+        return
+    shape = model.constant(f"{node.name}.pads", flat, np.int64)
     if mode != "constant":
-        onnx_mode = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode]
+        onnx_mode = {"reflect": "reflect", "replicate": "edge"}[mode]
         if wide:
             model.as_float(node, lambda x, out: model.op("Pad", [x, shape], out, mode=onnx_mode))
         else:
@@ -190,6 +196,24 @@ def _pad(model: Model, node: Node, layer: RuntimeLayer) -> None:
         model.as_float(node, lambda x, out: model.op("Pad", [x, shape, value], out))
     else:
         model.op("Pad", [node.inputs[0], shape, value], node.name)
+
+
+def _wrap(model: Model, name: str, x: str, pads: list[list[int]], output: str) -> str:
+    """`x` with its far end in front of it and its near end behind, along each axis."""
+    axes = [axis for axis, (before, after) in enumerate(pads) if before or after]
+    if not axes:
+        return model.op("Identity", [x], output)
+
+    def part(x: str, axis: int, start: int, end: int, label: str) -> str:
+        bounds = [model.constant(f"{label}.{i}", [v], np.int64) for i, v in enumerate((start, end, axis))]
+        return model.op("Slice", [x, *bounds], label)
+
+    for axis in axes:
+        before, after = pads[axis]
+        parts = [part(x, axis, -before, np.iinfo(np.int64).max, f"{name}.before{axis}")] if before else []
+        parts += [x] + ([part(x, axis, 0, after, f"{name}.after{axis}")] if after else [])
+        x = model.op("Concat", parts, output if axis == axes[-1] else f"{name}.wrapped{axis}", axis=axis)
+    return x
 
 
 def _concat(model: Model, node: Node, layer: RuntimeLayer) -> None:
