@@ -227,6 +227,8 @@ def plot(rows: list[dict[str, Any]], path: Path, about: str) -> None:
     for axis, work in zip([axes] if len(works) == 1 else axes, works, strict=True):
         for way, offset, colour in (("eager", 0.19, "#3b6fb6"), ("compiled", -0.19, "#9db9dd")):
             found = [r for r in rows if r["work"] == work and r["way"] == way and "failed" not in r]
+            if not found:
+                continue
             places = [names.index(r["variant"]) + offset for r in found]
             spread = [[r["ratio"] - r["ratio_min"] for r in found], [r["ratio_max"] - r["ratio"] for r in found]]
             axis.barh(places, [r["ratio"] for r in found], 0.36, color=colour, label=way)
@@ -240,7 +242,7 @@ def plot(rows: list[dict[str, Any]], path: Path, about: str) -> None:
         axis.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
         axis.set_xlim(0, min(axis.get_xlim()[1], 5))
         axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(about, fontsize=8, y=0.02, va="bottom")
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path)
