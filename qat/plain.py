@@ -49,15 +49,17 @@ def quantize(node: FakeQuantize, x: Tensor, taken: fast.Plan, site: int, looks: 
     if node.dynamic:
         low, high = node.observer.measure(node.rows(x.detach()))
         scale, _, bottom, top = fast.choose(low, high, _constants(node, x), symmetric)
-        whole = symmetric and not node.relu and isinstance(node.observer, Extremes)
+        both_ways = symmetric and node.quant_min <= -node.quant_max  # an unsigned grid clips what is negative
+        whole = both_ways and not node.relu and isinstance(node.observer, Extremes)
         return fast.take(x, taken, scale, bottom, top, node.relu, whole)
     if looks and node.follows:
         if isinstance(node.observer, Ema) and node.observer.simple and not processes.several():
             return fast.take(x, taken, *_follow(node, node.observer, x), node.relu)
         node.observe(x, site)
         node.set_range_from_observer()
+    scale = node.scale if taken.lsq else node.qparams()[0].detach()  # of one that was learned the magnitude counts
     return fast.fake_quantize(
-        x, node.scale, None if symmetric else node.zero_point, int(node.quant_min), int(node.quant_max), relu=node.relu,
+        x, scale, None if symmetric else node.zero_point, int(node.quant_min), int(node.quant_max), relu=node.relu,
         grad_scale=node.grad_scale(x, node.scale) if taken.lsq else None, taken=taken,
     )  # fmt: skip
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import qat
 from qat.fake_quant import FakeQuantize
 from qat.mode import Mode
 from qat.modes import get_mode, quantizers, set_mode
-from qat.scheme import Granularity, TensorScheme
+from qat.scheme import Granularity, TensorScheme, override
 
 CHANNEL: dict[str, Any] = {"granularity": Granularity.channel, "narrow_range": True}
 
@@ -301,3 +302,28 @@ def test_a_range_that_moves_between_two_calls_gives_each_its_own_gradient(fields
         apart(x).square().sum().backward()
         assert torch.equal(x.grad, other.grad)
     assert together.scale > 1.2 * calibrated(scheme, first.detach()).scale
+
+
+@pytest.mark.parametrize("mode", [Mode.quantize, Mode.frozen])
+def test_large_tensors_and_small_ones_agree_where_a_learned_scale_went_below_zero(mode: Mode) -> None:
+    """The magnitude counts, by the kernels and by tensor operations."""
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0))
+    node = FakeQuantize(qat.preset("w4a4_lsq").activation).train()
+    node.set_range_from(x)
+    expected = node.scale.detach().clone()
+    with torch.no_grad():
+        node.scale.neg_()
+    node.mode = mode
+    y = node(x)
+    assert torch.equal(y[:, :8], node(x[:, :8]))
+    assert torch.equal(y, expected * torch.round(x / expected).clamp(node.quant_min, node.quant_max))
+
+
+def test_an_unsigned_weight_passes_no_gradient_where_it_is_clipped() -> None:
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scheme = override(qat.preset("int8").weight, {"signed": False, "narrow_range": False}, "quant.weight")
+    node = FakeQuantize(scheme, weight.shape).train()
+    node.mode = Mode.quantize
+    node(weight).sum().backward()
+    scale = weight.detach().abs().amax(dim=1, keepdim=True) / 255
+    assert torch.equal(weight.grad, (torch.round(weight.detach() / scale) >= 0).float())
