@@ -19,6 +19,7 @@ from qat.runtime import IntegerNetwork, fixed
 from qat.runtime import operations as ops
 from qat.zoo.gpt import CharGPT
 from qat.zoo.models import ResNet, SmallCNN
+from tests.networks.blocks import Net
 from tests.networks.keyword import DSCNN
 from tests.networks.mobilenet import MobileNetV2, MobileNetV3Small
 from tests.networks.unet import UNet
@@ -42,24 +43,6 @@ class NoFloats(TorchDispatchMode):
             floats = isinstance(tensor, Tensor) and tensor.is_floating_point()
             assert self.outside or not floats, f"{func} makes a float between input and output"
         return made
-
-
-class Net(nn.Module):
-    """Submodules by name, parameters too, and a forward given as a function of them."""
-
-    def __init__(self, forward: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.compute = forward
-        for name, part in parts.items():
-            if isinstance(part, nn.Module):
-                self.add_module(name, part)
-            elif isinstance(part, nn.Parameter):
-                self.register_parameter(name, part)
-            else:
-                self.register_buffer(name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.compute(self, x)
 
 
 class Case(NamedTuple):

@@ -19,25 +19,8 @@ from qat.ptq import PTQConfig, finalize, learn_rounding
 from qat.runtime import IntegerConv
 from qat.runtime.lookup import LookUp
 from qat.runtime.matmul import IntegerMatmul
+from tests.networks.blocks import Net
 from tests.whole_way import assert_files_agree, assert_sixteen_bits_are_float, config, trained
-
-
-class Net(nn.Module):
-    """Parts by name, and a forward given as a function of them."""
-
-    def __init__(self, forward: Callable[..., Any], parts: dict[str, Any]) -> None:
-        super().__init__()
-        self.compute = forward
-        for name, part in parts.items():
-            if isinstance(part, nn.Module):
-                self.add_module(name, part)
-            elif isinstance(part, nn.Parameter):
-                self.register_parameter(name, part)
-            else:
-                self.register_buffer(name, part)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.compute(self, x)
 
 
 class Case(NamedTuple):
@@ -54,7 +37,7 @@ class Case(NamedTuple):
                  for name, shape in self.weights.items()}  # fmt: skip
         x = torch.randn(64, *self.shape) + 0.2
         indices = x.shape[-1] == 4 and len(self.shape) == 1
-        return Net(self.forward, {**parts, **self.modules()}), (x.abs() * 5).long().clamp(max=10) if indices else x
+        return Net(self.forward, **parts, **self.modules()), (x.abs() * 5).long().clamp(max=10) if indices else x
 
 
 def head(inputs: int) -> Callable[[], dict[str, nn.Module]]:
@@ -208,7 +191,7 @@ def test_copies_and_pickles_find_their_own_weight() -> None:
 
 
 def test_a_convolution_by_a_computed_weight_stays_float_and_is_named() -> None:
-    net = Net(lambda s, x: F.conv2d(x, s.fc(x.mean((0, 2, 3))).view(4, 3, 1, 1)), {"fc": nn.Linear(3, 12)})
+    net = Net(lambda s, x: F.conv2d(x, s.fc(x.mean((0, 2, 3))).view(4, 3, 1, 1)), fc=nn.Linear(3, 12))
     x = torch.randn(8, 3, 5, 5)
     prepared = qat.prepare(net, config(8), x)
     qat.calibrate(prepared, [x])
@@ -285,7 +268,7 @@ def test_only_equal_views_of_a_parameter_share() -> None:
     prepared = qat.prepare(net, config(8), x[:4])
     parts = [module for module in prepared.modules() if isinstance(module, QuantFunctional)]
     assert len({part.weight_quantizer for part in parts}) == 3
-    square = Net(lambda s, x: F.conv_transpose1d(F.conv1d(x, s.w), s.w), {"w": nn.Parameter(torch.randn(3, 3, 2))})
+    square = Net(lambda s, x: F.conv_transpose1d(F.conv1d(x, s.w), s.w), w=nn.Parameter(torch.randn(3, 3, 2)))
     other = qat.prepare(square, config(8), torch.randn(2, 3, 6))
     pair = [(name, m) for name, m in other.named_modules() if isinstance(m, QuantFunctional)]
     assert len(pair) == 2
@@ -297,7 +280,7 @@ def test_only_equal_views_of_a_parameter_share() -> None:
 
 def test_output_size_of_a_transposed_convolution(tmp_path: Path) -> None:
     layers = {"down": nn.Conv2d(3, 4, 3, 2, 1), "up": nn.ConvTranspose2d(4, 3, 3, 2, 1)}
-    net, x = Net(lambda s, x: s.up(s.down(x), output_size=x.shape[2:]), layers), torch.randn(16, 3, 6, 7)
+    net, x = Net(lambda s, x: s.up(s.down(x), output_size=x.shape[2:]), **layers), torch.randn(16, 3, 6, 7)
     assert_sixteen_bits_are_float(net, (x,))
     network = assert_files_agree(trained(net, (x,)), (x,), tmp_path)
     assert network(x).shape == x.shape

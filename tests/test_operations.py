@@ -24,26 +24,9 @@ from qat.ptq import round_biases
 from qat.runtime import IntegerNetwork
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.operations import Add, Average, Function, MaxPool, Mean, Move, Reshape, Slice
+from tests.networks.blocks import Net
 
 IMAGE, ODD, CLIP, SIGNAL, TOKENS = (3, 8, 8), (3, 7, 5), (2, 4, 6, 6), (3, 12), (6, 8)
-
-
-class Net(nn.Module):
-    """Submodules by name, parameters and buffers too, and a forward given as a function of them."""
-
-    def __init__(self, forward: Callable[..., Tensor], **parts: Any) -> None:
-        super().__init__()
-        self.compute = forward
-        for name, part in parts.items():
-            if isinstance(part, nn.Module):
-                self.add_module(name, part)
-            elif isinstance(part, nn.Parameter):
-                self.register_parameter(name, part)
-            else:
-                self.register_buffer(name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.compute(self, x)
 
 
 class Case(NamedTuple):

@@ -1,9 +1,28 @@
 """Parts that several of the networks share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class Net(nn.Module):
+    """Submodules by name, parameters and buffers too, and a forward given as a function of them."""
+
+    def __init__(self, forward: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        self.compute = forward
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+            elif isinstance(part, nn.Parameter):
+                self.register_parameter(name, part)
+            else:
+                self.register_buffer(name, part)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(self, x)
 
 
 def rounded(channels: float, divisor: int = 8) -> int:
