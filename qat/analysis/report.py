@@ -1,13 +1,13 @@
 """One HTML file that shows a whole run: opens offline, in light and dark, and prints."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qat.analysis import plots
 from qat.analysis.console import number_text, verdict
+from qat.analysis.page import Cell, Column, Table, number_cell, render, shape_cell, words_cell
 from qat.analysis.summary import (
     FILES,
     MISSING,
@@ -39,26 +39,6 @@ PARITY_HELP = {
 }
 """Column of the parity table -> what it says."""
 
-Cell = tuple[str, float | str | None]
-"""What is shown, and what to sort by (None sorts last)."""
-
-
-@dataclass
-class Table:
-    """A table of the report.
-
-    Attributes:
-        caption: what it shows.
-        columns: (heading, whether its cells are numbers).
-        rows: cells; the first of a row is its heading.
-        sortable: whether headings are buttons that sort.
-    """
-
-    caption: str
-    columns: list[tuple[str, bool]]
-    rows: list[list[Cell]] = field(default_factory=list)
-    sortable: bool = True
-
 
 def write_report(
     path: Path | str, summary: Summary, layers: Sequence[dict[str, Any]] = (),
@@ -77,17 +57,10 @@ def write_report(
     Returns:
         The path.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     measured = [row for row in layers if row.get("sqnr_db") is not None or row.get("bytes") is not None]
-    html = environment.get_template("report.html").render(
+    return render(
+        "report.html",
+        path,
         name=summary.get("name") or "Run",
         verdict=verdict(summary),
         stages=_stages_table(summary),
@@ -104,10 +77,6 @@ def write_report(
         files=_files_table(summary),
         seconds=_seconds_table(summary),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
-    return path
 
 
 def _inline(fig: "Figure", prefix: str) -> str:
@@ -123,45 +92,46 @@ def _inline(fig: "Figure", prefix: str) -> str:
     return Markup(start + ' aria-hidden="true"' + rest.replace(plots.INK, "currentColor"))
 
 
-def _number(value: float | None, text: Callable[[float | None], str]) -> Cell:
-    return text(value), value
-
-
 def _stages_table(summary: Summary) -> Table:
     names = metric_names(summary)
-    table = Table("Metrics, file size and latency of each stage", [("Stage", False)], sortable=False)
+    table = Table("Metrics, file size and latency of each stage", [Column("Stage")], sortable=False)
     for name in names:
-        table.columns += [(name, True), ("points to float" if is_share(name) else "to float", True)]
-    table.columns += [("Size", True), ("of float", True), ("ms at batch 1", True), ("ms at batch 64", True)]
+        table.columns += [Column(name, True), Column("points to float" if is_share(name) else "to float", True)]
+    table.columns += [
+        Column("Size", True),
+        Column("of float", True),
+        Column("ms at batch 1", True),
+        Column("ms at batch 64", True),
+    ]
     for stage in stages(summary):
-        row: list[Cell] = [(stage.label, None)]
+        row: list[Cell] = [Cell(stage.label)]
         for name in names:
             value, gain = stage.metrics.get(name), stage.gains.get(name)
-            row += [(metric_text(name, value), value), (difference_text(name, gain), gain)]
-        row += [_number(stage.size, bytes_text), _number(stage.ratio, percent_text)]
-        row += [_number(stage.latency.get(batch), time_text) for batch in ("1", "64")]
+            row += [Cell(metric_text(name, value), value), Cell(difference_text(name, gain), gain)]
+        row += [number_cell(stage.size, bytes_text), number_cell(stage.ratio, percent_text)]
+        row += [number_cell(stage.latency.get(batch), time_text) for batch in ("1", "64")]
         table.rows.append(row)
     return table
 
 
 def _parity_table(summary: Summary) -> Table:
-    columns = [("Pair", False), *((name, True) for name in PARITY_HELP)]
+    columns = [Column("Pair"), *(Column(name, True) for name in PARITY_HELP)]
     metrics = metric_names(summary)
-    columns += [(f"{name}, points" if is_share(name) else name, True) for name in metrics]
+    columns += [Column(f"{name}, points" if is_share(name) else name, True) for name in metrics]
     table = Table("How far the outputs of two stages are apart", columns, sortable=False)
     parity = summary.get("parity") or {}
     for key, label in PAIRS.items():
         if pair := parity.get(key):
             table.rows.append(
                 [
-                    (label, None),
-                    _number(pair.get("max_abs"), number_text),
-                    _number(pair.get("max_steps"), number_text),
-                    _number(pair.get("mean_steps"), number_text),
-                    _number(pair.get("agreement"), share_text),
-                    _number(pair.get("agreement_outside_ties"), share_text),
-                    _number(pair.get("equal_share"), share_text),
-                    *((difference_text(n, d), d) for n in metrics for d in [(pair.get("metrics") or {}).get(n)]),
+                    Cell(label),
+                    number_cell(pair.get("max_abs"), number_text),
+                    number_cell(pair.get("max_steps"), number_text),
+                    number_cell(pair.get("mean_steps"), number_text),
+                    number_cell(pair.get("agreement"), share_text),
+                    number_cell(pair.get("agreement_outside_ties"), share_text),
+                    number_cell(pair.get("equal_share"), share_text),
+                    *(Cell(difference_text(n, d), d) for n in metrics for d in [(pair.get("metrics") or {}).get(n)]),
                 ]
             )
     return table
@@ -171,75 +141,64 @@ def _parity_layers_table(summary: Summary) -> Table:
     """Every layer, as each file computes it from the integers of training: columns of three for each file."""
     parity = summary.get("parity") or {}
     files = {key: label for key, label in FILES.items() if (parity.get(f"qat_{key}") or {}).get("layers")}
-    table = Table("Difference to training, in steps, given equal inputs", [("Layer", False)])
+    table = Table("Difference to training, in steps, given equal inputs", [Column("Layer")])
     rows: dict[str, list[Cell]] = {}
     for i, (key, label) in enumerate(files.items()):
-        table.columns += [(f"{label}: worst", True), ("mean", True), ("equal", True)]
+        table.columns += [Column(f"{label}: worst", True), Column("mean", True), Column("equal", True)]
         for layer in parity[f"qat_{key}"]["layers"]:
-            cells = rows.setdefault(layer["name"], [(layer["name"], layer["name"])])
-            cells += [(MISSING, None)] * (1 + 3 * i - len(cells))
+            cells = rows.setdefault(layer["name"], [Cell(layer["name"], layer["name"])])
+            cells += [Cell(MISSING)] * (1 + 3 * i - len(cells))
             cells += [
-                _number(layer["max_steps"], number_text),
-                _number(layer["mean_steps"], number_text),
-                _number(layer["equal_share"], share_text),
+                number_cell(layer["max_steps"], number_text),
+                number_cell(layer["mean_steps"], number_text),
+                number_cell(layer["equal_share"], share_text),
             ]
-    table.rows = [[*cells, *[(MISSING, None)] * (len(table.columns) - len(cells))] for cells in rows.values()]
+    table.rows = [[*cells, *[Cell(MISSING)] * (len(table.columns) - len(cells))] for cells in rows.values()]
     return table
 
 
 def _layers_table(layers: Sequence[dict[str, Any]]) -> Table:
     columns = ["Name", "Kind", "Scheme", "Bits", "Shape", "Parameters", "Size", "Scale", "SQNR (dB)", "Reason"]
     numeric = {"Bits", "Parameters", "Size", "Scale", "SQNR (dB)"}
-    table = Table(f"{len(layers)} layers and edges", [(name, name in numeric) for name in columns])
+    table = Table(f"{len(layers)} layers and edges", [Column(name, name in numeric) for name in columns])
     for layer in layers:
         get = layer.get
         table.rows.append(
             [
-                _words(get("name")),
-                _words(get("kind")),
-                _words(get("scheme")),
-                _number(get("bits"), number_text),
-                _shape(get("shape")),
-                _number(get("parameters"), lambda n: MISSING if n is None else f"{n:,}"),
-                _number(get("bytes"), bytes_text),
+                words_cell(get("name")),
+                words_cell(get("kind")),
+                words_cell(get("scheme")),
+                number_cell(get("bits"), number_text),
+                shape_cell(get("shape")),
+                number_cell(get("parameters"), lambda n: MISSING if n is None else f"{n:,}"),
+                number_cell(get("bytes"), bytes_text),
                 _scale(get("scale_min"), get("scale_max")),
-                _number(get("sqnr_db"), lambda db: MISSING if db is None else f"{db:.1f}"),
-                _words(get("reason")),
+                number_cell(get("sqnr_db"), lambda db: MISSING if db is None else f"{db:.1f}"),
+                words_cell(get("reason")),
             ]
         )
     return table
 
 
-def _words(value: Any) -> Cell:
-    return (MISSING, None) if value in (None, "") else (str(value), str(value))
-
-
-def _shape(shape: Sequence[int] | None) -> Cell:
-    """Sorts by the first dimension, then the next: as text of fixed width."""
-    if shape is None:
-        return MISSING, None
-    return "\N{MULTIPLICATION SIGN}".join(map(str, shape)), " ".join(f"{size:09d}" for size in shape)
-
-
 def _scale(low: float | None, high: float | None) -> Cell:
     known = list(dict.fromkeys(number_text(v) for v in (low, high) if v is not None))
-    return " to ".join(known) or MISSING, high if high is not None else low
+    return Cell(" to ".join(known) or MISSING, high if high is not None else low)
 
 
 def _files_table(summary: Summary) -> Table:
-    table = Table("Files, relative to the run's directory", [("Stage", False), ("File", False), ("Size", True)])
+    table = Table("Files, relative to the run's directory", [Column("Stage"), Column("File"), Column("Size", True)])
     table.sortable = False
     sizes = {stage.key: stage.size for stage in stages(summary)}
     for key, name in (summary.get("files") or {}).items():
-        table.rows.append([(STAGES.get(key, key), None), _words(name), _number(sizes.get(key), bytes_text)])
+        table.rows.append([Cell(STAGES.get(key, key)), words_cell(name), number_cell(sizes.get(key), bytes_text)])
     return table
 
 
 def _seconds_table(summary: Summary) -> Table:
-    table = Table("Where the time went", [("Part", False), ("Seconds", True)], sortable=False)
+    table = Table("Where the time went", [Column("Part"), Column("Seconds", True)], sortable=False)
     seconds = summary.get("seconds") or {}
-    table.rows = [[(STAGES.get(key, key), None), _number(value, time_text)] for key, value in seconds.items()]
+    table.rows = [[Cell(STAGES.get(key, key)), number_cell(value, time_text)] for key, value in seconds.items()]
     if len(seconds) > 1:
         total = sum(value for value in seconds.values() if value is not None)
-        table.rows.append([("Together", None), _number(total, time_text)])
+        table.rows.append([Cell("Together"), number_cell(total, time_text)])
     return table

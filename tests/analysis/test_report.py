@@ -115,7 +115,7 @@ def test_everything_is_escaped(tmp_path: Path, summary: dict[str, Any], layers: 
     layers[0] |= dict.fromkeys(("name", "kind", "scheme", "reason"), evil)
     history[0][f"val_{evil}"] = 1.0
     page = Page(write_report(tmp_path / "r.html", summary, layers, history, evil).read_text(encoding="utf-8"))
-    assert Counter(tag for tag, _ in page.elements)["script"] == 1
+    assert Counter(tag for tag, _ in page.elements)["script"] == 2
     assert all("onclick" not in attributes for _, attributes in page.elements)
     assert page.tables[3][1][0] == evil
 
@@ -132,7 +132,7 @@ def test_ids_are_unique_and_references_resolve(text: str) -> None:
 
 def test_layers_sort_by_button_and_hold_numbers(text: str) -> None:
     page = Page(text)
-    assert len([1 for tag, _ in page.elements if tag == "button"]) == 7 + 10
+    assert len([1 for tag, _ in page.elements if tag == "button"]) == 7 + 10 + 1  # of the theme
     assert (
         len([1 for tag, attributes in page.elements if tag == "th" and attributes.get("aria-sort") == "none"]) == 7 + 10
     )
@@ -143,7 +143,7 @@ def test_layers_sort_by_button_and_hold_numbers(text: str) -> None:
 def test_plots_take_the_colour_of_the_page(text: str) -> None:
     assert text.count("<svg") == 3
     assert "currentColor" in text
-    assert "prefers-color-scheme: dark" in text
+    assert "light-dark(" in text
     assert "@media print" in text
 
 
