@@ -3,6 +3,7 @@
 Import it before `hydra.main` composes (train.py does). It is the only file of the package that imports hydra.
 """
 
+import json
 import logging
 import math
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,15 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from qat.analysis.runs import last_checkpoint, same_command, status_of, summary_of
 from qat.analysis.sweep import collect, results_table, write_results
 from qat.export import EXPORTERS
+from qat.export.files import write_atomically
 from qat.presets import DESCRIPTIONS, PRESETS, fields
 from qat.scheme import Granularity, QuantConfig, choice
 from qat.scheme.checks import TABLES
 from qat.targets import TARGETS, check_target
+from qat.training.provenance import git_state
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +54,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("target_options", lambda: _options(
         {name: target.description for name, target in TARGETS.items()}), replace=True)  # fmt: skip
     OmegaConf.register_new_resolver("quant_fields", _quant_fields, replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, replace=True, use_cache=True)
 
 
 def _by_target(name: str, variants: Sequence[Any], *path: str | int) -> Any:
@@ -83,6 +89,11 @@ def _quant_fields() -> str:
         textwrap.fill(", ".join(values), 118, initial_indent=f"  {name:<12} ", subsequent_indent=" " * 15)
         for name, values in names.items()
     )
+
+
+def _sweep_folder(name: str | None) -> str:
+    """`sweep=NAME` -> NAME; DATE/TIME of now for null and `new`."""
+    return datetime.now().strftime("%Y-%m-%d/%H-%M-%S") if name in (None, "new") else str(name)
 
 
 def quant_config(cfg: DictConfig) -> QuantConfig:
@@ -188,9 +199,14 @@ USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError, InstantiationExce
 def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     """Run a job; say what went wrong in one message, keep the traceback in the run directory.
 
-    Alone, a failed job ends the process with exit code 1. In a sweep it is recorded and the other jobs go on.
+    Alone, a failed job ends the process with exit code 1. In a sweep it is recorded and the other jobs go on; and a
+    job that was interrupted in this directory goes on from its last checkpoint.
     """
     config = HydraConfig.get()
+    if config.mode is RunMode.MULTIRUN:
+        _go_on(cfg, Path(config.runtime.output_dir))
+        if config.runtime.choices.get("hydra/launcher") not in (None, "basic") and "progress" in cfg.callbacks:
+            cfg.callbacks.progress = None  # bars of several jobs would write over each other
     try:
         with warnings.catch_warnings():
             for message in (".*LeafSpec.* is deprecated", ".*your dataloader is not resumable"):  # qat.zoo's are
@@ -213,8 +229,43 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
         return math.nan
 
 
+def _go_on(cfg: DictConfig, folder: Path) -> None:
+    """Let an interrupted job of a sweep go on where it was; one that failed begins again."""
+    failed = status_of(folder, summary_of(folder)) == "failed"
+    for name in ("error.txt", "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+    checkpoint = None if failed or cfg.ckpt_path else last_checkpoint(folder)
+    if checkpoint is not None:
+        log.info("This job goes on from %s", checkpoint)
+        cfg.ckpt_path = str(checkpoint)
+
+
 class SweepResults(Callback):
-    """At the end of a sweep: `results.csv`, `sweep.png` and a table on the console (`hydra.callbacks`)."""
+    """What a sweep begins and ends with: its directory; `results.csv`, `sweep.png` and a table on the console."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Choose the directory: without `sweep=` or `hydra.sweep.dir=`, the one where the same command ran last."""
+        hydra, folder = config.hydra, Path(config.hydra.sweep.dir).absolute()
+        command = {
+            "settings": [setting for setting in hydra.overrides.task if not setting.startswith("sweep=")],
+            "sweeper": hydra.runtime.choices["hydra/sweeper"],
+        }
+        raw = OmegaConf.to_container(hydra.sweep, resolve=False)
+        assert isinstance(raw, dict)
+        git = git_state(Path(__file__).parent)
+        if config.sweep is None and "sweep_folder" in raw["dir"]:
+            earlier = same_command(folder.parents[1], command)
+            if earlier is not None:
+                folder = earlier
+                log.info("This command ran in %s before; it goes on there. To begin anew: sweep=new", folder)
+        path = folder / "sweep.json"
+        if path.is_file() and (before := json.loads(path.read_text())["git"]) != git:
+            log.warning("The code has changed since this sweep began (git %s, now %s)", before, git)
+        if not path.is_file():
+            write_atomically(path, (json.dumps({**command, "git": git}, indent=2) + "\n").encode())
+        hydra.sweep.dir = str(folder)
+        quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+        hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")  # of every job, in whichever process
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Collect what the jobs wrote."""
