@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra_plugins.qat_sweeps.grid import GridSweeper
 
+from hydra_plugins.qat_sweeps.grid import GridSweeper
 from qat.analysis.runs import config_key, find_runs, last_checkpoint, runs_by_config, same_command
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +25,9 @@ def sweep(folder: Path, *overrides: str) -> str:
     """Run a sweep in `folder` with two threads' worth of workers and return its console."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "HYDRA"))}
     own.pop("OMP_NUM_THREADS", None)  # the launchers are to choose it
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "-m", *overrides, *QUICK], capture_output=True,
-                          text=True, timeout=300, check=False, cwd=folder, env={**own, "HOME": str(folder)})  # fmt: skip
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides, *QUICK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=folder,
+                          env={**own, "HOME": str(folder)})  # fmt: skip
     assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     return done.stdout + done.stderr
 

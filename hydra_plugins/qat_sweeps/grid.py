@@ -65,7 +65,7 @@ class GridSweeper(BasicSweeper):
         todo: list[tuple[list[str], Path | None]] = []
         for job, place in zip(jobs, places, strict=True):
             if place in finished:
-                log.info(f"\tskipped {place.relative_to(folder) if place else place} : {' '.join(filter_overrides(job))}")
+                log.info(f"\tskipped {place} : {' '.join(filter_overrides(job))}")
                 continue
             if place is None and self._numbered():
                 place = folder / str(next(numbers))

@@ -31,7 +31,8 @@ class RayLauncher(ParallelLauncher):
 
         given = ray.is_initialized()
         if not given:
-            ray.init(logging_level=logging.WARNING, **{key: value for key, value in self.settings["init"].items() if value is not None})
+            settings = {key: value for key, value in self.settings["init"].items() if value is not None}
+            ray.init(logging_level=logging.WARNING, **settings)
         try:
             wanted = {key: value for key, value in self.settings["remote"].items() if value is not None}
             task = ray.remote(**wanted)(run_job)
@@ -49,4 +50,5 @@ class RayLauncher(ParallelLauncher):
 
 
 def run_job(job: Job) -> JobReturn:
+    """The task."""
     return job()

@@ -54,7 +54,7 @@ def status_of(folder: Path, summary: dict[str, Any] | None) -> str:
 
 
 def config_key(text: str) -> str:
-    """What tells a job's configuration from others: the same for equal settings.
+    r"""What tells a job's configuration from others: the same for equal settings.
 
     Args:
         text: the composed configuration as YAML, as Hydra keeps it in `.hydra/config.yaml`.
