@@ -17,6 +17,7 @@ from qat.export import check_network
 from qat.export.parity import ParityLimits
 from qat.ptq import finalize, smooth
 from qat.training import QATModule
+from qat.training.recipes import teach
 from qat.training.run import Run, close_loggers, float_weights_of, main_process_only, shows_progress
 from qat.training.weights import checkpoint_phase, load_float_weights
 
@@ -35,7 +36,7 @@ def run(cfg: DictConfig) -> float:
     example = data.example_input()
     model, task, optimizer = (hydra_schema.plain(cfg[group]) for group in ("model", "task", "optimizer"))
     resume = checkpoint_phase(cfg.ckpt_path, model, config)
-    module = QATModule(model, task, {**optimizer, "lr": cfg.float.lr})
+    module = QATModule(model, task, {**optimizer, "lr": cfg.float.lr}, scheduler=hydra_schema.plain(cfg.scheduler))
     if config.enabled:  # what does not fit the network fails now, not after the float phase
         check_network(qat.prepare(copy.deepcopy(module.net), config, example), list(cfg.export.formats))
     result = Run(Path(HydraConfig.get().runtime.output_dir), cfg.name, hydra_schema.plain(cfg), data, module.task)
@@ -63,11 +64,12 @@ def run(cfg: DictConfig) -> float:
     # 3. Quantization-aware training. The structure changes here, before the Trainer sees the module
     changes = {"optimizer": {**optimizer, "lr": cfg.qat.lr}, "scale_lr": cfg.qat.scale_lr,
                "input_dtype": str(example.dtype).removeprefix("torch.")}  # fmt: skip
+    recipes = teach((instantiate(recipe) for recipe in cfg.recipe.values() if recipe), module.net)
     module = module.quantized(config, list(example.shape[1:]), **changes)
     result.write_text("report.txt", report(module.prepared))
     with result.timed("qat"):
         qat.calibrate(module.prepared, calibration)
-        trainer = fit(cfg, "qat", module, data, cfg.ckpt_path if resume == "qat" else None, schedule)
+        trainer = fit(cfg, "qat", module, data, cfg.ckpt_path if resume == "qat" else None, schedule, *recipes)
     main_process_only()
 
     # 4. The PTQ step on the trained weights, lowering, export; every file as reloaded from disk on the same test set

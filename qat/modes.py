@@ -107,5 +107,10 @@ def eval_mode(*nets: nn.Module) -> Iterator[None]:
 
 
 def get_mode(net: nn.Module) -> Mode:
-    """The mode of a prepared network (of its first FakeQuantize); `float` when it has none."""
-    return next((quantizer.mode for _, quantizer in quantizers(net)), Mode.float)
+    """The mode of a prepared network: of its first weight (activations may join later); `float` when it has none."""
+    first: FakeQuantize | None = None
+    for _, quantizer in quantizers(net):
+        if quantizer.shape is not None:
+            return quantizer.mode
+        first = first or quantizer
+    return Mode.float if first is None else first.mode

@@ -64,6 +64,10 @@ class Range(nn.Module):
 
     def __init__(self, options: RangeOptions) -> None:
         super().__init__()
+        self.fit(options)
+
+    def fit(self, options: RangeOptions) -> None:
+        """Take other ends of the grid: the scale stays, what depends on the ends follows."""
         self.options = options
 
     @property
@@ -231,6 +235,9 @@ class Tqt(Range):
         super().__init__(options)
         self.log2_threshold = nn.Parameter(self._nan())
         self.register_buffer("zero_point", torch.zeros(options.shape, dtype=torch.float32))
+
+    def fit(self, options: RangeOptions) -> None:  # noqa: D102
+        super().fit(options)
         self.levels = 2 ** math.ceil(math.log2(options.quant_max + 1))
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:  # noqa: D102
@@ -257,6 +264,11 @@ class Dorefa(Range):
         super().__init__(options)
         self.register_buffer("scale", torch.full(options.shape, 1.0 / options.quant_max, dtype=torch.float32))
         self.register_buffer("zero_point", torch.zeros(options.shape, dtype=torch.float32))
+
+    def fit(self, options: RangeOptions) -> None:  # noqa: D102
+        super().fit(options)
+        if "scale" in self._buffers:
+            self.get_buffer("scale").fill_(1.0 / options.quant_max)
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:
         """The range is a constant."""

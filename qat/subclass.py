@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from qat.mode import Mode
-from qat.modes import get_mode, quantizers
 from qat.prepared import PreparedNetwork, bind_functional
 from qat.scheme import QuantConfig
 from qat.structures import map_tensors
+from qat.widths import quantizer_state, restore_quantizer_state
 
 
 def is_lightning(net: nn.Module) -> bool:
@@ -49,7 +48,7 @@ class Prepared:
         checkpoint["qat"] = {
             "quant": about["config"].to_dict(),
             "inputs": map_tensors(lambda t: torch.zeros(t.shape, dtype=t.dtype), about["inputs"]),
-            "mode": get_mode(self).value,  # type: ignore[arg-type]
+            **quantizer_state(self),  # type: ignore[arg-type]
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -62,8 +61,7 @@ class Prepared:
             )
         if "meta" not in vars(self):
             self._become_prepared(QuantConfig.from_dict(saved["quant"]), saved["inputs"])
-        for _, quantizer in quantizers(self):  # type: ignore[arg-type]
-            quantizer.mode = Mode(saved["mode"])
+        restore_quantizer_state(self, saved)  # type: ignore[arg-type]
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
     def _become_prepared(self, config: QuantConfig, inputs: dict[str, Any]) -> None:

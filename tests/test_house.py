@@ -36,6 +36,7 @@ ORDER = [
     "qat.encoding",
     "qat.cells",
     "qat.layers",
+    "qat.widths",
     "qat.attention",
     "qat.inside",
     "qat.smoothing",

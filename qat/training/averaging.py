@@ -9,13 +9,15 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 
 from qat.modes import quantizers
+from qat.widths import match_bits
 
 
 def average_weights_only(trainer: L.Trainer) -> None:
     """Let `WeightAveraging` callbacks (EMA) average the network, and keep the buffers of its quantizers as they are.
 
     By default they average all buffers. Of zero points, codes and counts an average is none, and of a range that is not
-    known yet it is NaN for good. Scales that are learned are averaged, as weights are, from when they are known.
+    known yet it is NaN for good. Scales that are learned are averaged, as weights are, from when they are known, and
+    anew from where their quantizer gets other bits.
 
     Args:
         trainer: at the start of `fit`, when its callbacks are set up.
@@ -23,6 +25,7 @@ def average_weights_only(trainer: L.Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             average: Any = callback._average_model
+            match_bits(average, trainer.lightning_module)
             average.update_parameters = _keeping_ranges(average, average.update_parameters)
 
 
@@ -31,12 +34,13 @@ def _keeping_ranges(average: nn.Module, update: Callable[[nn.Module], None]) -> 
     def update_parameters(current: nn.Module) -> None:
         update(current)
         for (_, averaged), (_, quantizer) in zip(quantizers(average), quantizers(current), strict=True):
-            known = averaged.calibrated
+            known = averaged.calibrated and averaged.scheme.bits == quantizer.scheme.bits
             own: list[tuple[Tensor, Tensor]] = [*zip(averaged.buffers(), quantizer.buffers(), strict=True)]
             if not known:
                 own += zip(averaged.parameters(), quantizer.parameters(), strict=True)
             for mean, tensor in own:
                 mean.copy_(tensor)
+        match_bits(average, current)
 
     return update_parameters
 

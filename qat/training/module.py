@@ -1,8 +1,7 @@
 """QATModule: a network, a task and an optimizer, described by plain data: a checkpoint is enough to rebuild it."""
 
-import math
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -10,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.fake_quant import FakeQuantize
-from qat.mode import Mode
-from qat.modes import get_mode, quantizers
+from qat.modes import quantizers
 from qat.prepare import prepare
 from qat.scheme import QuantConfig
+from qat.training.schedulers import with_total
+from qat.widths import quantizer_state, restore_quantizer_state
+
+COSINE = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": "total"}
 
 
 def build(description: Mapping[str, Any], *args: Any) -> Any:
@@ -53,7 +55,8 @@ def parameter_groups(
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
         {"params": [p for p in net.parameters() if p in scales], "weight_decay": 0.0},
-        {"params": [p for p in net.parameters() if p in roundings], "weight_decay": 0.0, "lr": rounding_lr},
+        {"params": [p for p in net.parameters() if p in roundings], "weight_decay": 0.0, "lr": rounding_lr,
+         "kept_lr": rounding_lr},
     ]
     if scale_lr is not None:
         groups[2]["lr"] = scale_lr
@@ -73,9 +76,13 @@ class QATModule(L.LightningModule):
         quant: a `QuantConfig` as plain data; None for the float network.
         input_shape: shape of one input without the batch dimension; needed with `quant`.
         input_dtype: its dtype, a name in torch; indices are `int64`.
-        cosine: lower the learning rate to nought along a half cosine over the whole fit.
+        scheduler: `_target_` and arguments of a scheduler of the learning rate, stepped after each training step;
+            where an argument is `total` it gets their number. None keeps the rate.
         scale_lr: learning rate of learned scales; None for the optimizer's. Adaptive roundings have one of their own,
             0.01 or what a short run needs, and keep it: they are decided in the end.
+
+    Attributes:
+        loss_terms: what callbacks make of the loss: `term(loss, inputs, outputs)` is the loss from there on.
     """
 
     def __init__(
@@ -86,12 +93,13 @@ class QATModule(L.LightningModule):
         quant: Mapping[str, Any] | None = None,
         input_shape: list[int] | None = None,
         input_dtype: str = "float32",
-        cosine: bool = True,
+        scheduler: Mapping[str, Any] | None = COSINE,
         scale_lr: float | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self._random: dict[str, Tensor] = {}
+        self.loss_terms: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = []
         self.task = build(task)
         self.net: nn.Module = build(model)
         if quant is not None:
@@ -128,7 +136,10 @@ class QATModule(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
         inputs, targets = batch
-        loss = self.task.loss(self.net(inputs), targets)
+        outputs = self.net(inputs)
+        loss: Tensor = self.task.loss(outputs, targets)
+        for term in self.loss_terms:
+            loss = term(loss, inputs, outputs)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -153,27 +164,34 @@ class QATModule(L.LightningModule):
         # A logit has to go about 2 to be decided, against gradients that disagree: 0.01 is too slow for a short run.
         groups = parameter_groups(self.net, weight_decay, self.hparams["scale_lr"], max(0.01, 20 / total))
         optimizer = build(description, groups)
-        if not self.hparams["cosine"]:
+        description = self.hparams["scheduler"]
+        if description is None:
             return optimizer
-        steps = int(total)
-        schedule: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        if any(quantizer.adapts for quantizer in self._quantizers()):  # the penalty needs them at its end most
-            half_cosine = [lambda step: (1 + math.cos(math.pi * step / steps)) / 2] * (len(groups) - 1)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [*half_cosine, lambda step: 1.0])
+        schedule = build(with_total(description, int(total)), optimizer)
+        self._keep_rounding_rate(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step; the rate of adaptive roundings stays: their penalty needs it at its end most."""
+        super().lr_scheduler_step(scheduler, metric)
+        self._keep_rounding_rate(scheduler.optimizer)
+
+    @staticmethod
+    def _keep_rounding_rate(optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            if "kept_lr" in group:
+                group["lr"] = group["kept_lr"]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is no weight: the mode of the quantizers, and torch's random state, which rounding draws from."""
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["qat"] = {"mode": get_mode(self.net).value, "quant": self.hparams["quant"], "random": random}
+        checkpoint["qat"] = {**quantizer_state(self.net), "quant": self.hparams["quant"], "random": random}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put quantizers into the mode they were saved in (their ranges come with the tensors)."""
-        mode = Mode(checkpoint.get("qat", {}).get("mode", "float"))
-        for quantizer in self._quantizers():
-            quantizer.mode = mode
+        """Put quantizers into the mode, and to the bits, they were saved with (their ranges come with the tensors)."""
+        restore_quantizer_state(self.net, checkpoint.get("qat", {}))
         self._random = checkpoint.get("qat", {}).get("random", {})
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

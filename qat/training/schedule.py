@@ -8,10 +8,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qat.fake_quant import FakeQuantize
 from qat.layers import weights_of
 from qat.mode import Mode
 from qat.modes import get_mode, quantizers, set_mode, set_progress, watch
-from qat.training.averaging import average_weights_only, measures_batch_norm, training_share
+from qat.training.averaging import average_weights_only, measures_batch_norm
+from qat.training.steps import check_moment, reached, step_of, total_steps
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ class QATSchedule(L.Callback):
     Args:
         observe_at: observers start to record (training goes on in float); only when ranges are not calibrated yet.
         quantize_at: quantization starts.
+        quantize_activations_at: that of activations, which pass as floats before; None for the same as weights.
         freeze_ranges_at: ranges and learned scales stay as they are from here on; None never freezes them.
         freeze_batch_norm_at: BatchNorm uses, and no longer updates, its running statistics; None never.
 
@@ -39,38 +42,47 @@ class QATSchedule(L.Callback):
         quantize_at: float | int = 0,
         freeze_ranges_at: float | int | None = 0.9,
         freeze_batch_norm_at: float | int | None = 0.9,
+        quantize_activations_at: float | int | None = None,
     ) -> None:
         self.observe_at, self.quantize_at = observe_at, quantize_at
         self.freeze_ranges_at, self.freeze_batch_norm_at = freeze_ranges_at, freeze_batch_norm_at
+        self.quantize_activations_at = quantize_activations_at
         for name, at in vars(self).items():
-            if at is not None and (at < 0 or (isinstance(at, float) and at > 1)):
-                raise ValueError(f"QATSchedule.{name}={at}: give a step (int) or a share of training in [0.0, 1.0]")
+            check_moment(f"QATSchedule.{name}", at)
         self._paused = False
+        self._first: list[FakeQuantize] = []  # of weights, of activations: their modes are those of all
 
     def mode_at(self, step: int, total: int) -> Mode:
         """The mode at a step of `total`."""
-        if _reached(self.freeze_ranges_at, step, total) and _reached(self.quantize_at, step, total):
+        if reached(self.freeze_ranges_at, step, total) and reached(self.quantize_at, step, total):
             return Mode.frozen
-        if _reached(self.quantize_at, step, total):
+        if reached(self.quantize_at, step, total):
             return Mode.quantize
-        return Mode.observe if _reached(self.observe_at, step, total) else Mode.float
+        return Mode.observe if reached(self.observe_at, step, total) else Mode.float
+
+    def activations_at(self, step: int, total: int) -> bool:
+        """Whether activations are quantized where weights are."""
+        return self.quantize_activations_at is None or reached(self.quantize_activations_at, step, total)
 
     def batch_norm_frozen_at(self, step: int, total: int) -> bool:
         """Whether BatchNorm statistics are frozen at a step of `total`."""
-        return _reached(self.freeze_batch_norm_at, step, total)
+        return reached(self.freeze_batch_norm_at, step, total)
 
     def progress_at(self, step: int, total: int) -> float:
         """How much of the training of quantizers has passed at a step of `total`: from quantization to frozen ranges.
 
         What is annealed has to be done when ranges freeze: roundings that are still open then would be cut off.
         """
-        start = _step(self.quantize_at, total)
-        end = total if self.freeze_ranges_at is None else _step(self.freeze_ranges_at, total)
+        start = step_of(self.quantize_at, total)
+        end = total if self.freeze_ranges_at is None else step_of(self.freeze_ranges_at, total)
         return min(max((step - start) / max(end - start, 1), 0.0), 1.0)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the sanity check."""
         average_weights_only(trainer)
+        self._check(total_steps(trainer))
+        weight = next((q for _, q in quantizers(pl_module) if q.shape is not None), None)
+        self._first = [q for q in (weight, next(_of_activations(pl_module), None)) if q is not None]
         self._apply(trainer, pl_module)
 
     def on_train_batch_start(
@@ -82,10 +94,10 @@ class QATSchedule(L.Callback):
                 norm.train()
             return
         self._apply(trainer, pl_module)
-        set_progress(pl_module, self.progress_at(trainer.global_step, _total(trainer)))
+        set_progress(pl_module, self.progress_at(trainer.global_step, total_steps(trainer)))
         if batch_idx == 0:
             watch(pl_module)
-        if self.batch_norm_frozen_at(trainer.global_step, _total(trainer)):
+        if self.batch_norm_frozen_at(trainer.global_step, total_steps(trainer)):
             for norm in _batch_norms(pl_module):
                 norm.eval()
 
@@ -101,10 +113,19 @@ class QATSchedule(L.Callback):
             set_mode(pl_module, Mode.observe)
         self._paused = False
 
+    def _check(self, total: int) -> None:
+        end = total if self.freeze_ranges_at is None else step_of(self.freeze_ranges_at, total)
+        if self.quantize_activations_at is not None and step_of(self.quantize_activations_at, total) >= max(end, 1):
+            raise ValueError(
+                f"QATSchedule.quantize_activations_at={self.quantize_activations_at} is not before ranges freeze "
+                f"(freeze_ranges_at={self.freeze_ranges_at}, {total} steps): give an earlier step or share"
+            )
+
     def _apply(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        step, total = trainer.global_step, _total(trainer)
+        step, total = trainer.global_step, total_steps(trainer)
         mode, before = self.mode_at(step, total), get_mode(pl_module)
-        if mode is before:
+        waiting = mode in (Mode.quantize, Mode.frozen) and not self.activations_at(step, total)
+        if all(q.mode is (Mode.float if waiting and q.shape is None else mode) for q in self._first):
             return
         if before is Mode.observe and mode in (Mode.quantize, Mode.frozen):
             weights = weights_of(pl_module)
@@ -120,23 +141,26 @@ class QATSchedule(L.Callback):
                         f"later, or run qat.calibrate on inputs that reach it before fit"
                     ) from None
         set_mode(pl_module, mode)
+        if waiting:
+            for quantizer in _of_activations(pl_module):
+                quantizer.mode = Mode.float
         if trainer.is_global_zero:
-            log.info(f"step {step} of {total}: quantizers are in mode '{mode.value}'")
+            log.info(f"step {step} of {total}: {in_words(mode, waiting)}")
 
 
-def _reached(at: float | int | None, step: int, total: int) -> bool:
-    return at is not None and step >= _step(at, total)
+def in_words(mode: Mode, waiting: bool = False) -> str:
+    """What quantizers do in a mode, for the console; `waiting`: activations are not quantized yet.
+
+    >>> in_words(Mode.quantize, waiting=True)
+    "quantizers of weights are in mode 'quantize', those of activations pass floats"
+    """
+    if waiting:
+        return f"quantizers of weights are in mode '{mode.value}', those of activations pass floats"
+    return f"quantizers are in mode '{mode.value}'"
 
 
-def _step(at: float | int, total: int) -> float:
-    return at * total if isinstance(at, float) else at
-
-
-def _total(trainer: L.Trainer) -> int:
-    total = trainer.estimated_stepping_batches
-    if total == float("inf"):
-        raise ValueError("QATSchedule needs to know how long training is: set trainer.max_epochs or trainer.max_steps")
-    return max(round(total * training_share(trainer)), 1)
+def _of_activations(module: nn.Module) -> Iterator[FakeQuantize]:
+    return (quantizer for _, quantizer in quantizers(module) if quantizer.shape is None)
 
 
 def _batch_norms(module: nn.Module) -> Iterator[nn.Module]:

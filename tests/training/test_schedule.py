@@ -132,7 +132,7 @@ def test_a_moment_outside_of_training_is_refused(name: str, at: float) -> None:
 
 def test_it_needs_the_length_of_training(digits: Digits) -> None:
     with pytest.raises(ValueError, match=r"trainer\.max_epochs or trainer\.max_steps"):
-        fit(module_of("int8", digits, cosine=False), digits, QATSchedule(), epochs=-1)
+        fit(module_of("int8", digits, scheduler=None), digits, QATSchedule(), epochs=-1)
 
 
 # ------------------------------------------------------------------------------------------------- in a fit
@@ -309,7 +309,7 @@ def test_the_optimizer_sees_scales_at_their_own_rate_and_a_cosine(digits: Digits
 
 def test_a_constant_rate_without_cosine(digits: Digits) -> None:
     keep = KeepOptimizer()
-    fit(module_of("int8", digits, cosine=False), digits, QATSchedule(), keep, epochs=1)
+    fit(module_of("int8", digits, scheduler=None), digits, QATSchedule(), keep, epochs=1)
     assert keep.rates == [[3e-3, 3e-3]] * 5
 
 

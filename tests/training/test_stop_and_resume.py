@@ -49,7 +49,7 @@ def loader(batches: int = 4, broken: int | None = None) -> DataLoader[Any]:
 
 def module_of(quantized: bool = False) -> QATModule:
     L.seed_everything(0, verbose=False)
-    module = QATModule(MODEL, TASK, SGD, cosine=False)
+    module = QATModule(MODEL, TASK, SGD, scheduler=None)
     if quantized:
         module = module.quantized(qat.preset("int8"), [4])
         qat.calibrate(module.prepared, [batch for batch, _ in loader()])
