@@ -93,7 +93,7 @@ def quantizer_state(net: nn.Module) -> dict[str, Any]:
     """What a checkpoint keeps of quantizers beside their tensors: modes and bits.
 
     Returns:
-        `mode` of the network; `quantizers`: for each that differs from it, or from its configuration, its mode and bits.
+        `mode` of the network; `quantizers`: of each that differs from it, or from its configuration, mode and bits.
     """
     mode = get_mode(net)
     own = {
@@ -111,7 +111,7 @@ def restore_quantizer_state(net: nn.Module, state: Mapping[str, Any]) -> None:
     for name, quantizer in quantizers(net):
         quantizer.mode = Mode(own[name]["mode"]) if name in own else mode
         bits = own[name]["bits"] if name in own else configured(quantizer).bits
-        if bits != quantizer.scheme.bits:
+        if bits is not None and bits != quantizer.scheme.bits:
             _regrid(quantizer, bits)
 
 

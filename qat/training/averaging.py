@@ -1,6 +1,6 @@
 """Callbacks that average weights, and what of a quantizer cannot be averaged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import lightning as L
@@ -34,15 +34,32 @@ def _keeping_ranges(average: nn.Module, update: Callable[[nn.Module], None]) -> 
     def update_parameters(current: nn.Module) -> None:
         update(current)
         for (_, averaged), (_, quantizer) in zip(quantizers(average), quantizers(current), strict=True):
-            known = averaged.calibrated and averaged.scheme.bits == quantizer.scheme.bits
+            known = averaged.calibrated
             own: list[tuple[Tensor, Tensor]] = [*zip(averaged.buffers(), quantizer.buffers(), strict=True)]
             if not known:
                 own += zip(averaged.parameters(), quantizer.parameters(), strict=True)
             for mean, tensor in own:
                 mean.copy_(tensor)
-        match_bits(average, current)
 
     return update_parameters
+
+
+@torch.no_grad()
+def restart_averages_of(trainer: L.Trainer, changed: Container[str]) -> None:
+    """Let averages follow quantizers that have got other bits: what they learn is averaged anew from here on.
+
+    Args:
+        trainer: with its callbacks.
+        changed: module paths of the quantizers.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            average = callback._average_model.module
+            match_bits(average, trainer.lightning_module)
+            pairs = zip(quantizers(average), quantizers(trainer.lightning_module), strict=True)
+            for (_, averaged), (name, quantizer) in pairs:
+                if name in changed:
+                    averaged.load_state_dict(quantizer.state_dict())
 
 
 def measures_batch_norm(trainer: L.Trainer) -> bool:

@@ -51,12 +51,12 @@ def parameter_groups(
     roundings = {quantizer.logits for _, quantizer in quantizers(net) if quantizer.adapts}
     scales = {p for _, quantizer in quantizers(net) for p in quantizer.parameters()} - roundings
     trained = [p for p in net.parameters() if p.requires_grad and p not in scales | roundings]
+    rounding = {"weight_decay": 0.0, "lr": rounding_lr, "kept_lr": rounding_lr}  # whatever a scheduler does
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
         {"params": [p for p in net.parameters() if p in scales], "weight_decay": 0.0},
-        {"params": [p for p in net.parameters() if p in roundings], "weight_decay": 0.0, "lr": rounding_lr,
-         "kept_lr": rounding_lr},
+        {"params": [p for p in net.parameters() if p in roundings], **rounding},
     ]
     if scale_lr is not None:
         groups[2]["lr"] = scale_lr

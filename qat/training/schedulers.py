@@ -19,9 +19,7 @@ def with_total(description: Mapping[str, Any], total: int) -> dict[str, Any]:
     return {name: total if value == TOTAL else value for name, value in description.items()}
 
 
-def cosine_warmup(
-    optimizer: Optimizer, total: int, warmup: float | int = 0.05, start: float = 0.01
-) -> LRScheduler:
+def cosine_warmup(optimizer: Optimizer, total: int, warmup: float | int = 0.05, start: float = 0.01) -> LRScheduler:
     """Rise linearly, then fall along a half cosine to the end of training.
 
     Args:

@@ -1,6 +1,7 @@
 """Recipes: each against a plain computation, together, and interrupted."""
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,9 +91,7 @@ def test_a_step_of_distillation_is_that_of_the_sum_of_its_losses() -> None:
     kept: dict[str, Tensor] = {}
     for role, net in (("s", oracle), ("t", teacher.eval())):
         for name in names:
-            net.get_submodule(name).register_forward_hook(
-                lambda _, args, y, key=role + name: kept.__setitem__(key, y)
-            )
+            net.get_submodule(name).register_forward_hook(lambda _, args, y, key=role + name: kept.__setitem__(key, y))
     batches: list[tuple[Tensor, Tensor]] = []
 
     class Keep(L.Callback):
@@ -259,7 +258,7 @@ def test_damping_adds_the_gradient_of_its_term() -> None:
         pull = 2 * 1.5 * (w - q * s) * ((w / s).abs() <= -low)
         made = ends[0][f"{name}.weight"] - ends[1][f"{name}.weight"]
         torch.testing.assert_close(made, 0.1 * pull, rtol=1e-3, atol=1e-4)
-        assert float(pull.abs().max()) > 0.01
+        assert float(pull.abs().max()) > 5e-3
 
 
 def by_hand(path: Sequence[int], momentum: float, threshold: float) -> tuple[list[int], float, bool]:
@@ -317,7 +316,7 @@ def test_frozen_weights_stay_on_their_integer() -> None:
     run(module, QATSchedule(freeze_ranges_at=None), recipe, each, epochs=6)
     steps = [each.seen[step] for step in range(30)]
     assert bool(steps[-1][1].any())
-    for (v, frozen), (later, still) in zip(steps[:-1], steps[1:], strict=True):
+    for (v, frozen), (later, still) in itertools.pairwise(steps):
         assert bool(still[frozen].all())
         torch.testing.assert_close(later[frozen], v[frozen].round(), atol=1e-3, rtol=0)
     assert 0 < recipe.frozen_share < 0.9

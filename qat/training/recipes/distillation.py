@@ -93,8 +93,8 @@ class Distillation(L.Callback):
         for name in self.features:
             if name not in names:
                 raise ValueError(
-                    f"distillation.features: '{name}' is no layer whose output both the float and the quantized network "
-                    f"have (valid: {', '.join(names)})"
+                    f"distillation.features: '{name}' is no layer whose output both networks have, the float and the "
+                    f"quantized one (valid: {', '.join(names)})"
                 )
         self.teacher = copy.deepcopy(self.teacher).to(pl_module.device).eval().requires_grad_(False)
         for role, net in (("student", student), ("teacher", self.teacher)):

@@ -1,10 +1,12 @@
 """Bits that are lowered in the course of training."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 
 import lightning as L
 
+from qat.training.averaging import restart_averages_of
 from qat.training.schedule import QATSchedule
 from qat.training.steps import check_moment, step_of, total_steps
 from qat.widths import widen
@@ -22,8 +24,8 @@ class GradualBits(L.Callback):
 
     Args:
         bits: the widths before the configured one, falling.
-        start, end: when the first one is left, and when the configured one is reached: steps (int) or shares of training
-            (float). The others lie evenly between.
+        start, end: when the first one is left, and when the configured one is reached: a step (int) or a share of
+            training (float). The others lie evenly between.
 
     Source: Zhuang et al. 2018, "Towards Effective Low-bitwidth Convolutional Neural Networks", section 3.2 (progressive
     quantization).
@@ -36,7 +38,7 @@ class GradualBits(L.Callback):
         self.bits, self.start, self.end = list(bits), start, end
         check_moment("gradual_bits.start", start)
         check_moment("gradual_bits.end", end)
-        falling = all(a > b for a, b in zip(self.bits, self.bits[1:], strict=False))
+        falling = all(a > b for a, b in itertools.pairwise(self.bits))
         if not self.bits or not falling or not all(1 < b <= 16 for b in self.bits):
             raise ValueError(f"gradual_bits.bits={self.bits}: give falling numbers of bits in 2 to 16, as [8, 6]")
 
@@ -70,6 +72,8 @@ class GradualBits(L.Callback):
         total = total_steps(trainer)
         bits = self.bits_at(trainer.global_step, total)
         changed = widen(pl_module, bits)
+        if changed:
+            restart_averages_of(trainer, changed)
         if changed and trainer.is_global_zero:
             what = "the configured bits" if bits is None else f"at least {bits} bits"
             log.info(f"step {trainer.global_step} of {total}: {len(changed)} quantizers have {what}")

@@ -101,9 +101,7 @@ class OscillationFreezing(L.Callback):
     oscillating weights, algorithm 1).
     """
 
-    def __init__(
-        self, momentum: float = 0.01, first_threshold: float = 0.04, last_threshold: float = 0.01
-    ) -> None:
+    def __init__(self, momentum: float = 0.01, first_threshold: float = 0.04, last_threshold: float = 0.01) -> None:
         for name, value in {"momentum": momentum, "first_threshold": first_threshold,
                             "last_threshold": last_threshold}.items():  # fmt: skip
             if not 0 < value <= 1:
