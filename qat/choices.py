@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qat.scheme import LayerRule, QuantConfig, TensorScheme, override
+from qat.scheme import QuantConfig, TensorScheme, override
+from qat.targets import TARGETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +46,12 @@ def choose(layers: Mapping[str, Quantizable], config: QuantConfig) -> dict[str, 
     choices = {}
     for name, layer in layers.items():
         ends = name == order[0], name == order[-1]
-        matched = [i for i, rule in enumerate(config.rules) if _matches(rule, layer, ends)]
+        matched = [i for i, rule in enumerate(config.rules) if matches(rule.match, layer, ends)]
         used.update(matched)
         weight, activation, reason = config.weight, config.activation, "default"
+        if not matched and any(matches(match, layer, ends) for match in TARGETS[config.target].float_layers):
+            weight, activation = TensorScheme(), TensorScheme()
+            reason = f"float: target={config.target} leaves it so, and no rule says otherwise"
         if matched:
             rule = config.rules[matched[0]]
             weight = override(weight, rule.weight, f"quant.rules[{matched[0]}].weight")
@@ -66,9 +70,10 @@ def choose(layers: Mapping[str, Quantizable], config: QuantConfig) -> dict[str, 
     return choices
 
 
-def _matches(rule: LayerRule, layer: Quantizable, ends: tuple[bool, bool]) -> bool:
-    if rule.match in ("first", "last"):
-        return ends[rule.match == "last"]
-    if rule.match.startswith("type:"):
-        return fnmatch.fnmatchcase(layer.kind, rule.match.removeprefix("type:"))
-    return fnmatch.fnmatchcase(layer.path, rule.match)
+def matches(match: str, layer: Quantizable, ends: tuple[bool, bool]) -> bool:
+    """Whether a rule's `match` is of a layer that is the first, or the last, to run."""
+    if match in ("first", "last"):
+        return ends[match == "last"]
+    if match.startswith("type:"):
+        return fnmatch.fnmatchcase(layer.kind, match.removeprefix("type:"))
+    return fnmatch.fnmatchcase(layer.path, match)

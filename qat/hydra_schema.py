@@ -48,7 +48,8 @@ def register() -> None:
         node = {"defaults": ["/quant_schema@_here_", "_self_"], **data, "target": "${target.name}"}
         store.store(group="quant", name=name, node=node, provider="qat")
     for name in TARGETS:
-        store.store(group="target", name=name, node={"name": name}, provider="qat")
+        node = {"name": name, "formats": list(TARGETS[name].formats)}
+        store.store(group="target", name=name, node=node, provider="qat")
     OmegaConf.register_new_resolver("preset", _of_preset, replace=True)
     OmegaConf.register_new_resolver("quant_options", lambda: _options(DESCRIPTIONS), replace=True)
     OmegaConf.register_new_resolver("target_options", lambda: _options(

@@ -163,6 +163,8 @@ def fields(name: str, target: str) -> dict[str, Any]:
     choice("preset", name, PRESETS)
     choice("target", target, TARGETS)
     data = copy.deepcopy(_fields(name, target))
+    if data and TARGETS[target].graph != QuantConfig.graph:
+        data["graph"] = TARGETS[target].graph
     others = [_fields(name, other).get("rules", []) for other in TARGETS]
     config = QuantConfig.from_dict(data)
     for i, rule in enumerate(data.get("rules", [])):  # the same fields for every target: Hydra asks for them by name

@@ -15,5 +15,5 @@ RUNS: dict[str, set[str]] = {
     "executorch_xnnpack": _INT8 | {"w8a8_dynamic"},
     "cmsis_nn": _INTEGERS - {"w8a8_asymmetric"},
     "integer_only": _INTEGERS,
-    "vllm": {"off", "int8", "w4g32", "w8a8_dynamic", "fp8", "nvfp4"},
+    "vllm": {"off", "int8", "w4g32", "w8a8_dynamic", "fp8"},
 }

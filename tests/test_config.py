@@ -116,7 +116,8 @@ def test_every_option_composes_with_every_option_of_every_other_group() -> None:
         no_onnx = row["quant"] in ("mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4", "apot4")  # its activations
         possible = {"int8"} | ({"c_header"} if fixed_point else set() if no_onnx else {"onnx"})
         possible |= {"compressed_tensors"} if row["quant"] in IN_VLLM and config.weight.bits != 7 else set()
-        wanted = {"default": ["int8", "onnx"], "int8": ["int8"], "c_header": ["int8", "c_header"],
+        default = ["compressed_tensors"] if row["target"] == "vllm" else ["int8", "onnx"]
+        wanted = {"default": default, "int8": ["int8"], "c_header": ["int8", "c_header"],
                   "compressed_tensors": ["compressed_tensors"]}[row["export"]]  # fmt: skip
         assert list(cfg.export.formats) == [name for name in wanted if name in possible]
         assert cfg.float.lr == cfg.optimizer.lr

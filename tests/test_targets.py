@@ -209,7 +209,7 @@ def test_what_a_preset_leaves_open_is_the_targets() -> None:
     assert of("onnxruntime_x86", "w4a4_lsq")[0] == 4
     assert qat.preset("w4a4_lsq", target="openvino").rules[0].weight["bits"] == 7
     assert qat.preset("fp8", target="vllm") == qat.preset("fp8").from_dict(
-        {**qat.preset("fp8").to_dict(), "target": "vllm"}
+        {**qat.preset("fp8").to_dict(), "target": "vllm", "graph": "layers"}
     )
 
 
@@ -350,8 +350,9 @@ def test_the_digits_network_trains_and_lowers_as_simulated(target: str) -> None:
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)[:128] / 8 - 1
     y = torch.tensor(labels[:128])
-    rules = [{"match": "type:Conv2d", "weight": {"bits": None}}] if target == "vllm" else []
-    net = qat.prepare(SmallCNN(1, 10, 8), qat.preset("int8", target=target, rules=rules), x[:2])
+    vllm = {"rules": [{"match": "type:Conv2d", "weight": {"bits": None}}], "graph": "auto"}
+    config = qat.preset("int8", target=target, **(vllm if target == "vllm" else {}))
+    net = qat.prepare(SmallCNN(1, 10, 8), config, x[:2])
     qat.calibrate(net, [x])
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     qat.set_mode(net, "quantize")

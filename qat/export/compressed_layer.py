@@ -10,7 +10,7 @@ from qat.fake_quant import FakeQuantize
 from qat.numerics.formats.block import nvfp4_parts
 from qat.numerics.formats.minifloat import E2M1
 from qat.numerics.packing import pack_bits
-from qat.scheme import Granularity
+from qat.scheme import Granularity, TensorScheme
 
 FP4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 """Formats whose weights the package unpacks to bfloat16, whatever the model's dtype."""
@@ -28,7 +28,7 @@ def stored(layer: Any, form: str) -> dict[str, Tensor]:
     )  # fmt: skip
     codes = encoded.codes.reshape(shape)
     if form == "pack-quantized":
-        bits = quantizer.scheme.bits or 0
+        bits = _bits(quantizer.scheme)
         start = 0 if encoded.low >= 0 else 2 ** (bits - 1)  # packed codes have no sign
         result = {"weight_packed": pack_columns(codes.long() + start, bits), "weight_scale": scale}
         result["weight_shape"] = torch.tensor(shape)
@@ -111,11 +111,16 @@ def _is_symmetric(quantizer: FakeQuantize) -> bool:
     return quantizer.scheme.symmetric and quantizer.signed
 
 
+def _bits(weight: TensorScheme) -> int:
+    """Width of the codes: DoReFa's are odd integers of one bit more."""
+    return (weight.bits or 0) + (weight.range == "dorefa")
+
+
 def settings_of(layer: Any, form: str) -> dict[str, Any]:
     """A group's settings but for its targets."""
     weight, reads = layer.weight_quantizer.scheme, layer._modules.get("input_quantizer")
     weights: dict[str, Any] = {
-        "num_bits": weight.bits,
+        "num_bits": _bits(weight),
         "type": "int" if weight.format == "int" else "float",
         "symmetric": weight.symmetric,
         "strategy": "group" if weight.granularity is Granularity.group else "channel",

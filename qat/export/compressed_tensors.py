@@ -23,7 +23,7 @@ from qat.layers import QuantizedLayer
 from qat.mode import Mode
 from qat.modes import check_simulates
 from qat.scheme import TensorScheme
-from qat.scheme.compressed import check_pair
+from qat.targets.compressed import stored_as
 
 FLOAT_EMBEDDINGS = "{match: 'type:Embedding', weight: {bits: null}}"
 
@@ -142,7 +142,7 @@ def _layers(model: nn.Module) -> dict[str, tuple[Any, str]]:
                 f"layers only; leave it float: quant.rules=[{rule}]"
             )
         scheme = reads.scheme if isinstance(reads, FakeQuantize) else TensorScheme()
-        form = check_pair(weight.scheme, scheme, f"layer '{name}': quant")
+        form = stored_as(weight.scheme, scheme, f"layer '{name}': quant")
         assert form is not None
         size = weight.scheme.group_size
         if size and module.in_features % size:

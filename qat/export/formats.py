@@ -25,7 +25,7 @@ from qat.export.pt2 import check_reference, open_pt2, pt2_integers_given, save_p
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 from qat.scheme import QuantConfig
-from qat.scheme.compressed import check_compressed
+from qat.targets.compressed import check_compressed
 
 LOG = logging.getLogger(__name__)
 

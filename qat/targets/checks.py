@@ -34,12 +34,35 @@ def check_target(config: QuantConfig) -> None:
         ValueError: names the field, the target's limit and its reason, and the nearest scheme that the target runs.
     """
     target = choice("quant.target", config.target, TARGETS)
+    check_kernels(config, Engine(f"target={config.target}", target, "target=generic"))
+
+
+class Engine(NamedTuple):
+    """What a configuration is held to.
+
+    Attributes:
+        name: what messages call it.
+        target: its kernels.
+        instead: what else one may choose.
+    """
+
+    name: str
+    target: Target
+    instead: str
+
+
+def check_kernels(config: QuantConfig, engine: Engine) -> None:
+    """Refuse a configuration that an engine's usual layers cannot run; see `check_target`.
+
+    Raises:
+        ValueError: names the field, the limit and its reason, and the nearest scheme.
+    """
     if not config.enabled:
         return
-    kernels = target.usual
-    _check(config, kernels, config.weight, config.activation, "quant")
+    target, kernels = engine.target, engine.target.usual
+    check_pair(engine, kernels, config.weight, config.activation, "quant")
     takes = [kernel for kernel in kernels if not any(breaches(kernel.weight, config.weight, "weight"))]
-    _check(config, takes, config.weight, config.input, "quant", activation="input")
+    check_pair(engine, takes, config.weight, config.input, "quant", activation="input")
     for i, rule in enumerate(config.rules):
         where = f"quant.rules[{i}]"
         weight = override(config.weight, rule.weight, f"{where}.weight")
@@ -47,7 +70,7 @@ def check_target(config: QuantConfig) -> None:
         families = _families(rule.match, target)
         if not any(_runs(kernels, weight, activation) for kernels in families.values()):
             of, kernels = next(iter(families.items()))
-            _check(config, kernels, weight, activation, where, of=of)
+            check_pair(engine, kernels, weight, activation, where, of=of)
 
 
 def check_layers(config: QuantConfig, layers: Mapping[str, Asked]) -> None:
@@ -93,29 +116,42 @@ def check_layers(config: QuantConfig, layers: Mapping[str, Asked]) -> None:
     )
 
 
-def _check(
-    config: QuantConfig, kernels: Sequence[Kernel], weight: TensorScheme, scheme: TensorScheme, where: str,
+def check_pair(
+    engine: Engine, kernels: Sequence[Kernel], weight: TensorScheme, scheme: TensorScheme, where: str,
     activation: str = "activation", of: str = "",
 ) -> None:  # fmt: skip
-    """Refuse a pair of schemes that no kernel takes; `activation` is the field that holds the second."""
+    """Refuse a pair of schemes that no kernel takes.
+
+    Args:
+        engine: whose kernels.
+        kernels: for the layers in question.
+        weight: their weights' scheme.
+        scheme: their inputs'.
+        where: the path of both.
+        activation: the field that holds the second.
+        of: kind of layer, where the kernels are for one.
+
+    Raises:
+        ValueError: names the field, the limit and its reason, and the nearest scheme.
+    """
     if _runs(kernels, weight, scheme):
         return
     way = nearest(kernels, weight, scheme)
     layers = f" in {of} layers" if of else ""
     if way is None or way.first is None:
-        raise ValueError(f"{where}: target={config.target} has no kernel for {of or 'such'} layers; use target=generic")
+        raise ValueError(f"{where}: {engine.name} has no kernel for {of or 'such'} layers; use {engine.instead}")
     role, change = way.first
     roles = {"weight": "weight", "activation": activation}
     given: TensorScheme = weight if role == "weight" else scheme
-    path = where.replace("[", ".").replace("]", "")  # as Hydra's command line takes it
+    path = where.rpartition(" ")[2].replace("[", ".").replace("]", "")  # as Hydra's command line takes it
     use = " ".join(
         f"{path}.{roles[of_role]}.{name}={_value(value)}"
         for of_role, changed in (("weight", way.weight), ("activation", way.activation))
         for name, value in changed.items()
     )
     raise ValueError(
-        f"{where}.{roles[role]}.{change.field}={shown(getattr(given, change.field))}: target={config.target} "
-        f"{change.words}{layers}{_why(way)}; use {use}, or target=generic"
+        f"{where}.{roles[role]}.{change.field}={shown(getattr(given, change.field))}: {engine.name} "
+        f"{change.words}{layers}{_why(way)}; use {use}, or {engine.instead}"
     )
 
 

@@ -24,7 +24,7 @@ class Limits:
         formats: format -> bits; empty: it takes floats.
         symmetric: whether the zero point is 0; None for either way.
         signed: whether integers have a sign; None for either.
-        narrow: whether 8-bit integers leave out -128; None for either.
+        narrow: whether 8-bit integers leave out -128, as any other's smallest; None for either.
         granularities: names of `Granularity`, the usual one first.
         group_sizes: of granularity `group`; empty for any.
         ranges: `static` ranges are known before the network runs, `dynamic` ones are computed from what is at hand.
@@ -79,12 +79,24 @@ class Kernel:
         weight: what it takes as weights.
         activation: what it takes as inputs; None: anything, as it does not read them quantized.
         integers: whether it multiplies integers; else it multiplies floats that it has dequantized.
+        stored: what the file format of its engine calls its weights, where there is one (`qat.targets.vllm`).
     """
 
     name: str
     weight: Limits
     activation: Limits | None
     integers: bool = True
+    stored: str = ""
+
+
+FLOAT = Limits()
+"""An operand in float."""
+
+IN_FLOAT = Kernel(name="in float", weight=FLOAT, activation=None, integers=False)
+
+ELEMENTWISE = frozenset({"sigmoid", "tanh", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "leaky_relu", "elu",
+                         "prelu", "softplus"})  # fmt: skip
+NORMS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +113,9 @@ class Target:
             them would run in float. Where there are no floats at all, every function needs one.
         bounds: function -> ends of its result, where the engine gives 8-bit results a scale of its own.
         keeps_float: functions that it computes in float, for reports.
+        float_layers: layers that stay float where no rule names them, as a rule's `match` has it.
+        graph: `QuantConfig.graph` of a preset.
+        formats: of exported files, unless others are asked for; keys of EXPORTERS.
         fuses: what it puts into one kernel, for reports.
         rounding: how it rounds where it requantizes. What is trained rounds to even; others differ in exact ties.
         requantize: how an accumulator becomes the next layer's integer: `float`, by a float32 scale, or `fixed_point`,
@@ -120,6 +135,9 @@ class Target:
     function_inputs: frozenset[str] = frozenset()
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     keeps_float: tuple[str, ...] = ()
+    float_layers: tuple[str, ...] = ()
+    graph: str = "auto"
+    formats: tuple[str, ...] = ("int8", "onnx")
     fuses: tuple[str, ...] = ("BatchNorm", "ReLU")
     rounding: Literal["half_even", "half_away", "half_up"] = "half_even"
     requantize: Literal["float", "fixed_point"] = "float"

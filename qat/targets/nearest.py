@@ -97,6 +97,8 @@ def breaches(limits: Limits, scheme: TensorScheme, role: str) -> Iterator[Change
                 yield Change(name, wanted, f"takes {'' if wanted else 'no '}{name} {role}s")
         if limits.narrow and scheme.bits == 8 and not scheme.narrow_range:
             yield Change("narrow_range", True, f"takes {role}s from -127 to 127")
+        if limits.narrow is False and scheme.narrow_range:
+            yield Change("narrow_range", False, f"takes {role}s of all {2 ** (scheme.bits or 0)} integers")
     if scheme.granularity.value not in limits.granularities:
         usual = limits.granularities[0]
         yield Change("granularity", Granularity(usual), f"takes {role}s with a scale a {usual}")

@@ -4,14 +4,10 @@ from dataclasses import replace
 from typing import Any
 
 from qat.numerics.formats import FORMATS
-from qat.targets.limits import Kernel, Limits, Target
+from qat.targets.limits import ELEMENTWISE, FLOAT, IN_FLOAT, NORMS, Kernel, Limits, Target
+from qat.targets.vllm import FLOAT8, VLLM, blocks
 
 _UP_TO_8 = tuple(range(1, 9))  # fewer bits are integers of 8 bits, too
-_FLOAT = Limits()
-_IN_FLOAT = Kernel(name="in float", weight=_FLOAT, activation=None, integers=False)
-_ELEMENTWISE = frozenset({"sigmoid", "tanh", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "leaky_relu", "elu",
-                          "prelu", "softplus"})  # fmt: skip
-_NORMS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 
 # ---- generic: everything that the project computes -------------------------------------------------------------------
 
@@ -21,8 +17,8 @@ _ANYTHING = Limits(
 )
 _GENERIC = Target(
     description="Any engine with exact int8 products (ONNX Runtime is run in its exact mode).",
-    layers={"default": (Kernel(name="any", weight=_ANYTHING, activation=None), _IN_FLOAT)},
-    keeps_float=(*sorted(_ELEMENTWISE), *_NORMS),
+    layers={"default": (Kernel(name="any", weight=_ANYTHING, activation=None), IN_FLOAT)},
+    keeps_float=(*sorted(ELEMENTWISE), *NORMS),
     source="ONNX QuantizeLinear and DequantizeLinear, opset 21: onnx.ai/onnx/operators",
 )
 
@@ -39,7 +35,7 @@ _DEQUANTIZED = Limits(formats=_WEIGHTS, granularities=("group", "channel", "tens
 
 def _onnxruntime(description: str, weight: Limits, **settings: Any) -> Target:
     """What the kernels of ONNX Runtime's CPU provider have in common; they differ by instruction set."""
-    weight_only = Kernel(name="DequantizeLinear, in float", weight=_DEQUANTIZED, activation=_FLOAT, integers=False)
+    weight_only = Kernel(name="DequantizeLinear, in float", weight=_DEQUANTIZED, activation=FLOAT, integers=False)
     mixed = Kernel(name="DequantizeLinear, in float", weight=_DEQUANTIZED, activation=_STATIC, integers=False)
     integer = Kernel(name="QLinearConv, QGemm, QLinearMatMul", weight=weight, activation=_STATIC)
     block = replace(weight_only, name="MatMulNBits")
@@ -47,15 +43,15 @@ def _onnxruntime(description: str, weight: Limits, **settings: Any) -> Target:
     return Target(
         description=description,
         layers={
-            "default": (integer, weight_only, replace(mixed, weight=_GROUPS), _IN_FLOAT),
-            "linear": (integer, block, replace(mixed, weight=_GROUPS), _IN_FLOAT),
-            "transposed convolution": (mixed, weight_only, _IN_FLOAT),
-            "embedding": (Kernel(name="Gather", weight=rows, activation=None), _IN_FLOAT),
-            "lstm": (_IN_FLOAT,),
-            "recurrent": (_IN_FLOAT,),
+            "default": (integer, weight_only, replace(mixed, weight=_GROUPS), IN_FLOAT),
+            "linear": (integer, block, replace(mixed, weight=_GROUPS), IN_FLOAT),
+            "transposed convolution": (mixed, weight_only, IN_FLOAT),
+            "embedding": (Kernel(name="Gather", weight=rows, activation=None), IN_FLOAT),
+            "lstm": (IN_FLOAT,),
+            "recurrent": (IN_FLOAT,),
         },
-        function_inputs=_ELEMENTWISE,
-        keeps_float=(*sorted(_ELEMENTWISE), *_NORMS),
+        function_inputs=ELEMENTWISE,
+        keeps_float=(*sorted(ELEMENTWISE), *NORMS),
         fuses=("BatchNorm", "ReLU", "clamp"),
         source="onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
         **settings,
@@ -75,18 +71,18 @@ _OPENVINO = Target(
     layers={
         "default": (
             Kernel(name="oneDNN u8s8", weight=replace(_PER_CHANNEL, symmetric=True), activation=_STATIC),
-            Kernel(name="decompression, in float", weight=_DEQUANTIZED, activation=_FLOAT, integers=False),
-            _IN_FLOAT,
+            Kernel(name="decompression, in float", weight=_DEQUANTIZED, activation=FLOAT, integers=False),
+            IN_FLOAT,
         ),
         "embedding": (
             Kernel(name="Gather", weight=replace(_DEQUANTIZED, granularities=("channel", "tensor")), activation=None),
-            _IN_FLOAT,
+            IN_FLOAT,
         ),
-        "lstm": (_IN_FLOAT,),
-        "recurrent": (_IN_FLOAT,),
+        "lstm": (IN_FLOAT,),
+        "recurrent": (IN_FLOAT,),
     },
     prefers={"weight": {"bits": 7}},  # without VNNI, oneDNN adds pairs of products in int16, too
-    keeps_float=(*sorted(_ELEMENTWISE), *_NORMS),
+    keeps_float=(*sorted(ELEMENTWISE), *NORMS),
     fuses=("BatchNorm", "ReLU", "clamp", "SiLU and the like behind a layer", "add"),
     source="docs.openvino.ai: Low Precision Transformations; NNCF's overflow_fix for CPUs without VNNI",
 )
@@ -94,7 +90,6 @@ _OPENVINO = Target(
 # ---- TensorRT --------------------------------------------------------------------------------------------------------
 
 _RT = "TensorRT's integers are signed and symmetric"
-_RT_FLOAT8 = {"e4m3fn": (8,)}
 _RT_INT8 = Kernel(
     name="INT8",
     weight=Limits(formats=_WEIGHTS, symmetric=True, granularities=("channel", "tensor"), why=_RT),
@@ -102,33 +97,25 @@ _RT_INT8 = Kernel(
 )
 _RT_FP8 = Kernel(
     name="FP8",
-    weight=Limits(formats=_RT_FLOAT8, granularities=("channel", "tensor")),
-    activation=Limits(formats=_RT_FLOAT8, ranges="static"),
+    weight=Limits(formats=FLOAT8, granularities=("channel", "tensor")),
+    activation=Limits(formats=FLOAT8, ranges="static"),
 )
-
-
-def _blocks(format: str, bits: int, size: int) -> Kernel:
-    """Weights and inputs in blocks, whose scales are computed as the values come."""
-    blocks = Limits(formats={format: (bits,)}, granularities=("group",), group_sizes=(size,), ranges="dynamic")
-    return Kernel(name=format.upper(), weight=blocks, activation=blocks)
-
-
 _TENSORRT = Target(
     description="TensorRT: symmetric int8, one scale a tensor of activations, one an output channel of weights.",
     layers={
-        "default": (_RT_INT8, _RT_FP8, _IN_FLOAT),
+        "default": (_RT_INT8, _RT_FP8, IN_FLOAT),
         "linear": (
             _RT_INT8, _RT_FP8,
-            Kernel(name="INT4 weight-only", integers=False, activation=_FLOAT, weight=Limits(
+            Kernel(name="INT4 weight-only", integers=False, activation=FLOAT, weight=Limits(
                 formats={"int": (4,)}, symmetric=True, granularities=("group",), group_sizes=(64, 128), why=_RT)),
-            _blocks("nvfp4", 4, 16), _blocks("mxfp8_e4m3", 8, 32), _IN_FLOAT,
+            blocks("nvfp4", 4, 16), blocks("mxfp8_e4m3", 8, 32), IN_FLOAT,
         ),
-        "embedding": (_IN_FLOAT,),
-        "lstm": (_IN_FLOAT,),
-        "recurrent": (_IN_FLOAT,),
+        "embedding": (IN_FLOAT,),
+        "lstm": (IN_FLOAT,),
+        "recurrent": (IN_FLOAT,),
     },
     prefers={"activation": {"symmetric": True, "signed": True}},
-    keeps_float=(*sorted(_ELEMENTWISE), *_NORMS),
+    keeps_float=(*sorted(ELEMENTWISE), *NORMS),
     fuses=("BatchNorm", "ReLU", "clamp", "SiLU and the like behind a layer", "add"),
     source="docs.nvidia.com/deeplearning/tensorrt: Working with Quantized Types, Explicit Quantization",
 )  # fmt: skip
@@ -144,7 +131,7 @@ _QS8 = Kernel(name="qs8_qc8w", weight=_NARROW, activation=_INT8)
 _XNNPACK = Target(
     description="ExecuTorch with XNNPACK: int8 activations with a zero point, symmetric int8 weights.",
     layers={
-        "default": (_QS8, _IN_FLOAT),
+        "default": (_QS8, IN_FLOAT),
         "linear": (
             _QS8,
             Kernel(name="qd8_f32_qc8w", weight=_NARROW, activation=Limits(
@@ -152,20 +139,20 @@ _XNNPACK = Target(
             Kernel(name="qd8_f32_qb4w", weight=Limits(
                 formats={"int": (4,)}, symmetric=True, granularities=("group", "channel"), group_sizes=(32, 64, 128)),
                 activation=Limits(formats={"int": (8,)}, signed=True, granularities=("token",), ranges="dynamic")),
-            _IN_FLOAT,
+            IN_FLOAT,
         ),
         "embedding": (
             Kernel(name="embedding_byte, embedding_4bit", activation=None, weight=Limits(
                 formats={"int": (2, 4, 8)}, granularities=("channel", "group"))),
-            _IN_FLOAT,
+            IN_FLOAT,
         ),
-        "lstm": (_IN_FLOAT,),
-        "recurrent": (_IN_FLOAT,),
+        "lstm": (IN_FLOAT,),
+        "recurrent": (IN_FLOAT,),
     },
     prefers={"activation": {"symmetric": False, "signed": True}, "weight": {"narrow_range": True}},
     operations=frozenset({"add", "mul", "average"}),
-    function_inputs=_ELEMENTWISE,
-    keeps_float=("matmul", "sub", "div", *sorted(_ELEMENTWISE), *_NORMS),
+    function_inputs=ELEMENTWISE,
+    keeps_float=("matmul", "sub", "div", *sorted(ELEMENTWISE), *NORMS),
     fuses=("BatchNorm", "ReLU", "clamp"),
     source="docs.pytorch.org/executorch/stable/backends/xnnpack/xnnpack-quantization.html",
 )  # fmt: skip
@@ -218,41 +205,6 @@ _INTEGER_ONLY = Target(
     source="Jacob et al. 2018, section 2.2; Kim et al. 2021 (I-BERT), algorithms 1 to 4",
 )  # fmt: skip
 
-# ---- vLLM ------------------------------------------------------------------------------------------------------------
-
-_INT8_TOKENS = Limits(formats={"int": (8,)}, signed=True, granularities=("token",), ranges="dynamic")
-_INT8_WEIGHTS = Limits(formats={"int": (8,)}, symmetric=True, granularities=("channel", "tensor"))
-_FLOAT8 = Limits(formats=_RT_FLOAT8, granularities=("channel", "tensor", "block"))
-_VLLM = Target(
-    description="vLLM: the weight formats of compressed-tensors, in the linear layers of a language model.",
-    layers={
-        "default": (
-            Kernel(name="W8A8 int8, dynamic", weight=_INT8_WEIGHTS, activation=_INT8_TOKENS),
-            Kernel(name="W8A8 int8, static", weight=_INT8_WEIGHTS, activation=replace(
-                _INT8_TOKENS, granularities=("tensor",), ranges="static")),
-            Kernel(name="W4A8 int8, dynamic", activation=_INT8_TOKENS, weight=Limits(
-                formats={"int": (4,)}, symmetric=True, granularities=("group", "channel"), group_sizes=(32, 64, 128))),
-            Kernel(name="W4A16, W8A16", integers=False, activation=_FLOAT, weight=Limits(
-                formats={"int": (4, 8)}, granularities=("group", "channel"), group_sizes=(32, 64, 128))),
-            Kernel(name="W8A8 fp8, dynamic", weight=_FLOAT8, activation=Limits(
-                formats=_RT_FLOAT8, granularities=("token",), ranges="dynamic")),
-            Kernel(name="W8A8 fp8, static", weight=_FLOAT8, activation=Limits(formats=_RT_FLOAT8, ranges="static")),
-            Kernel(name="W8A16 fp8", weight=_FLOAT8, activation=_FLOAT, integers=False),
-            _blocks("nvfp4", 4, 16),
-            replace(_blocks("nvfp4", 4, 16), name="NVFP4A16", activation=_FLOAT, integers=False),
-            replace(_blocks("mxfp4", 4, 32), name="MXFP4A16", activation=_FLOAT, integers=False),
-            _IN_FLOAT,
-        ),
-        **dict.fromkeys(("convolution", "transposed convolution", "bilinear", "embedding", "lstm", "recurrent"),
-                        (_IN_FLOAT,)),
-    },
-    prefers={"activation": {"signed": True}},
-    operations=frozenset(),
-    keeps_float=("add", "mul", "matmul", "attention", *sorted(_ELEMENTWISE), *_NORMS),
-    fuses=(),
-    source="docs.vllm.ai: llm-compressor, compression schemes; features/quantization",
-)  # fmt: skip
-
 TARGETS: dict[str, Target] = {
     "generic": _GENERIC,
     "onnxruntime_x86": _onnxruntime(
@@ -270,6 +222,6 @@ TARGETS: dict[str, Target] = {
     "executorch_xnnpack": _XNNPACK,
     "cmsis_nn": _CMSIS,
     "integer_only": _INTEGER_ONLY,
-    "vllm": _VLLM,
+    "vllm": VLLM,
 }  # fmt: skip
 """Name -> what it can run."""

@@ -36,11 +36,8 @@ def train(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-RULES = 'quant.rules=[{match: "type:Embedding", weight: {bits: null}}, {match: "*.lm_head", weight: {bits: null}}]'
-
-
 def test_the_main_job_trains_a_llama_and_exports_it(tmp_path: Path) -> None:
-    done = train(tmp_path, "export=compressed_tensors", "quant=w4g32", "quant.graph=layers", RULES)
+    done = train(tmp_path, "target=vllm", "quant=w4g32")
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     folder = tmp_path / "run" / summary["files"]["compressed_tensors"]
