@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.runtime import kernels
+from qat.runtime import float8, kernels
 from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import IntegerConv
@@ -198,6 +198,20 @@ class FastPath:
         found = {node.name: kernels.kernel_of(self.network.layer(node.name)) for node in self.network.nodes}
         return {name: kernel for name, kernel in found.items() if kernel is not None}
 
+    @functools.cached_property
+    def products(self) -> dict[str, Callable[..., Tensor]]:
+        """Node -> product of float8 matrices, for calls in eager mode on a GPU."""
+        made: dict[str, Any] = {}  # tensor -> the layer that chose its values
+        found = {}
+        for node in self.network.nodes:
+            layer = self.network.layer(node.name)
+            source = made.get(node.inputs[0]) if node.inputs else None
+            made[node.name] = source if isinstance(layer, ops.Reshape | ops.Permute | ops.Slice) else layer
+            product = float8.product_of(layer, source)
+            if product is not None:
+                found[node.name] = product
+        return found
+
     def is_current(self) -> bool:
         """Whether the network's buffers are those that the kernels were made of."""
         held = map(dict.get, self.owners, self.keys)
@@ -209,13 +223,13 @@ class FastPath:
 
 
 def is_ordinary_call(inputs: Sequence[Any]) -> bool:
-    """Whether a call computes numbers on a CPU, without gradients: nobody is tracing it, or transforming it."""
+    """Whether a call computes numbers, without gradients: nobody is tracing it, or transforming it."""
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     for x in inputs:
-        if type(x) is not Tensor or x.device.type != "cpu" or x.numel() == 0:
+        if type(x) is not Tensor or x.device.type not in ("cpu", "cuda") or x.numel() == 0:
             return False
         if x.requires_grad and torch.is_grad_enabled():
             return False

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qat.numerics.granularity import from_rows, rows_of, swap_channels
 from qat.runtime.accumulate import centred, exact_dtype, folded_bias, reference_conv, reference_conv_transpose
 from qat.runtime.grid import Quantize, storage_dtype
+from qat.runtime.int8_sums import Int8Sums, multiplies_int8
 
 T = TypeVar("T")
 
@@ -160,12 +161,32 @@ class IntegerConv(RuntimeLayer):
                 return reference_conv_transpose(*arguments, self.output_padding, bias)
             total = reference_conv(*arguments, bias)
             return total if dims else total.reshape(*x_q.shape[:-1], -1)
+        if self.weight.is_cuda and not torch.compiler.is_compiling():
+            sums = self._once("int8", self.int8_sums)
+            if sums is not None:
+                return self._bias().reshape(-1, *[1] * dims) + sums(x_q)
         weight, x_zero = self._fast_form()
         total = convolve(
             centred(x_q, x_zero, weight.dtype), weight, None, self.stride, self.padding, self.dilation, self.groups,
             self.output_padding,
         )  # fmt: skip
         return self._bias().reshape(-1, *[1] * dims) + total.to(self._sums)
+
+    def int8_sums(self) -> Int8Sums | None:
+        """The layer as a product of int8 matrices; None where that is not exact, or where floats are better.
+
+        A convolution becomes a matrix with a row a position, several times its input: that is worth it where its sums
+        would need float64, or where a position has one input.
+        """
+        low, high = self.input_bounds
+        fits = self.weight.dtype is torch.int8 and low >= -128 and high <= 255 and (low >= 0 or high <= 127)
+        if not fits or self.groups > 1 or self.output_padding is not None or self._sums is not torch.int32:
+            return None
+        if bool(self.weight_zero_point.any()) or not multiplies_int8(self.weight.device):
+            return None
+        if math.prod(self.weight.shape[2:]) > 1 and self._fast_form()[0].dtype is torch.float32:
+            return None
+        return Int8Sums(self.weight, int(self.input_zero_point), self.stride, self.padding, self.dilation)
 
     def _bias(self) -> Tensor:
         return self.bias.to(self._sums)
