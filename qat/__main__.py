@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from qat import comparison, inspection
-from qat.analysis import show, targets
+from qat.analysis import leaderboard_page, show, targets
 
-COMMANDS = {"show": show, "inspect": inspection, "compare": comparison, "targets": targets}
+COMMANDS = {"show": show, "inspect": inspection, "compare": comparison, "targets": targets,
+            "report": leaderboard_page}  # fmt: skip
 """Name -> module with a docstring (its first line is the help), `arguments(parser)` and `run(args)`, which
 returns the exit code, or None for 0."""
 

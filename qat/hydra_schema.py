@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,26 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from qat.analysis import leaderboard_page
+from qat.analysis.layers import layer_table
+from qat.analysis.leaderboard import COSTS, read_runs
 from qat.analysis.runs import last_checkpoint, same_command, status_of, summary_of
+from qat.analysis.search import study_figures
+from qat.analysis.summary import pick_metric
 from qat.analysis.sweep import collect, results_table, write_results
 from qat.export import EXPORTERS
 from qat.export.files import write_atomically
+from qat.prepare import prepare
 from qat.presets import DESCRIPTIONS, PRESETS, fields
 from qat.scheme import Granularity, QuantConfig, choice
 from qat.scheme.checks import TABLES
 from qat.targets import TARGETS, check_target
+from qat.training.module import build
 from qat.training.provenance import git_state
+from qat.training.pruning import PrunedError
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +202,31 @@ def _of_data(cfg: DictConfig, what: str) -> Any:
         raise error.__cause__ if isinstance(error.__cause__, USER_ERRORS) else ValueError(str(error)) from error
 
 
+def task_metrics(cfg: DictConfig) -> dict[str, bool | None]:
+    """Names of a task's metrics -> whether higher is better, where a metric says it."""
+    return {str(name): metric.higher_is_better for name, metric in instantiate(cfg.task).metrics().items()}
+
+
+def searched_layers(cfg: DictConfig, match: str = "*") -> list[str]:
+    """Names of the quantized layers that no rule of a composed config names, in order.
+
+    Args:
+        match: a glob on them.
+
+    Raises:
+        ValueError: there is none.
+    """
+    config, net = quant_config(cfg), build(plain(cfg.model))
+    rows = layer_table(prepare(net.eval(), config, example_input(cfg)))
+    names = [str(row["layer"]) for row in rows if row.get("layer") and row["scheme"] != "float"
+             and not row["reason"].startswith("rule")]  # fmt: skip
+    found = list(dict.fromkeys(name for name in names if fnmatchcase(name, match)))
+    if not found:
+        raise ValueError(f"hydra.sweeper.layers.match={match}: no quantized layer without a rule has such a name "
+                         f"(there are {', '.join(dict.fromkeys(names)) or 'none'})")  # fmt: skip
+    return found
+
+
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError, InstantiationException)
 """What a run raises with a message written for its user: bad input, a missing file or package, no parity, NaN."""
 
@@ -208,11 +242,16 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
         _go_on(cfg, Path(config.runtime.output_dir))
         if config.runtime.choices.get("hydra/launcher") not in (None, "basic") and "progress" in cfg.callbacks:
             cfg.callbacks.progress = None  # bars of several jobs would write over each other
+        _prunable(cfg, config.sweeper, Path(config.runtime.output_dir))
     try:
         with warnings.catch_warnings():
             for message in (".*LeafSpec.* is deprecated", ".*your dataloader is not resumable"):  # qat.zoo's are
                 warnings.filterwarnings("ignore", message=message)
             return job(cfg)
+    except PrunedError as error:
+        (Path(config.runtime.output_dir) / "pruned.txt").write_text(f"{error}\n")
+        log.info("This trial ends here: %s", error)
+        return math.nan
     except Exception as error:
         if not isinstance(error, USER_ERRORS) and config.mode is not RunMode.MULTIRUN:
             raise  # a defect, not a mistake of the user: the traceback is the message
@@ -233,12 +272,24 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
 def _go_on(cfg: DictConfig, folder: Path) -> None:
     """Let an interrupted job of a sweep go on where it was; one that failed begins again."""
     failed = status_of(folder, summary_of(folder)) == "failed"
-    for name in ("error.txt", "summary.json"):
+    for name in ("error.txt", "pruned.txt", "summary.json"):
         (folder / name).unlink(missing_ok=True)
     checkpoint = None if failed or cfg.ckpt_path else last_checkpoint(folder)
     if checkpoint is not None:
         log.info("This job goes on from %s", checkpoint)
         cfg.ckpt_path = str(checkpoint)
+
+
+def _prunable(cfg: DictConfig, sweeper: DictConfig, folder: Path) -> None:
+    """Add what ends a hopeless trial, in a search with one objective that is validated while training."""
+    optimize = sweeper.get("optimize", None)
+    names = [optimize] if isinstance(optimize, str) else list(optimize or [pick_metric(task_metrics(cfg))])
+    if "storage" in sweeper and sweeper.prune and len(names) == 1 and names[0] not in COSTS and folder.name.isdecimal():
+        with open_dict(cfg):
+            cfg.callbacks.prune = {
+                "_target_": "qat.training.pruning.PruneTrial", "storage": sweeper.storage, "study": "qat",
+                "number": int(folder.name), "monitor": f"val_{names[0]}",
+            }  # fmt: skip
 
 
 class SweepResults(Callback):
@@ -276,10 +327,11 @@ class SweepResults(Callback):
         rows = collect(folder)
         if not rows:
             return
-        written = write_results(folder)
+        figures, note = study_figures(folder)
+        written = [*write_results(folder), *leaderboard_page.write(read_runs([folder]), folder, figures, note)[:2]]
         Console().print(results_table(rows))
         log.info("Sweep results: %s", ", ".join(str(path) for path in written))
-        failed = [row for row in rows if row["status"] != "finished"]
+        failed = [row for row in rows if row["status"] == "failed"]
         if failed:
             log.error("%d of %d jobs failed; see error.txt in their directories", len(failed), len(rows))
             sys.exit(1)

@@ -25,7 +25,7 @@ class Entry:
 
     Attributes:
         folder: its directory.
-        status: finished, failed or unfinished.
+        status: finished, failed, pruned or unfinished.
         config: what tells it from others: choices of groups (`quant`), and settings (`quant.weight.bits`).
         data, metric: the data set, and the name of the metric that it is judged by.
         values: stage -> that metric.
@@ -77,10 +77,6 @@ class Group:
         stage = key.removeprefix("stage:")
         tables = [entry.values if key.startswith("stage:") else entry.costs for entry in self.entries]
         return [table[stage] for table in tables if stage in table]
-
-    def label(self) -> str:
-        """What tells it from the others, in few words."""
-        return ", ".join(f"{short(key)} {text(value)}" for key, value in self.config.items()) or "all"
 
 
 @dataclass
@@ -150,12 +146,16 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
+        elif key == "rules" and isinstance(value, list) and all(isinstance(rule, dict) for rule in value):
+            for rule in value:  # quant.rules[block.conv1].weight.bits
+                rest = {name: part for name, part in rule.items() if name != "match"}
+                yield from _flat(rest, f"{prefix}{key}[{rule.get('match')}].")
         else:
             yield f"{prefix}{key}", value
 
 
 def _why(folder: Path, summary: dict[str, Any] | None) -> str:
-    path = folder / "error.txt"
+    path = folder / ("pruned.txt" if (folder / "pruned.txt").is_file() else "error.txt")
     lines = path.read_text(encoding="utf-8").strip().splitlines() if path.is_file() else []
     if lines:
         return next((line for line in reversed(lines) if line and not line.startswith(" ")), lines[-1])
@@ -180,7 +180,7 @@ def changed(configs: Sequence[Config]) -> list[str]:
     ['quant', 'lr']
     """
     keys = dict.fromkeys(key for config in configs for key in config if not is_seed(key))
-    varied = [key for key in keys if len({text(config.get(key)) for config in configs}) > 1]
+    varied = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
     groups = [key for key in varied if any(other.startswith(f"{key}.") for other in keys)]
     return [key for key in varied if not any(_follows(configs, key, group) for group in groups if key != group)]
 
@@ -190,13 +190,13 @@ def _follows(configs: Sequence[Config], key: str, group: str) -> bool:
     if not key.startswith(f"{group}."):
         return False
     seen: dict[str, str] = {}
-    return all(seen.setdefault(text(c.get(group)), text(c.get(key))) == text(c.get(key)) for c in configs)
+    return all(seen.setdefault(str(c.get(group)), str(c.get(key))) == str(c.get(key)) for c in configs)
 
 
 def boards(entries: Sequence[Entry]) -> list[Board]:
     """Finished runs, a board for each data set and metric.
 
-    Seeds are averaged. Pareto fronts are those of the means.
+    Seeds are averaged; of runs that are the same, seed included, the last counts. Pareto fronts are those of the means.
     """
     found: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
@@ -206,6 +206,7 @@ def boards(entries: Sequence[Entry]) -> list[Board]:
 
 
 def _board(data: str, metric: str, entries: list[Entry]) -> Board:
+    entries = list({str(sorted(e.config.items(), key=str)) if e.config else str(e.folder): e for e in entries}.values())
     engine = next((key for key in ENGINES if any(key in entry.latencies for entry in entries)), None)
     for entry in entries:
         if engine in entry.latencies:
@@ -214,7 +215,7 @@ def _board(data: str, metric: str, entries: list[Entry]) -> Board:
     together: dict[tuple[str, ...], Group] = {}
     for entry in entries:
         config = {key: entry.config.get(key) for key in keys}
-        place = tuple(text(entry.config.get(key)) for key in keys)
+        place = tuple(str(entry.config.get(key)) for key in keys)
         together.setdefault(place, Group(config, [])).entries.append(entry)
     sign = 1 if lower_is_better(metric) else -1
     groups = sorted(together.values(), key=lambda group: _sortable(group.mean(), sign))
@@ -256,13 +257,23 @@ def short(key: str) -> str:
 
     >>> short("quant.weight.bits"), short("optimizer.lr"), short("seed")
     ('weight.bits', 'lr', 'seed')
+    >>> short("quant.rules[block.conv1].weight.bits")
+    'block.conv1 weight.bits'
     """
+    if "[" in key:
+        return key.partition("[")[2].replace("].", " ")
     parts = key.split(".")
     return ".".join(parts[-2:] if parts[-1] in ("bits", "range", "format", "rounding", "observer") else parts[-1:])
 
 
 def text(value: Any) -> str:
-    """A setting's value as on the command line."""
+    """A setting's value as on the command line, numbers to four digits.
+
+    >>> text(0.0012520653814999472), text(None), text(True)
+    ('0.001252', 'null', 'true')
+    """
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -282,7 +293,7 @@ def write_csv(path: Path, entries: Sequence[Entry]) -> Path:
     stage_names = dict.fromkeys(name for entry in entries for name in entry.values)
     rows = [
         {"run": str(entry.folder), "status": entry.status, "data": entry.data, "metric": entry.metric}
-        | {key: text(entry.config[key]) for key in keys if key in entry.config}
+        | {key: entry.config[key] for key in keys if key in entry.config}
         | {"value": "" if math.isnan(entry.value) else entry.value}
         | {f"{name}_value": entry.values[name] for name in stage_names if name in entry.values}
         | {key: entry.costs[key] for key in COSTS if key in entry.costs}
@@ -299,7 +310,7 @@ def write_groups_csv(path: Path, found: Sequence[Board]) -> Path:
     for board in found:
         for group in board.groups:
             row: dict[str, Any] = {"data": board.data, "metric": board.metric, "runs": len(group.entries)}
-            row |= {key: text(value) for key, value in group.config.items()}
+            row |= group.config
             for key in ("value", *COSTS):
                 row |= {f"{key}_mean": group.mean(key), f"{key}_deviation": group.deviation(key)}
             rows.append(row | {"best": " ".join(key for key in COSTS if key in group.best)})

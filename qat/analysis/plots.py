@@ -281,6 +281,19 @@ def svg(fig: "Figure") -> str:
     return buffer.getvalue()
 
 
+def inline(fig: "Figure", prefix: str) -> str:
+    """A figure as an SVG element for HTML: text in the page's colour, ids of its own, no fixed size."""
+    from markupsafe import Markup
+
+    text = svg(fig)
+    text = text[text.index("<svg") :]
+    start, rest = text[: text.index(">")], text[text.index(">") :]
+    start = re.sub(r'\s(width|height|xmlns(:\w+)?|version)="[^"]*"', "", start)
+    rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
+    rest = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{prefix}-", rest)
+    return Markup(start + ' aria-hidden="true"' + rest.replace(INK, "currentColor"))
+
+
 def save(fig: "Figure", path: Path | str) -> Path:
     """Write a figure as .svg or .png (160 dots per inch, transparent).
 

@@ -47,7 +47,9 @@ def summary_of(folder: Path) -> dict[str, Any] | None:
 
 
 def status_of(folder: Path, summary: dict[str, Any] | None) -> str:
-    """`finished`; `failed`, if it said why in error.txt or exported a file that is not for use; else `unfinished`."""
+    """`finished`; `failed`, if it said why or a file is not for use; `pruned` by a search; else `unfinished`."""
+    if (folder / "pruned.txt").is_file():
+        return "pruned"
     if (folder / "error.txt").is_file() or (summary or {}).get("failed"):
         return "failed"
     return "unfinished" if summary is None else "finished"

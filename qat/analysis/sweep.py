@@ -1,7 +1,6 @@
 """A Hydra multirun as one table and one plot."""
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from qat.analysis import plots
 from qat.analysis.console import heading, new_table
+from qat.analysis.runs import status_of, summary_of
 from qat.analysis.summary import (
     FILES,
     MISSING,
@@ -27,6 +27,9 @@ from qat.analysis.summary import (
 
 Row = dict[str, Any]
 
+LONGEST = 60
+"""Characters of a value that tables and plots show."""
+
 
 def collect(sweep_dir: Path | str) -> list[Row]:
     """Read the jobs of a sweep.
@@ -38,7 +41,7 @@ def collect(sweep_dir: Path | str) -> list[Row]:
     Returns:
         One dict a job, by number: "job", "overrides" (their keys), each override under its key, "weight_bits" and
         "activation_bits", `<stage>_<metric>` (float_accuracy, qat_accuracy, ...), `<stage>_bytes`, and "status",
-        "finished" or "failed". A job without a readable summary failed. Keys without a value are missing.
+        "finished", "failed" or "pruned". A job without a readable summary failed. Keys without a value are missing.
 
     Raises:
         FileNotFoundError: there is no such directory, or it has no numbered directories.
@@ -52,20 +55,18 @@ def collect(sweep_dir: Path | str) -> list[Row]:
 def _row(folder: Path) -> Row:
     overrides = _overrides(folder / ".hydra" / "overrides.yaml")
     row: Row = {**overrides, "job": int(folder.name), "overrides": list(overrides)}
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        summary = {}
+    summary = summary_of(folder) or {}
     config = {**overrides, **(summary.get("config") or {})}
     for name in ("weight", "activation"):
         if isinstance(bits := config.get(f"quant.{name}.bits"), int):
             row[f"{name}_bits"] = bits
+    status = status_of(folder, summary or None).replace("unfinished", "failed")
     if not summary:
-        return {**row, "status": "failed"}
+        return {**row, "status": status}
     found = stages(summary)
     row |= {f"{stage.key}_{metric}": value for stage in found for metric, value in stage.metrics.items()}
     row |= {f"{stage.key}_bytes": stage.size for stage in found if stage.size is not None}
-    return {**row, "status": "finished"}
+    return {**row, "status": status}
 
 
 def _overrides(path: Path) -> Row:
@@ -79,6 +80,12 @@ def _overrides(path: Path) -> Row:
         key, given, text = str(line).partition("=")
         found[key.lstrip("+~")] = number(text) if given else "removed"
     return found
+
+
+def told_apart_by(rows: Sequence[Row]) -> list[str]:
+    """Overrides that vary, without bit widths and without what is too long to read (rules, paths)."""
+    names = varying(rows, override_names(rows))
+    return [name for name in names if not is_bits(name) and max(len(str(row.get(name))) for row in rows) <= LONGEST]
 
 
 def override_names(rows: Sequence[Row]) -> list[str]:
@@ -115,7 +122,7 @@ def results_table(rows: Sequence[Row]) -> Table:
         rows: from `collect`.
     """
     metric = sweep_metric(rows) or "metric"
-    overrides = [name for name in varying(rows, override_names(rows)) if not is_bits(name)]
+    overrides = told_apart_by(rows)
     exported = next((key for key in FILES if any(f"{key}_bytes" in row for row in rows)), "int8")
     numbers = {"weight_bits": "weight\nbits", "activation_bits": "act.\nbits"}
     numbers |= {f"{key}_{metric}": STAGES[key] for key in ("float", "ptq", "qat")}

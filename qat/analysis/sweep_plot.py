@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from qat.analysis import plots
+from qat.analysis.leaderboard import pareto_front
 from qat.analysis.summary import FILES, is_share, lower_is_better
-from qat.analysis.sweep import Row, is_bits, override_names, sweep_metric, varying
+from qat.analysis.sweep import Row, sweep_metric, told_apart_by, varying
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,27 +19,6 @@ if TYPE_CHECKING:
 BITS = {"weight_bits": "weight bits", "activation_bits": "activation bits"}
 MOST_LINES = 8
 """A panel has at most so many lines; what would need more is averaged over."""
-
-
-def pareto_front(points: Sequence[tuple[float, float]], lower: bool = False) -> list[int]:
-    """The points that no other point beats: none is as small and as good, and smaller or better.
-
-    Args:
-        points: (size, value) pairs.
-        lower: whether lower values are better.
-
-    Returns:
-        Indices into `points`, by size. Equal points are all on the front, or none is.
-
-    >>> pareto_front([(8, 0.98), (4, 0.97), (6, 0.96), (2, 0.90), (8, 0.97)])
-    [3, 1, 0]
-    """
-    signed = [(size, value if lower else -value) for size, value in points]
-
-    def beaten(p: tuple[float, float]) -> bool:
-        return any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in signed)
-
-    return sorted((i for i, p in enumerate(signed) if not beaten(p)), key=lambda i: signed[i])
 
 
 @dataclass(frozen=True)
@@ -79,7 +59,7 @@ def choose_axis(rows: Sequence[Row]) -> Axis:
     Args:
         rows: the jobs that finished.
     """
-    overrides = [name for name in varying(rows, override_names(rows)) if not is_bits(name)]
+    overrides = told_apart_by(rows)
     free = [name for name in overrides if "seed" not in name.rpartition(".")[2]]
     if bits := varying(rows, list(BITS)):
         rest = [name for name in free if not _follows(rows, name, bits)]

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed, nn
 
+from qat.analysis.preparation import totals
 from qat.export import export
 from qat.export.agreement import Parity, ParityError, ParityLimits
 from qat.export.files import replace, write_atomically
@@ -96,6 +97,7 @@ class Run:
             code: a folder of the code that trains.
         """
         self.stage("qat", net)
+        self.summary["bit_operations"] = totals(net).bit_operations
         if any(EXPORTERS[name].of_prepared for name in self.config["export"]["formats"]):
             return net
         integer = lower(net)
