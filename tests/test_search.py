@@ -32,9 +32,7 @@ def states(folder: Path) -> list[str]:
     return [trial.state.name for trial in study.trials]
 
 
-def test_a_search_over_bits_of_layers_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_search_over_bits_of_layers_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two objectives, two trials; one of them is then left behind by a process that was killed; then three trials."""
     space = ("hydra.sweeper.optimize=[accuracy,bytes]", "hydra.sweeper.layers.bits=[2,8]",
              "hydra.sweeper.layers.match=block.*", "qat.lr=tag(log,interval(1e-4,1e-2))")  # fmt: skip
@@ -50,15 +48,12 @@ def test_a_search_over_bits_of_layers_goes_on(
             [line] = [line for line in text.splitlines() if line.startswith(layer) and "QuantConv2d" in line]
             assert f"int{trial.params[f'{layer} bits']} " in line
 
-    study.ask({"qat.lr": FloatDistribution(1e-4, 1e-2, log=True)})
+    asked = study.ask(study.trials[0].distributions)
     assert states(tmp_path) == ["COMPLETE", "COMPLETE", "RUNNING"]
     kept = (folder / "0" / "summary.json").stat().st_mtime_ns
-    with pytest.raises(KeyError):  # a trial of another space cannot go on; a mistake of this test's study alone
-        search(tmp_path, monkeypatch, *space, "hydra.sweeper.n_trials=3")
-    study.tell(2, state=optuna.trial.TrialState.FAIL)
-    caplog.clear()
     search(tmp_path, monkeypatch, *space, "hydra.sweeper.n_trials=3")
-    assert states(tmp_path) == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE"]
+    assert states(tmp_path) == ["COMPLETE", "COMPLETE", "COMPLETE"]
+    assert f"qat.lr={asked.params['qat.lr']}" in (folder / "2" / ".hydra" / "overrides.yaml").read_text()
     assert (folder / "0" / "summary.json").stat().st_mtime_ns == kept
     assert sorted(path.name for path in folder.glob("*/summary.json")) == ["summary.json"] * 3
 
@@ -117,5 +112,5 @@ def test_rules_in_the_grammar_of_overrides() -> None:
 def test_directions_are_those_of_the_metrics() -> None:
     metrics = {"accuracy": True, "bits": False, "wer": None}
     assert [is_down(name, metrics) for name in ("accuracy", "bits", "wer", "bytes")] == [False, True, True, True]
-    with pytest.raises(ValueError, match="'size' is not known .valid: accuracy, bits, wer, bytes, latency_ms"):
+    with pytest.raises(ValueError, match=r"'size' is not known .valid: accuracy, bits, wer, bytes, latency_ms"):
         is_down("size", metrics)
