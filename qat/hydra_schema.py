@@ -288,7 +288,7 @@ def _prunable(cfg: DictConfig, sweeper: DictConfig, folder: Path) -> None:
         with open_dict(cfg):
             cfg.callbacks.prune = {
                 "_target_": "qat.training.pruning.PruneTrial", "storage": sweeper.storage, "study": "qat",
-                "number": int(folder.name), "monitor": f"val_{names[0]}",
+                "number": int(folder.name), "monitor": f"val_{names[0]}", "pruner": sweeper.pruner,
             }  # fmt: skip
 
 

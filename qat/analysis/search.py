@@ -91,7 +91,7 @@ def read_study(folder: Path) -> tuple[list[str], list[bool], list[Trial], dict[s
     down = [direction.name == "MINIMIZE" for direction in study.directions]
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="PedAnova")  # it is for low values, as it says: so is the target
+            warnings.filterwarnings("ignore", module="optuna")  # for low values, it says: so is the target
             importance = optuna.importance.get_param_importances(
                 study, target=lambda trial: trial.values[0] * (1 if down[0] else -1)
             )

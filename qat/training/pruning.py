@@ -1,5 +1,7 @@
 """A trial of Optuna tells how it goes after every epoch of quantized training, and ends where it is hopeless."""
 
+from typing import Any
+
 import lightning as L
 
 
@@ -14,11 +16,12 @@ class PruneTrial(L.Callback):
         storage: of the study, a URL.
         study: its name.
         number: of the trial.
+        pruner: of Optuna, which a storage does not keep.
         monitor: the metric, as it is logged.
     """
 
-    def __init__(self, storage: str, study: str, number: int, monitor: str) -> None:
-        self.storage, self.study, self.number, self.monitor = storage, study, number, monitor
+    def __init__(self, storage: str, study: str, number: int, monitor: str, pruner: Any) -> None:
+        self.storage, self.study, self.number, self.monitor, self.pruner = storage, study, number, monitor, pruner
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report, then ask.
@@ -40,7 +43,7 @@ class PruneTrial(L.Callback):
     def _hopeless(self, value: float, epoch: int) -> bool:
         import optuna
 
-        study = optuna.load_study(study_name=self.study, storage=self.storage)
+        study = optuna.load_study(study_name=self.study, storage=self.storage, pruner=self.pruner)
         trial = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[self.number]._trial_id)
         trial.report(value, epoch)
         return trial.should_prune()
