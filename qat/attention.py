@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat.numerics.codes import gathered, kept_as_integers
+
 
 def _one_operation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let a trace record a call as it is: what traces a network anew, as unpickling does, must find the same graph."""
@@ -46,3 +48,11 @@ def mask_out(scores: Tensor, mask: Tensor) -> Tensor:
     if mask.dim() == 3 and scores.dim() == 4:
         mask = mask.reshape(scores.shape)
     return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+@_one_operation
+def matmul(input: Tensor, other: Tensor) -> Tensor:
+    """`torch.matmul` of tensors of one dtype; for backward, of those on a grid their integers are kept."""
+    left, right = gathered(input), gathered(other)
+    with kept_as_integers(left, right):
+        return torch.matmul(left, right)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qat.attention import add_mask, causal, mask_out
+from qat.attention import add_mask, causal, mask_out, matmul
 from qat.smoothing import scale_channels
 
 
@@ -71,7 +71,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("mul", "arithmetic", "input other", (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "multiply")),
     ("div", "arithmetic", "input other rounding_mode=None",
      (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "divide", "true_divide")),
-    ("matmul", "arithmetic", "input other", (operator.matmul, operator.imatmul, torch.matmul, "matmul")),
+    ("matmul", "arithmetic", "input other", (operator.matmul, operator.imatmul, torch.matmul, "matmul", matmul)),
     ("matmul", "arithmetic", "input mat2", (torch.bmm, torch.mm, "bmm", "mm")),
     ("einsum", "arithmetic", "equation *operands", (torch.einsum,)),
     # ---- what moves or selects values -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qat.attention import add_mask, causal
+from qat.attention import add_mask, causal, matmul
 from qat.graph import Graph
 from qat.tracing import MODES, ByMode
 
@@ -44,7 +44,7 @@ def decompose_attention(prepared: fx.GraphModule, shapes: dict[fx.Node, torch.Si
                 steps += [*_repeated(prepared, values, shapes, given["query"])]
                 values = steps[-1]
             steps.append(method("transpose", (keys, -2, -1)))
-            steps.append(call(torch.matmul, (given["query"], steps[-1])))
+            steps.append(call(matmul, (given["query"], steps[-1])))
             steps.append(call(torch.mul, (steps[-1], scale)))
             if given.get("is_causal"):
                 steps.append(call(causal, (steps[-1],)))
@@ -53,7 +53,7 @@ def decompose_attention(prepared: fx.GraphModule, shapes: dict[fx.Node, torch.Si
             steps.append(call(torch.softmax, (steps[-1], -1)))
             if dropout is not None:
                 steps.append(prepared.graph.call_module(dropout, (steps[-1],)))
-            steps.append(call(torch.matmul, (steps[-1], values)))
+            steps.append(call(matmul, (steps[-1], values)))
         for step in steps:
             step.meta = dict(node.meta)
         node.replace_all_uses_with(steps[-1])

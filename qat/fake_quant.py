@@ -48,6 +48,7 @@ class FakeQuantize(nn.Module):
         progress: share of training that has passed, for gradients and penalties that change with it (`anneals`); a
             tensor, so that a compiled or captured step reads it anew.
         plain: few operations can do it (`qat.plain`).
+        kept: what reads the result keeps it for backward, so that its integers are of use (`qat.numerics.codes`).
         watched: the next forward checks its input for NaN and infinity.
     """
 
@@ -68,7 +69,7 @@ class FakeQuantize(nn.Module):
         assert scheme.bits is not None
         self.scheme, self.shape, self.relu, self.sites = scheme, shape, relu, sites
         self.activation, self.bounds = None if activation is None else list(activation), bounds
-        self.mode, self.watched, self.name = Mode.float, False, "tensor"
+        self.mode, self.watched, self.name, self.kept = Mode.float, False, "tensor", True
         self.register_buffer("progress", torch.zeros((), dtype=torch.float32), persistent=False)
         weight = shape is not None
         self.signed = scheme.takes_sign(nonnegative or relu)
@@ -91,19 +92,12 @@ class FakeQuantize(nn.Module):
         self.fitted = self._fitted()
         self.observer = OBSERVERS[scheme.observer](
             ObserverOptions(
-                rows=math.prod(self.scale_shape),
-                sites=sites,
-                symmetric=scheme.symmetric,
-                quant_min=self.quant_min,
-                quant_max=self.quant_max,
-                percentiles=(scheme.percentiles[0], scheme.percentiles[1]),
-                momentum=scheme.momentum,
-                norm=scheme.norm,
-                sigmas=scheme.sigmas,
-                grid=None if scheme.format == "int" else self.grid,
-                scales=self.format.scales,
+                rows=math.prod(self.scale_shape), sites=sites, symmetric=scheme.symmetric, quant_min=self.quant_min,
+                quant_max=self.quant_max, percentiles=(scheme.percentiles[0], scheme.percentiles[1]),
+                momentum=scheme.momentum, norm=scheme.norm, sigmas=scheme.sigmas,
+                grid=None if scheme.format == "int" else self.grid, scales=self.format.scales,
             )
-        )
+        )  # fmt: skip
         rule = rule if self.fitted is None else RANGES["dynamic"]  # fitted levels hold what there is to learn
         self.range = rule(
             RangeOptions(

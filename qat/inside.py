@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qat.attention import mask_out
+from qat.attention import mask_out, matmul
 
 
 def multihead_attention(
@@ -40,7 +40,7 @@ def multihead_attention(
     if is_causal and attn_mask is None:
         raise ValueError("nn.MultiheadAttention: is_causal=True is only a hint about attn_mask; give attn_mask, too")
     q, k, v = (_heads(m, x) for x in _projected(m, query, key, value))
-    scores = torch.matmul(q, k.transpose(-2, -1)) * m.head_dim**-0.5
+    scores = matmul(q, k.transpose(-2, -1)) * m.head_dim**-0.5
     if attn_mask is not None:
         scores = mask_out(scores, attn_mask)
     if key_padding_mask is not None:
@@ -48,7 +48,7 @@ def multihead_attention(
     shares = torch.softmax(scores, -1)
     if m.dropout:
         shares = F.dropout(shares, m.dropout, m.training)
-    y = torch.matmul(shares, v)
+    y = matmul(shares, v)
     y = y.transpose(-3, -2) if m.batch_first else y.movedim(-2, 0)
     y = m.out_proj(y.flatten(-2))
     if not need_weights:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qat.attention import matmul
 from qat.calls import CALLS
 from qat.choices import Choice, Quantizable
 from qat.decompose import decompose_attention, decompose_extremes
@@ -99,6 +100,7 @@ def place(
     ties = share_weight_quantizers((str(node.target), layer) for node, layer in Graph(traced).layers())
     _insert(traced, config, choices, shapes, at)
     _tell_recurrent_layers(Graph(traced))
+    _tell_what_is_kept(Graph(traced))
     return ties
 
 
@@ -153,6 +155,18 @@ def _tell_recurrent_layers(graph: Graph) -> None:
         quantizer = graph.quantizer_of(graph.operands(node)[0])
         if quantizer is not None and quantizer not in layer.sources:
             layer.sources = (*layer.sources, quantizer)
+
+
+def _tell_what_is_kept(graph: Graph) -> None:
+    """Let quantizers know whether a layer or a product reads them, and keeps for backward what it has read."""
+    read = set()
+    for node in graph.nodes:
+        if graph.kind(node) is Kind.layer or node.target is matmul:
+            read |= {graph.quantizer_of(arg) for arg in graph.operands(node)}
+    for node in graph.nodes:
+        quantizer = graph.submodule(node)
+        if isinstance(quantizer, FakeQuantize):
+            quantizer.kept = quantizer in read
 
 
 def _requests(

@@ -14,6 +14,7 @@ from torch import Tensor
 from qat import processes
 from qat.mode import Mode
 from qat.numerics import fast
+from qat.numerics.codes import LEVELS
 from qat.observers import Ema, Extremes
 
 FakeQuantize = Any
@@ -45,22 +46,22 @@ def plan(node: FakeQuantize, x: Tensor) -> fast.Plan | None:
 
 def quantize(node: FakeQuantize, x: Tensor, taken: fast.Plan, site: int, looks: bool) -> Tensor:
     """What `FakeQuantize.forward` returns of a plain node that quantizes."""
-    symmetric = node.scheme.symmetric
+    symmetric, codes = node.scheme.symmetric, node.kept and node.quant_max - node.quant_min < LEVELS
     if node.dynamic:
         low, high = node.observer.measure(node.rows(x.detach()))
         scale, _, bottom, top = fast.choose(low, high, _constants(node, x), symmetric)
         both_ways = symmetric and node.quant_min <= -node.quant_max  # an unsigned grid clips what is negative
         whole = both_ways and not node.relu and isinstance(node.observer, Extremes)
-        return fast.take(x, taken, scale, bottom, top, node.relu, whole)
+        return fast.take(x, taken, scale, bottom, top, node.relu, whole=whole, codes=codes)
     if looks and node.follows:
         if isinstance(node.observer, Ema) and node.observer.simple and not processes.several():
-            return fast.take(x, taken, *_follow(node, node.observer, x), node.relu)
+            return fast.take(x, taken, *_follow(node, node.observer, x), node.relu, codes=codes)
         node.observe(x, site)
         node.set_range_from_observer()
-    scale = node.scale if taken.lsq else node.qparams()[0].detach()  # of one that was learned the magnitude counts
+    scale = node.scale if taken.lsq else node.qparams()[0].detach().clone()  # of one that was learned the magnitude
     return fast.fake_quantize(
         x, scale, None if symmetric else node.zero_point, int(node.quant_min), int(node.quant_max), relu=node.relu,
-        grad_scale=node.grad_scale(x, node.scale) if taken.lsq else None, taken=taken,
+        grad_scale=node.grad_scale(x, node.scale) if taken.lsq else None, taken=taken, codes=codes,
     )  # fmt: skip
 
 

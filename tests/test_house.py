@@ -18,6 +18,8 @@ ORDER = [
     "qat.numerics.fixed_point",
     "qat.numerics.affine",
     "qat.numerics.kernels",
+    "qat.numerics.codes",
+    "qat.numerics.order",
     "qat.numerics.blocks",
     "qat.numerics.gradients",
     "qat.numerics.fast",

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from qat.numerics import blocks, kernels
 from qat.numerics.affine import SMALLEST_SCALE
+from qat.numerics.codes import Codes, attach
+from qat.numerics.order import Layout, layout_of
 
 SMALLEST = 2**15
 """Elements from which the compiled form pays for its call."""
@@ -26,117 +28,6 @@ SMALLEST_LEARNED = 2**14
 
 SMALLEST_BLOCKED = 2**23
 """Elements from which blocks pay: where the composed form's intermediate results are fresh memory each time."""
-
-NARROW = 64
-"""Runs of fewer elements with one scale are taken together with their neighbours: short loops are slow."""
-
-LONGEST = 4096
-"""Longer runs with one scale are cut, so that their sums are of few terms, and threads can share them."""
-
-MOST_ROWS = 16
-"""Rows summed at a time where the scale varies along the row: as many as stay in the first cache."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A dense tensor in the order of memory, seen as [outer, channels, pieces, inner] with a scale for each channel.
-
-    Attributes:
-        form: of the kernels: `flat`, `rows` of `inner` values, or `cols` of `channels * inner`.
-        outer, channels, pieces, inner: extents; `pieces` are the parts that long runs are cut into (of `flat`, only
-            to be summed: `strips`).
-    """
-
-    form: str
-    outer: int
-    channels: int
-    pieces: int
-    inner: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the values."""
-        if self.form == "flat":
-            return (self.pieces * self.inner,)
-        if self.form == "cols":
-            return (self.outer, self.channels * self.inner)
-        return (self.outer * self.channels * self.pieces, self.inner)
-
-    @functools.cached_property
-    def block(self) -> int:
-        """The most rows, up to MOST_ROWS, that divide all; 1 where that leaves nothing to divide."""
-        rows = min(MOST_ROWS, self.outer // 2)
-        return next(n for n in range(max(rows, 1), 0, -1) if self.outer % n == 0)
-
-    def spread(self, p: Tensor) -> Tensor:
-        """One entry a scale, any shape -> what broadcasts against the values."""
-        if self.form == "flat":
-            return p.reshape(())
-        if self.form == "cols":
-            return p.reshape(-1, 1).expand(self.channels, self.inner).reshape(-1).contiguous()
-        if self.outer == self.pieces == 1:
-            return p.reshape(-1, 1)
-        return p.reshape(1, -1, 1).expand(self.outer, self.channels, self.pieces).reshape(-1).contiguous().unsqueeze(1)
-
-    def gather(self, p: Tensor) -> Tensor:
-        """Sums of parts -> one entry a scale."""
-        if self.form == "flat":
-            return p.sum()
-        if self.form == "cols":
-            return p.sum(0).reshape(self.channels, self.inner).sum(1)
-        if self.outer == self.pieces == 1:
-            return p
-        return p.reshape(self.outer, self.channels, self.pieces).sum((0, 2))
-
-    def view(self, x: Tensor) -> Tensor:
-        """The values of a dense tensor, without a copy."""
-        shape = self.shape
-        return x.as_strided(shape, (shape[-1], 1)[-len(shape) :])
-
-    def summed(self, *tensors: Tensor) -> tuple[str, tuple[Tensor, ...]]:
-        """The form that sums the gradient of the scale, and values as it sees them."""
-        if self.form == "flat" and self.pieces > 1:
-            return "strips", tuple(t.view(self.pieces, self.inner) for t in tensors)
-        if self.form == "cols":
-            return "cols", tuple(t.view(-1, self.block, t.shape[1]) for t in tensors)
-        return self.form, tensors
-
-
-@functools.lru_cache(maxsize=4096)
-def _layout(shape: torch.Size, stride: tuple[int, ...], scale: torch.Size) -> Layout | None:
-    """None where `x` has gaps, or the scale varies along several dimensions or along one that `x` has not."""
-    numel, channels = math.prod(shape), math.prod(scale)
-    if numel == 0 or channels == 0 or not _dense(shape, stride):
-        return None
-    if channels == 1:
-        if len(scale) > len(shape):
-            return None
-        pieces = _pieces(numel)
-        return Layout("flat", 1, 1, pieces, numel // pieces)
-    axes = [axis - len(scale) for axis, extent in enumerate(scale) if extent > 1]
-    if len(axes) > 1 or len(scale) > len(shape) or shape[axes[0]] != channels:
-        return None
-    inner = stride[axes[0]]
-    outer = numel // (channels * inner)
-    if inner == 1 or (inner < NARROW and outer >= 8):
-        return Layout("cols", outer, channels, 1, inner)
-    pieces = _pieces(inner)
-    return Layout("rows", outer, channels, pieces, inner // pieces)
-
-
-def _pieces(run: int) -> int:
-    """How many equal parts a run is cut into; 1 where it is short, or has no divisor that gives fair ones."""
-    return next((n for n in range(-(-run // LONGEST), run // 256 + 1) if run % n == 0), 1)
-
-
-def _dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """Whether the elements fill a stretch of memory, each place once, in whatever order of dimensions."""
-    expected = 1
-    for step, extent in sorted((step, extent) for step, extent in zip(stride, shape, strict=True) if extent > 1):
-        if step != expected:
-            return False
-        expected *= extent
-    return True
 
 
 @dataclass(frozen=True)
@@ -181,7 +72,7 @@ def _plan(
 ) -> Plan | None:  # fmt: skip
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
-    layout = _layout(shape, stride, scale)
+    layout = layout_of(shape, stride, scale)
     if layout is None or math.prod(shape) >= 2**31:  # the compiler may count in 32 bits
         return None
     one = layout.form != "flat" and 1 in (*layout.shape, layout.block if layout.form == "cols" else 2)
@@ -207,14 +98,17 @@ def _floor(relu: bool, device: torch.device) -> Tensor:
 
 
 def _forward(
-    ctx: Any, x: Tensor, taken: Plan, scale: Tensor, bottom: Tensor, top: Tensor, relu: bool
+    ctx: Any, x: Tensor, taken: Plan, scale: Tensor, bottom: Tensor, top: Tensor, relu: bool, held: list[Codes] | None
 ) -> tuple[Tensor, Tensor]:
-    """The result and the byte an element. Scale and ends are spread."""
+    """The result and the byte an element. Scale and ends are spread. `held` is given the integers."""
     ctx.plan = taken
     values = taken.layout.view(x)
     if taken.form == "compiled":
         name = "forward_lsq" if taken.lsq else "forward_ste"
-        y, code = kernels.run(name, taken.layout.form, values, scale, bottom, top, _floor(relu, x.device))
+        name = name if held is None else name + "_codes"
+        y, code, *more = kernels.run(name, taken.layout.form, values, scale, bottom, top, _floor(relu, x.device))
+        if held is not None:
+            held.append(Codes(more[0], scale, bottom, taken.layout.form, x.dtype))
     else:
         y, code = blocks.forward(_two(values), *(_two(p) for p in (scale, bottom, top)), relu=relu, lsq=taken.lsq)
     return taken.restore(y), code
@@ -229,8 +123,8 @@ class _FakeQuantize(torch.autograd.Function):
     """Keeps one byte an element: whether the gradient passes."""
 
     @staticmethod
-    def forward(ctx, x, taken, scale, bottom, top, relu):  # type: ignore[no-untyped-def]
-        y, inside = _forward(ctx, x, taken, scale, bottom, top, relu)
+    def forward(ctx, x, taken, scale, bottom, top, relu, held):  # type: ignore[no-untyped-def]
+        y, inside = _forward(ctx, x, taken, scale, bottom, top, relu, held)
         ctx.save_for_backward(inside)
         return y
 
@@ -243,31 +137,34 @@ class _FakeQuantize(torch.autograd.Function):
             (grad_x,) = kernels.run("backward_ste", "flat", values, inside.view(-1))
         else:
             grad_x = blocks.backward_ste(values, inside.view(-1))
-        return taken.restore(grad_x), None, None, None, None, None
+        return taken.restore(grad_x), None, None, None, None, None, None
 
 
 class _FakeQuantizeWhole(torch.autograd.Function):
     """Where nothing is clipped: keeps nothing, and passes the gradient on as it comes."""
 
     @staticmethod
-    def forward(ctx, x, taken, scale, bottom, top):  # type: ignore[no-untyped-def]
-        (y,) = kernels.run("forward_whole", taken.layout.form, taken.layout.view(x), scale, bottom, top)
+    def forward(ctx, x, taken, scale, bottom, top, held):  # type: ignore[no-untyped-def]
+        name, form = "forward_whole" if held is None else "forward_whole_codes", taken.layout.form
+        y, *more = kernels.run(name, form, taken.layout.view(x), scale, bottom, top)
+        if held is not None:
+            held.append(Codes(more[0], scale, bottom, form, x.dtype))
         return taken.restore(y)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 class _FakeQuantizeLSQ(torch.autograd.Function):
     """Keeps one byte an element, which is enough for both gradients: see `kernels.forward_lsq`."""
 
     @staticmethod
-    def forward(ctx, x, taken, scale, bottom, top, relu, grad_scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, taken, scale, bottom, top, relu, grad_scale, held):  # type: ignore[no-untyped-def]
         layout = taken.layout
         bottom, top = layout.spread(bottom), layout.spread(top)
         used = layout.spread(scale.abs().clamp(min=SMALLEST_SCALE))
-        y, code = _forward(ctx, x, taken, used, bottom, top, relu)
+        y, code = _forward(ctx, x, taken, used, bottom, top, relu, held)
         ctx.save_for_backward(code, scale, bottom, top)
         ctx.grad_scale = grad_scale
         return y
@@ -285,7 +182,7 @@ class _FakeQuantizeLSQ(torch.autograd.Function):
             grad_x, total = blocks.backward_lsq(_two(values), code, _two(below), _two(above))
         total = layout.gather(total).reshape(scale.shape)
         grad_scale = total * (torch.sign(scale) * ctx.grad_scale)
-        return taken.restore(grad_x), None, grad_scale, None, None, None, None
+        return taken.restore(grad_x), None, grad_scale, None, None, None, None, None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -325,7 +222,17 @@ def _call(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
     return kernels.KERNELS[name, form](*args)
 
 
-def take(x: Tensor, taken: Plan, scale: Tensor, bottom: Tensor, top: Tensor, relu: bool, whole: bool = False) -> Tensor:
+def take(
+    x: Tensor,
+    taken: Plan,
+    scale: Tensor,
+    bottom: Tensor,
+    top: Tensor,
+    relu: bool,
+    *,
+    whole: bool = False,
+    codes: bool = False,
+) -> Tensor:
     """Fake-quantize, given what the definition makes of the range.
 
     Args:
@@ -335,13 +242,24 @@ def take(x: Tensor, taken: Plan, scale: Tensor, bottom: Tensor, top: Tensor, rel
         bottom, top: the smallest and largest integer, less the zero point; `bottom` is 0 or more behind a ReLU.
         relu: apply ReLU first.
         whole: nothing is clipped, as the range is that of `x`.
+        codes: let the result know its integers (`qat.numerics.codes`), of which there are at most `codes.LEVELS`.
     """
     spread = taken.layout.spread
+    held = _held(taken, codes)
     if whole and kernels.usable((("forward_whole", taken.layout.form),), x.dtype, x.device.type):
-        passed: Tensor = _FakeQuantizeWhole.apply(x, taken, spread(scale), spread(bottom), spread(top))
-        return passed
-    result: Tensor = _FakeQuantize.apply(x, taken, spread(scale), spread(bottom), spread(top), relu)
-    return result
+        return _told(_FakeQuantizeWhole.apply(x, taken, spread(scale), spread(bottom), spread(top), held), held)
+    return _told(_FakeQuantize.apply(x, taken, spread(scale), spread(bottom), spread(top), relu, held), held)
+
+
+def _held(taken: Plan, codes: bool) -> list[Codes] | None:
+    """What a kernel puts the integers in, where it writes some."""
+    return [] if codes and taken.form == "compiled" and torch.is_grad_enabled() else None
+
+
+def _told(y: Tensor, held: list[Codes] | None) -> Tensor:
+    if held:
+        attach(y, held[0])
+    return y
 
 
 def fake_quantize(
@@ -354,6 +272,7 @@ def fake_quantize(
     relu: bool = False,
     grad_scale: float | None = None,
     taken: Plan | None = None,
+    codes: bool = False,
 ) -> Tensor:
     """As `qat.numerics.fake_quantize.fake_quantize` with rounding to nearest, of tensors of any size.
 
@@ -361,6 +280,7 @@ def fake_quantize(
         x, scale, quant_min, quant_max, relu, grad_scale: as there. Of a learned scale the magnitude counts.
         zero_point: None for 0.
         taken: the plan, where it is known; scale and zero point are of any shape then.
+        codes: as of `take`.
 
     Raises:
         ValueError: `x` has gaps in memory or is empty, or the scale varies along several dimensions.
@@ -376,6 +296,6 @@ def fake_quantize(
         if zero_point.shape != scale.shape:
             bottom, top = bottom.expand(scale.shape), top.expand(scale.shape)
     if not taken.lsq:
-        return take(x, taken, scale.detach(), bottom, top, relu)
-    result: Tensor = _FakeQuantizeLSQ.apply(x, taken, scale, bottom, top, relu, grad_scale)
-    return result
+        return take(x, taken, scale.detach(), bottom, top, relu, codes=codes)
+    held = _held(taken, codes)
+    return _told(_FakeQuantizeLSQ.apply(x, taken, scale, bottom, top, relu, grad_scale, held), held)

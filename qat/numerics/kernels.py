@@ -50,17 +50,53 @@ def forward_ste(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Te
         bottom, top: the smallest and the largest integer, less the zero point.
         floor: float32, shape [1]: what `x` must exceed (0 behind an absorbed ReLU, else -inf).
     """
+    y, inside, _ = _ste(x, scale, bottom, top, floor)
+    return y, inside
+
+
+def forward_ste_codes(
+    x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `forward_ste`, and the integers, one byte each, for `decode`: at most 256 of them."""
+    y, inside, count = _ste(x, scale, bottom, top, floor)
+    return y, inside, _byte(count - 128.0)
+
+
+def _ste(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Result, where the gradient passes, and the integers counted from the smallest one."""
     x_ = x.float()
     q, last = torch.round(x_ / scale) - bottom, top - bottom
     below_top = torch.relu(last - torch.relu(q))
-    inside = (q == last - below_top) & (x_ > floor)
-    return ((top - below_top) * scale).to(x.dtype), _byte(inside)
+    count = last - below_top
+    inside = (q == count) & (x_ > floor)
+    return ((top - below_top) * scale).to(x.dtype), _byte(inside), count
 
 
 def forward_whole(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor) -> tuple[Tensor]:
     """As `forward_ste` where nothing is clipped, as the range is that of the values: every gradient passes."""
+    return (_whole(x, scale, bottom, top)[0],)
+
+
+def forward_whole_codes(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """As `forward_whole`, and the integers (`forward_ste_codes`)."""
+    y, q = _whole(x, scale, bottom, top)
+    return y, _byte(q - bottom - 128.0)
+
+
+def _whole(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     q, last = torch.round(x.float() / scale) - bottom, top - bottom
-    return (((top - torch.relu(last - torch.relu(q))) * scale).to(x.dtype),)
+    q = top - torch.relu(last - torch.relu(q))
+    return (q * scale).to(x.dtype), q
+
+
+def decode(codes: Tensor, scale: Tensor, bottom: Tensor) -> tuple[Tensor]:
+    """The result of a kernel once more, in float32, from its integers.
+
+    Args:
+        codes: int8, counted from the smallest integer, less 128.
+        scale, bottom: as the kernel was given them.
+    """
+    return ((codes.float() + 128.0 + bottom) * scale,)
 
 
 def _byte(code: Tensor) -> Tensor:
@@ -78,6 +114,20 @@ def forward_lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Te
 
     The byte is BELOW or ABOVE where the value is clipped, else 252 (round(v) - v) with `v = x / scale`.
     """
+    y, code, _ = _lsq(x, scale, bottom, top, floor)
+    return y, code
+
+
+def forward_lsq_codes(
+    x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `forward_lsq`, and the integers (`forward_ste_codes`)."""
+    y, code, q = _lsq(x, scale, bottom, top, floor)
+    return y, code, _byte(q - bottom - 128.0)
+
+
+def _lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Result, the byte for both gradients, and the integers less the zero point."""
     x_ = x.float()
     v = x_ / scale
     rounded = torch.round(v)
@@ -87,7 +137,8 @@ def forward_lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Te
     code = torch.where(q >= 0.0, code, float(BELOW))
     code = torch.where(x_ > floor, code, float(BELOW))
     code = torch.where(below_top < 0.0, float(ABOVE), code)
-    return ((top - torch.relu(below_top)) * scale).to(x.dtype), _byte(code)
+    q = top - torch.relu(below_top)
+    return (q * scale).to(x.dtype), _byte(code), q
 
 
 def _lsq_terms(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,9 +238,19 @@ def follow_affine(
 _Kernel = Callable[..., tuple[Tensor, ...]]
 
 KERNELS: dict[tuple[str, str], _Kernel] = {
-    **{("forward_ste", form): forward_ste for form in ("flat", "rows", "cols")},
-    **{("forward_lsq", form): forward_lsq for form in ("flat", "rows", "cols")},
-    **{("forward_whole", form): forward_whole for form in ("flat", "rows", "cols")},
+    **{
+        (function.__name__, form): function
+        for form in ("flat", "rows", "cols")
+        for function in (
+            forward_ste,
+            forward_lsq,
+            forward_whole,
+            forward_ste_codes,
+            forward_lsq_codes,
+            forward_whole_codes,
+            decode,
+        )
+    },
     ("backward_ste", "flat"): backward_ste,
     ("backward_lsq", "flat"): backward_lsq_flat,
     ("backward_lsq", "strips"): backward_lsq_rows,
@@ -220,7 +281,9 @@ def _example(name: str, form: str, dtype: torch.dtype, device: str) -> list[Tens
         return [*ends, *averages, torch.tensor([-8.0, 7.0, -torch.inf, 0.05], dtype=torch.float32, device=device)]
     values, scale = _VALUES[form], torch.ones(_SCALE[form], dtype=torch.float32, device=device)
     x, code = torch.zeros(values, dtype=dtype, device=device), torch.zeros(values, dtype=torch.int8, device=device)
-    if name == "forward_whole":
+    if name == "decode":
+        return [x, scale, -scale]
+    if name.startswith("forward_whole"):
         return [x, scale, -scale, 2 * scale]
     if name.startswith("forward"):
         return [x, scale, -scale, 2 * scale, torch.ones(1, dtype=torch.float32, device=device)]

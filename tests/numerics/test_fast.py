@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qat.numerics import blocks, fast, kernels
 from qat.numerics.affine import choose_qparams, dequantize, quantize
+from qat.numerics.order import layout_of
 from qat.observers import Ema, ObserverOptions
 
 GRIDS = [(-8, 7, 0), (0, 15, 0), (0, 255, 113), (-127, 127, 0), (-2, 1, 1)]
@@ -209,7 +210,7 @@ def test_large_tensors(
     form: str, layout: str, shape: tuple[int, ...], scale: tuple[int, ...], grad_scale: float | None
 ) -> None:
     x = values(shape, torch.float32)
-    assert fast._layout(x.shape, x.stride(), torch.Size(scale)).form == layout
+    assert layout_of(x.shape, x.stride(), torch.Size(scale)).form == layout
     check(x, scales(scale), GRIDS[2], relu=True, grad_scale=grad_scale, form=form)
     check(x, scales(scale), GRIDS[0], grad_scale=grad_scale, form=form)
 

@@ -26,13 +26,20 @@ def test_compiled_and_written_agree(name: str, form: str) -> None:
         pytest.skip("no compiler at hand")
     args = kernels._example(name, form, torch.float32, "cpu")
     generator = torch.Generator().manual_seed(0)
-    args[0].normal_(generator=generator).mul_(2)
+    if name == "decode":
+        args[0].random_(-128, 128, generator=generator)
+    else:
+        args[0].normal_(generator=generator).mul_(2)
     if name.startswith("backward"):
         args[1].random_(*((0, 2) if name == "backward_ste" else (-128, 128)), generator=generator)
     with torch.no_grad():
         compiled, written = kernels.run(name, form, *args), kernels.KERNELS[name, form](*args)
     assert torch.equal(compiled[0], written[0])
-    if len(written) == 2:
+    if name.endswith("codes"):
+        assert torch.equal(compiled[-1], written[-1])
+        with torch.no_grad():
+            assert torch.equal(kernels.run("decode", form, compiled[-1], args[1], args[2])[0], written[0])
+    if len(written) >= 2:
         torch.testing.assert_close(compiled[1], written[1], rtol=1e-4, atol=1e-2 if name == "backward_lsq" else 0)
 
 

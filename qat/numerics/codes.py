@@ -1,0 +1,113 @@
+"""What backward needs of a tensor on a grid: its integers, a byte each, in place of its real numbers.
+
+A layer keeps its input and its weight for the gradients of each other. Where a kernel has written their integers beside
+them (`forward_ste_codes` and its like), these are kept, and multiplied by the scale again when backward asks: the same
+numbers to the bit, in a quarter of the memory. Whatever has no integers at hand is kept as it is.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.numerics import kernels
+
+LEVELS = 256
+"""The most integers of a grid that a byte holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """The integers of a tensor that a kernel has made, and what turns them back.
+
+    Attributes:
+        values: int8, as the kernel saw the tensor (see `kernels.decode`).
+        scale, bottom: as the kernel was given them.
+        form: of the kernel.
+        dtype: of the tensor.
+    """
+
+    values: Tensor
+    scale: Tensor
+    bottom: Tensor
+    form: str
+    dtype: torch.dtype
+
+    def decode(self, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+        """The tensor again, in any shape and order of memory that a view of it had."""
+        with torch.no_grad():
+            (y,) = kernels.run("decode", self.form, self.values, self.scale, self.bottom)
+            return y.to(self.dtype).as_strided(shape, stride)
+
+
+def attach(y: Tensor, codes: Codes) -> None:
+    """Let a tensor know its integers; they live as long as it does, or as a graph that keeps them."""
+    y.codes = codes  # type: ignore[attr-defined]
+    if y._base is not None:  # views of `y` are views of that
+        y._base.codes = codes  # type: ignore[attr-defined]
+
+
+def _codes_of(x: Tensor) -> Codes | None:
+    """The integers of a tensor, or of the one that it is a view of."""
+    found: Codes | None = getattr(x, "codes", None)
+    return found if found is not None or x._base is None else getattr(x._base, "codes", None)
+
+
+def _applies() -> bool:
+    """Whether to keep integers: not under a compiler, which chooses itself what to keep.
+
+    Nor where someone else takes what is kept (activation checkpointing, offloading).
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def kept_as_integers(*tensors: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within it, what autograd keeps of these tensors is their integers, where they have some."""
+    if not _applies():
+        return contextlib.nullcontext()
+    known = {x.data_ptr(): codes for x in tensors if (codes := _codes_of(x)) is not None}
+    return torch.autograd.graph.saved_tensors_hooks(_pack(known), _unpack) if known else contextlib.nullcontext()
+
+
+def gathered(x: Tensor) -> Tensor:
+    """A copy without gaps of a view that has some, as products of matrices make it, that knows its integers.
+
+    The rows of a matrix, or its columns, stay in the order of memory. What has no integers, or no gaps, is returned.
+    """
+    if not _applies() or (codes := _codes_of(x)) is None or codes.form != "flat" or _dense(x):
+        return x
+    turned = x.stride(-1) != 1
+    view = x.mT if turned else x
+    assert x._base is not None
+    place = view.storage_offset() - x._base.storage_offset()
+    values = codes.values.as_strided(view.shape, view.stride(), place).flatten()
+    copied = view.contiguous()
+    attach(copied, Codes(values, codes.scale, codes.bottom, "flat", codes.dtype))
+    return copied.mT if turned else copied
+
+
+def _dense(x: Tensor) -> bool:
+    return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
+
+
+def _pack(known: dict[int, Codes]) -> Callable[[Tensor], Any]:
+    def pack(x: Tensor) -> Any:
+        codes = known.get(x.data_ptr())
+        if codes is None or x.numel() != codes.values.numel() or x.dtype != codes.dtype:
+            return x
+        return (codes, x.shape, x.stride()) if _dense(x) else x
+
+    return pack
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    codes, shape, stride = kept
+    result: Tensor = codes.decode(shape, stride)
+    return result
