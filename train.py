@@ -11,7 +11,6 @@ from omegaconf import DictConfig, OmegaConf
 
 import qat
 from qat import hydra_schema
-from qat.analysis.layers import layer_table
 from qat.analysis.preparation import report
 from qat.export import check_network
 from qat.export.parity import ParityLimits
@@ -50,7 +49,7 @@ def run(cfg: DictConfig) -> float:
     result.float_stage(module.net)
     if not config.enabled:
         main_process_only()
-        return result.write([], OmegaConf.to_yaml(cfg, resolve=True))
+        return result.write({}, OmegaConf.to_yaml(cfg, resolve=True))
 
     # 2. The baseline: PTQ of the float weights
     ptq, calibration = instantiate(cfg.ptq), data.calibration_batches(cfg.ptq.calibration_batches)
@@ -81,7 +80,8 @@ def run(cfg: DictConfig) -> float:
         paths = result.exports(net, lowered, example, list(cfg.export.formats), limits)
 
     # 5. What people look at
-    metric = result.write(layer_table(net), OmegaConf.to_yaml(cfg, resolve=True))
+    evidence = result.evidence(net, lowered, data, schedule.phases(trainer))
+    metric = result.write(evidence, OmegaConf.to_yaml(cfg, resolve=True))
     close_loggers(trainer.loggers, paths)
     result.check()
     return metric

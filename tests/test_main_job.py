@@ -111,7 +111,8 @@ def test_summary_has_the_structure_that_was_promised(default: tuple[Path, str]) 
         assert {layer["name"] for layer in measured["layers"]} >= {"stem.0", "block.conv1", "block.add"}, pair
         assert 0 <= measured["max_abs"] < 0.1, pair
         assert isinstance(measured["max_steps"], int), pair
-    assert set(summary["seconds"]) == {"float", "qat", "export"}
+    assert set(summary["seconds"]) == {"float", "qat", "export", "report"}
+    assert set(summary["paired"]) == {"float_ptq", "float_qat", "ptq_qat", "qat_int8", "qat_onnx"}
     assert all(seconds >= 0 for seconds in summary["seconds"].values())
     assert summary["files"] == {
         "float": "float.safetensors", "int8": "export/model.safetensors", "onnx": "export/model.onnx"
@@ -204,6 +205,18 @@ def test_reports_and_logs_are_written(default: tuple[Path, str]) -> None:
     html = (folder / "report.html").read_text()
     for words in ("digits/small_cnn/int8", "int8", "onnx", "block.conv1", "quant:", "</html>"):
         assert words in html, words
+    evidence = json.loads((folder / "report.json").read_text())
+    costs, qat_accuracy = evidence["sensitivity"], summary_of(folder)["stages"]["qat"]["metrics"]["accuracy"]
+    assert costs["samples"] < 359 or costs["quantized"]["accuracy"] == pytest.approx(qat_accuracy, abs=1e-6)
+    assert evidence["phases"] == [
+        {"mode": "quantize", "start": 0, "end": 54}, {"mode": "frozen", "start": 54, "end": 60}
+    ]  # fmt: skip
+    rows = {row["name"]: row for row in evidence["layers"]}
+    for row in rows.values():
+        assert row["seen"]["histogram"]["values"] > 0, row["name"]
+        assert row["seen"]["error_curve"]["chosen"] < 0.01, row["name"]
+    assert 0 < rows["block.conv1"]["latency_share"] < 1
+    assert (rows["stem.0"]["reads"], rows["quantizers.x"]["readers"]) == (["quantizers.x"], ["stem.0"])
     report = (folder / "report.txt").read_text()
     for layer in ("stem.0", "block.conv1", "block.conv2"):
         assert layer in report

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from qat.analysis.predictions import LEVEL
 from qat.analysis.summary import (
     MISSING,
     PAIRS,
@@ -133,8 +134,9 @@ def number_text(value: float | None) -> str:
 def verdict(summary: Summary) -> str:
     """One sentence: whether QAT was worth it over PTQ in this run, in numbers.
 
-    A difference that shows as nought, or that is one test sample (of `summary["test_samples"]`, where present) or
-    less, is not called better or worse.
+    A difference that shows as nought is not called better or worse, nor is one that a paired test on the same samples
+    (`summary["paired"]`, from `qat.analysis.predictions.compare`) gives a probability of 5 % or more. Without such a
+    test it is one that is one test sample (of `summary["test_samples"]`, where present) or less.
 
     Args:
         summary: the content of a run's `summary.json`.
@@ -167,8 +169,12 @@ def verdict(summary: Summary) -> str:
         tail = _beside_float(metric, qat)
         return f"QAT was not needed here: {metric} {value('qat')}, the same as PTQ{tail}."
     both = f"{metric} {value('qat')} against {value('ptq')} for PTQ"
-    counted = ""
-    if (total := summary.get("test_samples")) and "accuracy" in metric.lower():
+    counted, test = "", (summary.get("paired") or {}).get("ptq_qat")
+    if test is not None:
+        counted = f" ({paired_text(test)})"
+        if test["p"] >= LEVEL:
+            return f"QAT and PTQ cannot be told apart here: {both}{counted}{_beside_float(metric, qat)}."
+    elif (total := summary.get("test_samples")) and "accuracy" in metric.lower():
         samples = abs(difference) * total
         if samples <= 1 + 1e-6:
             return f"QAT and PTQ cannot be told apart here: {both}, within one of {total} test samples."
@@ -176,7 +182,27 @@ def verdict(summary: Summary) -> str:
     better = (difference > 0) != lower_is_better(metric)
     opening, word = ("QAT was worth it here", "better") if better else ("QAT was not worth it here", "worse")
     unit = " points" if is_share(metric) else ""
-    return f"{opening}: {both}, {amount}{unit} {word}{counted}{_beside_float(metric, qat)}."
+    tail = _beside_float(metric, qat)
+    beyond = (summary.get("paired") or {}).get("float_qat")
+    if better and beyond is not None and beyond["p"] < LEVEL and " better than float" in tail:
+        tail += ", so a part of it is the longer training"
+    return f"{opening}: {both}, {amount}{unit} {word}{counted}{tail}."
+
+
+def paired_text(test: Mapping[str, Any]) -> str:
+    """A paired test in words.
+
+    >>> paired_text({"by": "correct", "gained": 8, "lost": 2, "samples": 359, "p": 0.10938, "test": "McNemar"})
+    'of 359 test samples 8 gained and 2 lost, McNemar p = 0.11'
+    """
+    words = ("gained", "lost") if test["by"] == "correct" else ("better", "worse")
+    counts = f"of {test['samples']} test samples {test['gained']} {words[0]} and {test['lost']} {words[1]}"
+    return f"{counts}, {test['test']} {p_text(test['p'])}"
+
+
+def p_text(p: float) -> str:
+    """A probability as it is written: `p = 0.03`, `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def _beside_float(metric: str, stage: Stage) -> str:

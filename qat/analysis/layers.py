@@ -32,6 +32,7 @@ def layer_table(prepared: nn.Module) -> list[dict[str, Any]]:
     Returns:
         Rows with `name`, `kind`, `scheme`, `reason`, `bits`; of weights `layer`, `shape`, `parameters`, `macs`
         (multiply-accumulates a sample), `input` (formats of what it multiplies) and `input_bits` (32 for float),
+        `reads` (paths of the quantizers of that), `quantizer` (path of the weight's, or the edge's own),
         `bytes` (in the int8 checkpoint, scales included) and `codes` (without), `bias_bytes`, `calls`; of edges
         `tensor`, `relu`, `sites`, `inside` (of a recurrent layer) and `readers`; once they are known `scale_min`,
         `scale_max`, `sqnr_db` (signal to quantization noise of the weight). What does not apply is missing or None.
@@ -39,18 +40,24 @@ def layer_table(prepared: nn.Module) -> list[dict[str, Any]]:
     about: dict[str, Any] = vars(prepared)["meta"]["qat"]
     reasons, macs, reads = about["reasons"], about["macs"], Reads(prepared)
     rows: list[dict[str, Any]] = []
+    paths = {quantizer: name for name, quantizer in quantizers(prepared)}
     for name, module in prepared.named_modules():
         if not is_layer(module) or (name not in reasons and name not in about["left_out"]):
             continue
         reason = reasons.get(name, "")
         made = (
-            [_weight_row(weight, module, reason, about["config"].target) for weight in module.weights()]
+            [
+                {"quantizer": paths[weight.weight_quantizer]}
+                | _weight_row(weight, module, reason, about["config"].target)
+                for weight in module.weights()
+            ]
             if isinstance(module, Quantized)
             else [_float_row(module, key, reason or about["left_out"][name]) for key in weight_names(module)]
         )
         for row in made:
             path = weight_path(name, row.pop("weight"))
             grids = reads.inside(module, path) or reads.layers.get(name, [None])
+            row["reads"] = [paths[grid] for grid in grids if grid is not None]
             rows.append(
                 {"name": path, "kind": type_name(module), "layer": name} | row
                 | {"macs": _a_sample(macs, macs.layers.get(path)), "calls": max(1, reads.calls[name])}
@@ -62,7 +69,7 @@ def layer_table(prepared: nn.Module) -> list[dict[str, Any]]:
             owner = prepared.get_submodule(name.rpartition(".")[0])
             inside = isinstance(owner, Quantized) and not name.endswith("input_quantizer")
             read = readers.get(quantizer, []) + [f"inside {name.rpartition('.')[0]}"] * inside
-            rows.append({"name": name, "readers": read, "inside": inside} | _edge_row(quantizer))
+            rows.append({"name": name, "quantizer": name, "readers": read, "inside": inside} | _edge_row(quantizer))
     return rows
 
 

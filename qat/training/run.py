@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed, nn
 
+from qat.analysis.predictions import ScoreBook
 from qat.analysis.preparation import totals
 from qat.export import export
 from qat.export.agreement import Parity, ParityError, ParityLimits
@@ -24,6 +26,7 @@ from qat.export.parity import measure, pairs_of, split
 from qat.export.reloaded import Reloaded
 from qat.lower import lower
 from qat.runtime.network import IntegerNetwork
+from qat.training.evidence import changed_predictions, look_inside, paired_tests
 from qat.training.provenance import provenance
 from qat.training.stages import (
     BATCH,
@@ -33,7 +36,7 @@ from qat.training.stages import (
     save_weights,
     size_of,
     task_metrics,
-    write_summary,
+    write_json,
 )
 from qat.training.weights import flatten
 
@@ -55,6 +58,7 @@ class Run:
         self.folder, self.config, self.task = folder, config, task
         self.errors: dict[str, Exception] = {}
         self.inputs, self.targets = data.test_tensors()
+        self.scores = ScoreBook(getattr(task, "class_dim", 1))
         self.summary: dict[str, Any] = {
             "name": name,
             "config": dict(flatten(config)),
@@ -78,7 +82,8 @@ class Run:
         """Measure one stage on the whole test set; of a distributed run, the first process does."""
         if not is_main_process():
             return
-        self.summary["stages"][name] = measure_stage(network, self.task, self.inputs, self.targets, file)
+        look = partial(self.scores.add, name)
+        self.summary["stages"][name] = measure_stage(network, self.task, self.inputs, self.targets, file, look)
         if file is not None:
             self.summary["files"][name] = str(file.relative_to(self.folder))
 
@@ -151,6 +156,7 @@ class Run:
                         del reloaded.files[name]
                         continue
                     metrics, size = self._metrics(outputs[name]), size_of(written[name])
+                    self.scores.add(name, outputs[name], self.targets)
                     self.summary["stages"][name] = {"metrics": metrics, "bytes": size, "latency_ms": latency}
                     if (ran := EXPORTERS[name].kernels) is not None:
                         self.summary["kernels"][name] = ran(written[name], reloaded.target).to_dict()
@@ -214,8 +220,35 @@ class Run:
     def _metrics(self, outputs: Tensor) -> dict[str, float]:
         return task_metrics(self.task, zip(outputs.split(BATCH), self.targets.split(BATCH), strict=True))
 
-    def write(self, layers: list[dict[str, Any]], config_yaml: str) -> float:
-        """Write `summary.json` and `report.html`, print the tables; returns the last stage's first metric."""
+    def evidence(
+        self, net: nn.Module, lowered: nn.Module, data: Any, phases: Sequence[dict[str, Any]] = ()
+    ) -> dict[str, Any]:
+        """What the report shows beside the summary: `look_inside`, changed predictions, phases of training.
+
+        Args:
+            net: with its final weights, simulating.
+            lowered: from `lowered`.
+            data: the data module.
+            phases: from `QATSchedule.phases`.
+        """
+        with self.timed("report"):
+            found = look_inside(
+                net, lowered, self.task, self.inputs, self.targets, self.config["report"],
+                progress=bool(self.config["callbacks"].get("progress")),
+            )  # fmt: skip
+            found["predictions"] = changed_predictions(self.scores, self.inputs, self.targets, data)
+        return found | {"phases": list(phases)}
+
+    def write(self, evidence: Mapping[str, Any], config_yaml: str) -> float:
+        """Write `summary.json`, `report.json` and `report.html`, print the tables.
+
+        Args:
+            evidence: from the method of that name; empty for a float network.
+            config_yaml: the composed configuration.
+
+        Returns:
+            The last stage's first metric.
+        """
         from rich.console import Console
 
         from qat.analysis.console import parity_table, summary_table, verdict
@@ -223,8 +256,11 @@ class Run:
         from qat.analysis.report import write_report
         from qat.analysis.summary import kernel_lines
 
-        write_summary(self.summary, self.folder / "summary.json")
-        write_report(self.folder / "report.html", self.summary, layers, read_history(self.folder), config_yaml)
+        self.summary["paired"] = paired_tests(self.scores, self.summary)
+        write_json(self.summary, self.folder / "summary.json")
+        if evidence:
+            write_json(evidence, self.folder / "report.json", indent=None)
+        write_report(self.folder / "report.html", self.summary, evidence, read_history(self.folder), config_yaml)
         if len(self.summary["stages"]) > 1:
             save(stages_figure(self.summary), self.folder / "stages.svg")
         console = Console()

@@ -1,7 +1,9 @@
 """QATSchedule: which mode at which step."""
 
 import logging
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -76,6 +78,26 @@ class QATSchedule(L.Callback):
         start = step_of(self.quantize_at, total)
         end = total if self.freeze_ranges_at is None else step_of(self.freeze_ranges_at, total)
         return min(max((step - start) / max(end - start, 1), 0.0), 1.0)
+
+    def phases(self, trainer: L.Trainer) -> list[dict[str, Any]]:
+        """What the steps that `trainer` has done were: dicts with `mode`, `start`, `end` (steps, from 0).
+
+        The mode is a Mode's name; `weights` where activations are not quantized yet.
+        """
+        total, done = total_steps(trainer), trainer.global_step
+        given = (self.observe_at, self.quantize_at, self.quantize_activations_at, self.freeze_ranges_at)
+        turns = {math.ceil(step_of(at, total)) for at in given if at is not None}
+        starts = sorted({0} | {step for step in turns if step < done})
+        found: list[dict[str, Any]] = []
+        for start, end in zip(starts, [*starts[1:], done], strict=True):
+            mode = self.mode_at(start, total).value
+            if mode == "quantize" and not self.activations_at(start, total):
+                mode = "weights"
+            if found and found[-1]["mode"] == mode:
+                found[-1]["end"] = end
+            else:
+                found.append({"mode": mode, "start": start, "end": end})
+        return found
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the sanity check."""

@@ -1,7 +1,7 @@
 """What a run measures of each stage, and the files in which it says so."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ LATENCY_BATCHES = (1, 64)
 
 @torch.no_grad()
 def measure_stage(
-    network: Network, task: Any, inputs: Tensor, targets: Tensor, file: Path | None = None
-) -> dict[str, Any]:
+    network: Network, task: Any, inputs: Tensor, targets: Tensor, file: Path | None = None,
+    look: Callable[[Tensor, Tensor], None] = lambda outputs, targets: None,
+) -> dict[str, Any]:  # fmt: skip
     """Metrics, size and latency of one stage, as in `summary.json`.
 
     Args:
@@ -29,13 +30,20 @@ def measure_stage(
         task: has `metrics()`.
         inputs, targets: the whole test set.
         file: the stage's file, if it has one.
+        look: sees the outputs and targets of each batch.
     """
+
+    def seen(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = network(x)
+        look(outputs, y)
+        return outputs, y
+
     if isinstance(network, nn.Module):
         network.eval()
     batches = zip(inputs.split(BATCH), targets.split(BATCH), strict=True)
     sizes = [n for n in LATENCY_BATCHES if len(inputs) >= n]
     return {
-        "metrics": task_metrics(task, ((network(x), y) for x, y in batches)),
+        "metrics": task_metrics(task, (seen(x, y) for x, y in batches)),
         "bytes": None if file is None else size_of(file),
         "latency_ms": {str(n): median_ms(network, inputs[:n]) for n in sizes},
     }
@@ -63,6 +71,6 @@ def save_weights(net: nn.Module, path: Path) -> Path:
     return path
 
 
-def write_summary(summary: dict[str, Any], path: Path) -> None:
-    """Write `summary.json`."""
-    write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
+def write_json(content: Mapping[str, Any], path: Path, indent: int | None = 2) -> None:
+    """Write a file of plain data, such as `summary.json`."""
+    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())

@@ -54,6 +54,56 @@ def summary() -> dict[str, Any]:
 
 
 @pytest.fixture
+def paired() -> dict[str, Any]:
+    """A paired test of PTQ and QAT."""
+    return {
+        "by": "correct", "samples": 400, "difference": 0.0167, "low": 0.002, "high": 0.0314, "gained": 9, "lost": 1,
+        "p": 0.0215, "test": "McNemar",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def evidence(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run measures of its layers."""
+    curve = [0.5 / (1 + i) for i in range(49)]
+    seen = {
+        "sqnr_db": 36.28, "clipped": 0.0123, "levels_used": 200, "levels_total": 256, "scales": 1,
+        "histogram": {
+            "unit": "value", "low": -1.0, "high": 1.5, "counts": [1, 5, 3, 0], "below": 0, "above": 1,
+            "clip": [-1.0, 1.0], "levels": None, "values": 10,
+        },
+        "error_curve": {
+            "clip": 1.0, "multiples": [2 ** (i / 8) for i in range(-32, 17)], "clipping": curve,
+            "rounding": curve[::-1], "chosen": 0.03, "best": 0.02, "best_multiple": 0.5,
+        },
+    }  # fmt: skip
+    sensitivity = {part: {"loss": 0.1, "accuracy": value} for part, value in (("only", 0.97), ("all_but", 0.96))}
+    layers[0] |= {
+        "quantizer": "stem.conv.weight_quantizer", "layer": "stem.conv", "reads": ["stem.conv.output"],
+        "input": "uint4", "seen": seen, "sensitivity": sensitivity, "bit_operations": 1234567.0, "latency_ms": 0.5,
+        "latency_share": 0.25, "macs": 1000.0,
+    }  # fmt: skip
+    layers[1] |= {"quantizer": "stem.conv.output", "readers": ["stem.conv"], "seen": seen}
+    return {
+        "layers": layers,
+        "sensitivity": {
+            "samples": 300, "float": {"loss": 0.08, "accuracy": 0.98}, "quantized": {"loss": 0.09, "accuracy": 0.95},
+            "left_out": ["head"], "seconds": 1.0,
+        },
+        "latency": {"measured": True, "batch": 64, "total_ms": 2.0, "other_share": 0.75},
+        "samples": 512,
+        "phases": [{"mode": "quantize", "start": 0, "end": 8}, {"mode": "frozen", "start": 8, "end": 10}],
+        "predictions": {
+            "kind": "pictures", "introduced": 30, "repaired": 2, "positions": 400,
+            "worst": [{
+                "index": [7], "label": "cat", "before": "cat", "after": "<dog>", "before_sure": 0.9, "after_sure": 0.61,
+                "before_expected": 0.9, "after_expected": 0.2, "picture": "data:image/png;base64,AA==",
+            }],
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
 def history() -> list[dict[str, Any]]:
     return [
         {"phase": "float", "step": 9, "epoch": 0, "train_loss": 2.0},

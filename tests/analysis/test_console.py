@@ -129,3 +129,20 @@ def test_metric_is_picked_by_name() -> None:
 def test_float_has_no_difference_to_itself(summary: Summary) -> None:
     first = stages(summary)[0]
     assert (first.key, first.gains, first.ratio) == ("float", {}, 1.0)
+
+
+def test_verdict_by_a_paired_test(summary: Summary, paired: dict[str, Any]) -> None:
+    summary["paired"] = {"ptq_qat": paired}
+    tests = "of 400 test samples 9 gained and 1 lost, McNemar p = 0.021"
+    assert verdict(summary) == (
+        f"QAT was worth it here: accuracy 97.78 % against 96.11 % for PTQ, 1.67 points better ({tests}), "
+        "0.22 points worse than float."
+    )
+    less = paired | {"gained": 8, "lost": 2, "p": 0.10938}
+    assert verdict(summary | {"paired": {"ptq_qat": less}}) == (
+        "QAT and PTQ cannot be told apart here: accuracy 97.78 % against 96.11 % for PTQ (of 400 test samples 8 gained "
+        "and 2 lost, McNemar p = 0.11), 0.22 points worse than float."
+    )
+    beyond = {"ptq_qat": paired, "float_qat": paired | {"p": 1e-9}}
+    longer = verdict(set_accuracy(summary, 0.96, 0.99) | {"paired": beyond})
+    assert longer.endswith("1.00 points better than float, so a part of it is the longer training.")
