@@ -53,7 +53,7 @@ MOST_LABELS = 9
 """So many points of a front have their names beside them."""
 MOST_WORDS = 60
 """A longer name of a configuration is cut; beside a point, the third of it."""
-MOST_COLUMNS = 5
+MOST_COLUMNS = 3
 """So many settings fit on the console."""
 
 
@@ -193,14 +193,16 @@ def board_table(board: Board) -> RichTable:
         title + (" in %" if share else "") + (", lower is better" if lower_is_better(board.metric) else "")
     )
     shown = board.changed[:MOST_COLUMNS]
+    table.caption = "* no other configuration is as good and as cheap" if len(board.groups) > 1 else None
+    table.caption_justify = "left"
     table.add_column("#", justify="right")
     for key in shown:
         table.add_column(short(key).replace(".", "\n").replace(" ", "\n"), overflow="fold", min_width=4)
-    table.add_column("Runs", justify="right")
+    table.add_column("Runs", justify="right", no_wrap=True)
     for name in ("Mean", "\N{PLUS-MINUS SIGN}", *(STAGES[key] for key in _stages(board)), *_headings(board).values()):
         table.add_column(name.replace(" (", "\n("), justify="right", no_wrap=True)
     if len(shown) < len(board.changed):
-        table.caption = f"{len(board.changed) - len(shown)} more settings differ; see the files"
+        table.caption = f"{table.caption}; {len(board.changed) - len(shown)} more settings differ, see the files"
     for i, group in enumerate(board.groups, 1):
         cells = [str(i), *(text(group.config[key]) for key in shown)]
         deviation = group.deviation()
@@ -309,7 +311,24 @@ def _front(axes: "Axes", board: Board, key: str, scale: float) -> None:
                           fontsize=7, ha="right", va="top" if below else "bottom")  # fmt: skip
     axes.set_xlabel(names[key])
     axes.grid(axis="y")
-    axes.margins(x=0.18, y=0.15)
+    axes.margins(y=0.15)
+    _room_for_labels(axes, [unit * c for group in board.groups if (c := group.mean(key)) is not None])
+
+
+def _room_for_labels(axes: "Axes", places: Sequence[float]) -> None:
+    """Stretch an axis to the left, where names stand; costs that span more than a decade are logarithmic."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = min(places), max(places)
+    if low > 0 and high > 10 * low:
+        axes.set_xscale("log")
+        axes.set_xlim(low / (high / low) ** 0.4, high * (high / low) ** 0.1)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 3.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    else:
+        width = (high - low) or high or 1.0
+        axes.set_xlim(low - 0.4 * width, high + 0.1 * width)
 
 
 def _words(board: Board, group: Group) -> str:
