@@ -1,5 +1,6 @@
 """Run batches with observers on, then take ranges from what they saw."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from qat.mode import Mode
 from qat.modes import eval_mode, quantizers, set_mode, watch
 from qat.record import run
 from qat.structures import tensors
+
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -66,6 +69,7 @@ def calibrate(net: nn.Module, batches: Iterable[Any]) -> None:
             quantizer.mode = mode
         raise
     set_mode(net, Mode.quantize)
+    log.info("calibrated: ranges of %d quantizers from %d batches", len(modes), count)
 
 
 @contextmanager

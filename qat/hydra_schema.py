@@ -42,6 +42,7 @@ from qat.scheme import Granularity, QuantConfig, choice
 from qat.scheme.checks import TABLES
 from qat.targets import TARGETS, check_target
 from qat.training.module import build
+from qat.training.once import warnings_once
 from qat.training.provenance import git_state
 from qat.training.pruning import PrunedError
 
@@ -244,7 +245,7 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
             cfg.callbacks.progress = None  # bars of several jobs would write over each other
         _prunable(cfg, config.sweeper, Path(config.runtime.output_dir))
     try:
-        with warnings.catch_warnings():
+        with warnings_once():
             for message in (".*LeafSpec.* is deprecated", ".*your dataloader is not resumable"):  # qat.zoo's are
                 warnings.filterwarnings("ignore", message=message)
             return job(cfg)

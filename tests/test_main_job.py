@@ -220,7 +220,7 @@ def test_reports_and_logs_are_written(default: tuple[Path, str]) -> None:
     report = (folder / "report.txt").read_text()
     for layer in ("stem.0", "block.conv1", "block.conv2"):
         assert layer in report
-    assert "quantizers are in mode 'frozen'" in (folder / "train.log").read_text()
+    assert "ranges and BatchNorm statistics frozen" in (folder / "train.log").read_text()
     assert (folder / ".hydra" / "config.yaml").is_file()
     assert f"Run directory: {folder}" in console
     assert "Parity" in console or "parity" in console
@@ -524,7 +524,8 @@ def test_tensorboard_gets_metrics_and_scales(home: Path, default: tuple[Path, st
     assert {"val_loss", "val_accuracy"} <= set(events.Tags()["scalars"])
     histograms = events.Tags()["histograms"]
     assert any(name.startswith("scale/block.conv1") for name in histograms)
-    assert any("quantizers" in name for name in histograms)
+    assert any(not name.endswith(".weight") for name in histograms)  # of activations
+    assert {"sqnr_db/block.conv1.weight", "clipped/block.conv1.weight"} <= set(events.Tags()["scalars"])
 
 
 def test_two_processes_train_and_the_first_reports(home: Path, tmp_path: Path) -> None:

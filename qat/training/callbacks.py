@@ -1,4 +1,4 @@
-"""Callbacks: stop at the first non-finite number, tell how to go on after an interruption, log scales."""
+"""Callbacks: stop at the first non-finite number, tell how to go on after an interruption."""
 
 import logging
 from pathlib import Path
@@ -6,13 +6,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from qat.layers import weights_of
-from qat.modes import quantizers
 from qat.processes import alone
 
 log = logging.getLogger(__name__)
@@ -128,38 +124,6 @@ class ResumeHint(L.Callback):
             _say(f"Training stopped at step {trainer.global_step}, before the first checkpoint.")
 
 
-class Progress(RichProgressBar):
-    """Lightning's rich progress bar without the logger's version number."""
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """What stands behind the bar."""
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        return dict(items)
-
-
 @rank_zero_only
 def _say(message: str) -> None:
     log.info(message)
-
-
-class LogQuantizers(L.Callback):
-    """Log every quantizer's scale as a histogram, to loggers that have them (wandb, TensorBoard), once an epoch."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the scales in use, those of weights as their values now give them."""
-        weights = weights_of(pl_module)
-        scales = {
-            f"scale/{name.removeprefix('net.')}": q.scales(weights.get(q)).float().cpu().reshape(-1)
-            for name, q in quantizers(pl_module)
-            if q.calibrated and (q in weights or not q.dynamic)
-        }
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                import wandb
-
-                values = {name: wandb.Histogram(scale.tolist()) for name, scale in scales.items()}
-                logger.experiment.log({**values, "trainer/global_step": trainer.global_step})
-            elif isinstance(logger, TensorBoardLogger):
-                for name, scale in scales.items():
-                    logger.experiment.add_histogram(name, scale, trainer.global_step)

@@ -82,6 +82,8 @@ class QATModule(L.LightningModule):
             0.01 or what a short run needs, and keep it: they are decided in the end.
 
     Attributes:
+        val_metrics: of the last validation.
+        float_metrics: those of the float network that training started from, where they are known.
         loss_terms: what callbacks make of the loss: `term(loss, inputs, outputs)` is the loss from there on.
     """
 
@@ -100,6 +102,8 @@ class QATModule(L.LightningModule):
         self.save_hyperparameters()
         self._random: dict[str, Tensor] = {}
         self.loss_terms: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = []
+        self.val_metrics: dict[str, float] = {}
+        self.float_metrics: dict[str, float] = {}
         self.task = build(task)
         self.net: nn.Module = build(model)
         if quant is not None:
@@ -129,6 +133,7 @@ class QATModule(L.LightningModule):
         arguments = {**self.hparams, **changes, "quant": config.to_dict(), "input_shape": list(input_shape)}
         module = QATModule(**arguments)
         module.net.load_state_dict({**module.net.state_dict(), **self.net.state_dict()})
+        module.float_metrics = dict(self.val_metrics)
         return module
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
@@ -145,6 +150,10 @@ class QATModule(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: D102
         self._evaluate("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep what was measured, for those who show it."""
+        self.val_metrics = {name: float(value) for name, value in self.metrics["val"].compute().items()}  # type: ignore
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: D102
         self._evaluate("test", batch)
@@ -187,12 +196,15 @@ class QATModule(L.LightningModule):
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["qat"] = {**quantizer_state(self.net), "quant": self.hparams["quant"], "random": random}
+        measured = {"val_metrics": self.val_metrics, "float_metrics": self.float_metrics}
+        checkpoint["qat"] = {**quantizer_state(self.net), "quant": self.hparams["quant"], "random": random, **measured}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put quantizers into the mode, and to the bits, they were saved with (their ranges come with the tensors)."""
         restore_quantizer_state(self.net, checkpoint.get("qat", {}))
         self._random = checkpoint.get("qat", {}).get("random", {})
+        for name in ("val_metrics", "float_metrics"):
+            setattr(self, name, dict(checkpoint.get("qat", {}).get(name, {})))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Go on with the random numbers of the run that was interrupted (what came before this batch drew some)."""

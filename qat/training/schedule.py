@@ -167,18 +167,24 @@ class QATSchedule(L.Callback):
             for quantizer in _of_activations(pl_module):
                 quantizer.mode = Mode.float
         if trainer.is_global_zero:
-            log.info(f"step {step} of {total}: {in_words(mode, waiting)}")
+            log.info(f"step {step} of {total}: {in_words(mode, waiting, self.batch_norm_frozen_at(step, total))}")
 
 
-def in_words(mode: Mode, waiting: bool = False) -> str:
-    """What quantizers do in a mode, for the console; `waiting`: activations are not quantized yet.
+def in_words(mode: Mode, waiting: bool = False, norms_frozen: bool = False) -> str:
+    """What happens from a step on, for the console.
 
-    >>> in_words(Mode.quantize, waiting=True)
-    "quantizers of weights are in mode 'quantize', those of activations pass floats"
+    Args:
+        mode: of the quantizers.
+        waiting: activations are not quantized yet.
+        norms_frozen: BatchNorm's statistics are frozen, too.
+
+    >>> in_words(Mode.quantize, waiting=True), in_words(Mode.frozen, norms_frozen=True)
+    ('weights are quantized, activations pass as floats', 'ranges and BatchNorm statistics frozen')
     """
     if waiting:
-        return f"quantizers of weights are in mode '{mode.value}', those of activations pass floats"
-    return f"quantizers are in mode '{mode.value}'"
+        return "weights are quantized, activations pass as floats"
+    frozen = "ranges and BatchNorm statistics frozen" if norms_frozen else "ranges frozen"
+    return {Mode.float: "float", Mode.observe: "observing ranges", Mode.quantize: "quantized"}.get(mode, frozen)
 
 
 def _of_activations(module: nn.Module) -> Iterator[FakeQuantize]:
