@@ -36,7 +36,7 @@ def test_without_a_terminal_a_line_now_and_then(caplog: pytest.LogCaptureFixture
 def test_lines_keep_their_distance(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="qat"):
         run(Progress("qat", every_seconds=1000.0))
-    assert [r.getMessage().partition(",")[0] for r in caplog.records if "epoch" in r.getMessage()] == [
+    assert [r.getMessage().partition(",")[0] for r in caplog.records if "QAT " in r.getMessage()] == [
         "QAT frozen: epoch 2/2"
     ]
 
