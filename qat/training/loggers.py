@@ -31,7 +31,7 @@ class MLflow(MLFlowLogger):
         self._has_parameters = False
 
     @rank_zero_only
-    def log_hyperparams(self, params: Any) -> None:  # type: ignore[override]
+    def log_hyperparams(self, params: Any) -> None:
         """Log the first that come."""
         if not self._has_parameters:
             super().log_hyperparams(params)
