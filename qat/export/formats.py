@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qat.export.c_header import check_c_header, open_c_header, save_c_header
 from qat.export.checkpoint import load_checkpoint, save_checkpoint
 from qat.export.compressed_run import open_compressed_tensors
+from qat.export.executorch import PteNetwork, save_pte
 from qat.export.onnx import save_onnx
 from qat.export.onnx_stored import check_onnx
 from qat.export.onnxruntime import Kernels, OnnxNetwork, kernels, onnx_integers_given
@@ -203,6 +204,15 @@ EXPORTERS: dict[str, Exporter] = {
         open=open_pt2,
         given=pt2_integers_given,
         check=check_reference,
+    ),
+    "executorch": Exporter(
+        label="ExecuTorch program (XNNPACK)",
+        file="model.pte",
+        write=save_pte,
+        open=PteNetwork,
+        check=check_reference,
+        packages=("executorch",),
+        extra="executorch",
     ),
     "openvino": Exporter(
         label="OpenVINO",

@@ -100,7 +100,7 @@ def pt2_integers_given(
     path: Path, target: str, grids: Mapping[str, Quantize], inputs: tuple[Tensor, ...], given: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """What each layer of the program makes of `given` integers, by name of tensor."""
-    run = _Given(Program(path), {name: Grid(grid) for name, grid in grids.items()}, given)
+    run = _Given(Program(path), {name: Grid(grid, torch.uint8) for name, grid in grids.items()}, given)
     run.run(*inputs)
     return run.made
 
@@ -165,6 +165,6 @@ def check_reference(config: QuantConfig) -> None:
     """
     if TARGETS[config.target].requantize == "fixed_point":
         raise ValueError(
-            f"export.formats=pt2: target={config.target} scales by an int32 multiplier and a shift, which "
+            f"export.formats=pt2, executorch: target={config.target} scales by an int32 multiplier and a shift, which "
             f"torch's quantized operations do not; use export=int8 or export=c_header, or target=generic"
         )

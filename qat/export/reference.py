@@ -1,4 +1,4 @@
-"""An integer network in torch's reference quantized operations, for engines that read those: Inductor on x86.
+"""An integer network in torch's reference quantized operations, for engines that read those: Inductor, ExecuTorch.
 
 Every tensor on a grid is what `quantized_decomposed.quantize_per_tensor` made, and every reader dequantizes it for
 itself, around operations on real numbers: the form that engines match and turn into integer kernels. Torch's quantize
@@ -28,17 +28,18 @@ MOVES = (ops.MaxPool, ops.Reshape, ops.Permute, ops.Slice, ops.Pad, ops.Concat, 
 
 
 class Grid:
-    """A grid as engines on x86 take it: tensors of up to 8 bits are uint8.
+    """A grid in the integer type of an engine's activations.
 
     Args:
         grid: of the integer network.
+        dtype: of tensors of up to 8 bits; others keep theirs.
         moved: of a tensor whose values are on the grid already, from several tensors perhaps: nothing is clamped.
     """
 
-    def __init__(self, grid: Quantize, moved: bool = False) -> None:
+    def __init__(self, grid: Quantize, dtype: torch.dtype, moved: bool = False) -> None:
         self.scale, self.own = float(grid.scale), grid.dtype
         small = grid.dtype in (torch.uint8, torch.int8)
-        self.dtype = torch.uint8 if small else grid.dtype
+        self.dtype = dtype if small else grid.dtype
         self.offset = torch.iinfo(self.dtype).min - torch.iinfo(grid.dtype).min if small else 0
         zero = int(grid.zero_point)
         low = max(grid.quant_min, zero) if grid.relu else grid.quant_min
@@ -48,6 +49,11 @@ class Grid:
 
     def quantize(self, x: Tensor) -> Tensor:
         """Real numbers -> integers."""
+        info = torch.iinfo(self.dtype)
+        if self.dtype is torch.int8 and self.bounds != (info.min, info.max):  # XNNPACK reads no bounds of an operation
+            low, high = ((bound - self.zero_point) * self.scale for bound in self.bounds)
+            above = self.bounds[1] == info.max
+            x = torch.relu(x) if low == 0 and above else torch.nn.functional.hardtanh(x, low, high)
         return QUANTIZE(x, self.scale, self.zero_point, *self.bounds, self.dtype)
 
     def dequantize(self, x_q: Tensor) -> Tensor:
@@ -65,14 +71,19 @@ class Grid:
 
 
 class Convolution(nn.Module):
-    """A convolution or linear layer on real numbers, by int8 weights that are dequantized where they are read."""
+    """A convolution or linear layer on real numbers, by int8 weights that are dequantized where they are read.
+
+    Args:
+        layer: on integers.
+        multiplied_out: hold the weight as real numbers, for an engine without kernels for integers to real numbers.
+    """
 
     weight: Tensor
     scale: Tensor
     zero_point: Tensor
     bias: Tensor
 
-    def __init__(self, layer: IntegerConv) -> None:
+    def __init__(self, layer: IntegerConv, multiplied_out: bool = False) -> None:
         super().__init__()
         self.geometry = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.output_padding)
         info = torch.iinfo(layer.weight.dtype)
@@ -84,13 +95,19 @@ class Convolution(nn.Module):
             ("bias", bias if layer.remainder is None else bias + layer.remainder),
         ):  # fmt: skip
             self.register_buffer(name, x.clone())
+        if multiplied_out:
+            self.register_buffer("weight", self.real_weight())
 
     def forward(self, x: Tensor) -> Tensor:
         """Real numbers -> real numbers."""
-        weight = torch.ops.quantized_decomposed.dequantize_per_channel.default(
+        weight = self.weight if self.weight.is_floating_point() else self.real_weight()
+        return convolve(x, weight, self.bias, *self.geometry)
+
+    def real_weight(self) -> Tensor:
+        """The weight as real numbers."""
+        return torch.ops.quantized_decomposed.dequantize_per_channel.default(
             self.weight, self.scale, self.zero_point, 0, *self.bounds, self.weight.dtype
         )
-        return convolve(x, weight, self.bias, *self.geometry)
 
 
 class Product(nn.Module):
@@ -106,17 +123,21 @@ class Reference(nn.Module):
 
     Args:
         network: an integer network.
+        dtype: integer type of activations: uint8 for x86, int8 for XNNPACK.
 
     Raises:
         ValueError: a layer that has no such form.
     """
 
-    def __init__(self, network: IntegerNetwork) -> None:
+    def __init__(self, network: IntegerNetwork, dtype: torch.dtype = torch.uint8) -> None:
         super().__init__()
         self.inputs, self.outputs, self.nodes = network.inputs, network.outputs, network.nodes
         grids = network.grids()
-        self.grids = {name: Grid(grid, network.layer(name).output is None) for name, grid in grids.items()}
-        self.steps = nn.ModuleList(real_form(network.layer(node.name), node.name) for node in network.nodes)
+        self.grids = {name: Grid(grid, dtype, network.layer(name).output is None) for name, grid in grids.items()}
+        layers = {node.name: network.layer(node.name) for node in network.nodes}
+        real = [name for name, layer in layers.items() if name not in self.grids or not _in_xnnpack(layer)]
+        without = real if dtype is torch.int8 else []  # XNNPACK multiplies integers to integers only
+        self.steps = nn.ModuleList(real_form(layer, name, name in without) for name, layer in layers.items())
 
     @property
     def quantized(self) -> list[str]:
@@ -136,14 +157,14 @@ class Reference(nn.Module):
         return self.grids[name].dequantize(tensors[name]) if name in self.grids else tensors[name]
 
 
-def real_form(layer: RuntimeLayer, name: str) -> nn.Module:
-    """A layer as one that takes and returns real numbers.
+def real_form(layer: RuntimeLayer, name: str, multiplied_out: bool = False) -> nn.Module:
+    """A layer as one that takes and returns real numbers, `multiplied_out` if its weights are to be so, too.
 
     Raises:
         ValueError: there is no such form.
     """
     if type(layer) is IntegerConv:
-        return Convolution(layer)
+        return Convolution(layer, multiplied_out)
     if type(layer) is IntegerMatmul:
         return Product()
     if isinstance(layer, ops.Dequantize):
@@ -158,9 +179,17 @@ def real_form(layer: RuntimeLayer, name: str) -> nn.Module:
                 layer.settings[key] = 0
         return layer
     raise ValueError(
-        f"layer '{name}' ({type(layer).__name__}) has no form in torch's reference quantized operations: leave pt2 "
-        f"out of export.formats, or give the layer a scheme of integers with scales per tensor or channel"
+        f"layer '{name}' ({type(layer).__name__}) has no form in torch's reference quantized operations: leave pt2 and "
+        f"executorch out of export.formats, or give the layer a scheme of integers with scales per tensor or channel"
     )
+
+
+def _in_xnnpack(layer: RuntimeLayer) -> bool:
+    """Whether XNNPACK multiplies the layer's weights as integers: int8 without zero points."""
+    if not isinstance(layer, IntegerConv):
+        return True
+    symmetric = layer.weight.dtype is torch.int8 and not bool(layer.weight_zero_point.any())
+    return symmetric and layer.output_padding is None
 
 
 class _Held(nn.Module):
@@ -178,13 +207,21 @@ class _Held(nn.Module):
 
 
 def program_of(
-    network: IntegerNetwork, example_inputs: Sequence[Tensor]
+    network: IntegerNetwork, example_inputs: Sequence[Tensor], dtype: torch.dtype = torch.uint8, one: bool = False
 ) -> tuple[torch.export.ExportedProgram, Reference]:
-    """The exported program of a network, its batch dimension open, and the module that it was made of."""
-    reference = Reference(network).eval()
+    """The exported program of a network and the module that it was made of.
+
+    Args:
+        network: an integer network.
+        example_inputs: batch dimension first.
+        dtype: integer type of activations: uint8 for x86, int8 for XNNPACK.
+        one: of batches of one sample; else the batch dimension is open.
+    """
+    reference = Reference(network, dtype).eval()
     batch = torch.export.Dim("batch", min=1, max=2**16)
     # an example of two samples: one of a single sample would fix the batch
-    inputs = tuple(torch.cat([x, x])[:2] if len(x) < 2 else x for x in example_inputs)
+    inputs = tuple(x[:1] if one else torch.cat([x, x])[:2] if len(x) < 2 else x for x in example_inputs)
+    shapes = None if one else {"inputs": tuple({0: batch} for _ in inputs)}
     with torch.no_grad():
-        program = torch.export.export(reference, inputs, dynamic_shapes={"inputs": tuple({0: batch} for _ in inputs)})
+        program = torch.export.export(reference, inputs, dynamic_shapes=shapes)
     return program, reference
