@@ -17,7 +17,7 @@ from qat.analysis.search import is_down, objective_values, read_study, study_fig
 
 CONF = Path(__file__).parents[1] / "conf"
 QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks=quiet", "export=int8",
-         "export.fresh_process=false", "model.width=4")  # fmt: skip
+         "export.fresh_process=false", "model.width=4", "report.sensitivity.max_seconds=0")  # fmt: skip
 
 
 def search(folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:

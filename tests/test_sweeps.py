@@ -18,7 +18,7 @@ from qat.analysis.runs import config_key, find_runs, last_checkpoint, runs_by_co
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks=quiet", "export=int8",
-         "export.fresh_process=false", "model.width=4")  # fmt: skip
+         "export.fresh_process=false", "model.width=4", "report.sensitivity.max_seconds=0")  # fmt: skip
 
 
 def sweep(folder: Path, *overrides: str) -> str:
