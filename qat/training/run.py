@@ -230,7 +230,12 @@ class Run:
             lowered: from `lowered`.
             data: the data module.
             phases: from `QATSchedule.phases`.
+
+        Returns:
+            The parts of `report.json`; nothing where `report.write` is false.
         """
+        if not self.config["report"]["write"]:
+            return {}
         with self.timed("report"):
             found = look_inside(
                 net, lowered, self.task, self.inputs, self.targets, self.config["report"],
@@ -240,7 +245,7 @@ class Run:
         return found | {"phases": list(phases)}
 
     def write(self, evidence: Mapping[str, Any], config_yaml: str) -> float:
-        """Write `summary.json`, `report.json` and `report.html`, print the tables.
+        """Write `summary.json` and, if `report.write` says so, `report.json` and `report.html`; print the tables.
 
         Args:
             evidence: from the method of that name; empty for a float network.
@@ -260,9 +265,10 @@ class Run:
         write_json(self.summary, self.folder / "summary.json")
         if evidence:
             write_json(evidence, self.folder / "report.json", indent=None)
-        write_report(self.folder / "report.html", self.summary, evidence, read_history(self.folder), config_yaml)
-        if len(self.summary["stages"]) > 1:
-            save(stages_figure(self.summary), self.folder / "stages.svg")
+        if self.config["report"]["write"]:
+            write_report(self.folder / "report.html", self.summary, evidence, read_history(self.folder), config_yaml)
+            if len(self.summary["stages"]) > 1:
+                save(stages_figure(self.summary), self.folder / "stages.svg")
         console = Console()
         console.print()
         console.print(summary_table(self.summary))
