@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 import traceback
@@ -121,7 +122,7 @@ def jobs_of(study: Study, size: str, out: Path, more: Sequence[str]) -> tuple[li
             if seed == first:
                 floats.append(Job(start, (*common, "quant=off", f"seed={seed}"), {"data": data, "seed": seed}, settings))
             for case in cases:
-                label = "-".join(str(value).replace(" ", "_").replace("/", "_") for value in case.columns.values())
+                label = "-".join(re.sub(r"[^\w.]", "_", str(value)) for value in case.columns.values())
                 overrides = (*common, *study.common, *case.overrides, f"seed={seed}")
                 quantized.append(
                     Job(

@@ -11,14 +11,8 @@ from qat.analysis import plots
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMATS = {
-    "int8": ("int8", "W8A8"),
-    "int4 group 32": ("w4g32", "weights alone"),
-    "fp8": ("fp8", "e4m3 both"),
-    "NVFP4": ("nvfp4", "blocks of 16, both"),
-    "ternary": ("ternary", "ternary weights, A8"),
-}
-"""Name -> preset, what it quantizes."""
+FORMATS = {"int8": "int8", "int4 group": "w4g32", "fp8": "fp8", "NVFP4": "nvfp4", "ternary": "ternary"}
+"""Name -> preset."""
 
 
 def plot(rows: Sequence[Row]) -> "Figure":
@@ -36,12 +30,12 @@ def plot(rows: Sequence[Row]) -> "Figure":
 STUDY = Study(
     name="char_gpt",
     data=("text",),
-    cases=[Case({"format": name, "what": what}, (f"quant={preset}",)) for name, (preset, what) in FORMATS.items()],
+    cases=[Case({"format": name, "preset": preset}, (f"quant={preset}",)) for name, preset in FORMATS.items()],
     tables=lambda rows: each_data(
         rows,
         lambda own: by_case(
             own,
-            {"format": "format", "what": "what"},
+            {"format": "format", "preset": "`quant=`"},
             {"ptq": "PTQ", "qat": "QAT", "int8_bytes": "file, KB", "float_bytes": "float file, KB"},
         ),
     ),
