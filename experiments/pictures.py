@@ -44,8 +44,7 @@ def dots(axes: "Axes", rows: Sequence[Row], column: str, names: Mapping[str, str
             axes.scatter(found, [y] * len(found), s=9, color=color, alpha=0.45, linewidth=0, zorder=2)
             axes.scatter(ends[list(stages).index(stage)], y, s=34, color=color, marker=marker, linewidth=0, zorder=3,
                          label=label if i == 0 else None)  # fmt: skip
-    floats = values(rows, "float")
-    axes.axvline(sum(floats) / len(floats), color=plots.INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+    axes.axvline(mean(rows, "float"), color=plots.INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
     axes.set_yticks(range(len(order)), [names[name] for name in order])
     axes.set_ylim(len(order) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)

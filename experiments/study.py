@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"small": "", "full": "_full", "dev": ""}
-"""What `size` may be -> the end of the experiment's name. `dev` is `small` with two steps of training, for tests."""
+"""What `size` may be -> the end of the experiment's name. `dev`: the last case alone, with two steps of training, for tests."""
 DEV = (
-    "float.max_epochs=1", "qat.max_epochs=1", "+trainer.limit_train_batches=2", "trainer.limit_val_batches=1",
+    "float.max_epochs=1", "qat.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1",
     "ptq.calibration_batches=1", "ptq.adaptive_rounding_steps=2", "data.batch_size=16",
 )  # fmt: skip
-OWN = ("size", "jobs", "out")
+OWN = ("size", "jobs", "out", "seeds")
 """Arguments that are not overrides of train.py."""
 
 
@@ -100,27 +100,31 @@ class Job:
         return {**self.columns, "metric": metric, **measured, **size, **seconds}
 
 
-def jobs_of(study: Study, size: str, out: Path, more: Sequence[str]) -> tuple[list[Job], list[Job]]:
+def jobs_of(
+    study: Study, size: str, out: Path, more: Sequence[str], seeds: Sequence[int] | None = None
+) -> tuple[list[Job], list[Job]]:
     """The runs that train float networks, and the runs that start from them.
 
     Args:
         study: the study.
         size: key of SIZES.
         out: folder of all studies' runs; float networks are shared between studies.
-        more: overrides for all runs. Those of `data.` are left out for data that have no such setting.
+        more: overrides for all runs; those of `data.` are left out for digits, which are read from nowhere.
+        seeds: in place of the study's own.
     """
-    seeds = {"full": (*study.seeds, *(study.seeds[-1] + i for i in (1, 2))), "dev": study.seeds[:1]}
-    cases = [study.cases[0], study.cases[-1]] if size == "dev" else study.cases
+    usual = {"full": (*study.seeds, *(study.seeds[-1] + i for i in (1, 2))), "dev": study.seeds[:1]}
+    seeds = seeds or usual.get(size, study.seeds)
+    cases = study.cases[-1:] if size == "dev" else study.cases
     floats, quantized = [], []
     for data in study.data:
         settings = hashlib.sha256(b"".join(file.read_bytes() for file in _experiment_files(data))).hexdigest()
         common = [f"experiment=study/{data}{SIZES[size]}", *(DEV if size == "dev" else ())]
         common += [text for text in more if data != "digits" or not text.startswith("data.")]
-        for seed in seeds.get(size, study.seeds):
+        for seed in seeds:
             first = study.seeds[0] if study.one_float else seed
             start = out / "float" / data / f"seed{first}"
-            if seed == first:
-                floats.append(Job(start, (*common, "quant=off", f"seed={seed}"), {"data": data, "seed": seed}, settings))
+            if seed == seeds[0] or seed == first:
+                floats.append(Job(start, (*common, "quant=off", f"seed={first}"), {"data": data, "seed": first}, settings))
             for case in cases:
                 label = "-".join(re.sub(r"[^\w.]", "_", str(value)) for value in case.columns.values())
                 overrides = (*common, *study.common, *case.overrides, f"seed={seed}")
@@ -206,7 +210,7 @@ def run_all(jobs: Iterable[Job], what: str, processes: int) -> list[Job]:
 
 
 def main(study: Study, arguments: Sequence[str] | None = None) -> None:
-    """The command of a study: `[size=small|full] [jobs=2] [out=DIR] [overrides of train.py]`.
+    """The command of a study: `[size=small|full] [seeds=0,1] [jobs=2] [out=DIR] [overrides of train.py]`.
 
     Ends with exit code 1 if a run failed; what the others measured is written all the same.
 
@@ -225,7 +229,8 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> None:
     processes = int(options.get("jobs", 2))
     out = Path(options.get("out", ROOT / "outputs" / "studies")).absolute() / size
     more = [_absolute(text) for text in given if text.partition("=")[0] not in OWN]
-    floats, quantized = jobs_of(study, size, out, more)
+    seeds = [int(text) for text in options["seeds"].split(",")] if "seeds" in options else None
+    floats, quantized = jobs_of(study, size, out, more, seeds)
     failed = run_all(floats, "float networks", processes)
     failed += run_all([job for job in quantized if not failed], study.name, processes)
     rows = [job.row() for job in quantized if job.finished()]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 PIL_MODES = {1: "L", 3: "RGB"}
+_DECODED: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+"""The images that were decoded last: jobs of a sweep that run in one process decode them once."""
 
 
 class Digits(TensorDataModule):
@@ -91,11 +93,21 @@ class ImageParquet(TensorDataModule):
         self._name_classes(tables["train"])
         rest, val = stratified(labels["train"], self.val_size, "val_size")
         rows = {"train": rest[: self.limit], "val": val, "test": torch.arange(len(labels["test"]))}
-        splits = {}
-        for key, index in rows.items():
-            source = "test" if key == "test" else "train"
-            splits[key] = Split(self._decode(tables[source], source, index), labels[source][index])
-        return splits
+        sources = {"train": "train", "val": "train", "test": "test"}
+        known = self._fingerprint()
+        if known not in _DECODED:
+            images = {key: self._decode(tables[sources[key]], sources[key], index) for key, index in rows.items()}
+            _DECODED.clear()
+            _DECODED[known] = images
+        images = _DECODED.pop(known) if self.path is None else _DECODED[known]
+        return {key: Split(images[key], labels[sources[key]][index]) for key, index in rows.items()}
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        """What the decoded images depend on: the files as they are now, and the settings that choose among them."""
+        files = sorted(Path(self.path).expanduser().glob("*.parquet")) if self.path is not None else []
+        stats = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        chosen = (self.image_column, self.label_column, self.channels, self.image_size, self.val_size, self.limit)
+        return (*stats, *chosen)
 
     def _local_tables(self, folder: Path) -> dict[str, "pa.Table"]:
         _import_datasets()
