@@ -123,7 +123,7 @@ def jobs_of(
         for seed in seeds:
             first = study.seeds[0] if study.one_float else seed
             start = out / "float" / data / f"seed{first}"
-            if seed == seeds[0] or seed == first:
+            if all(job.folder != start for job in floats):
                 floats.append(Job(start, (*common, "quant=off", f"seed={first}"), {"data": data, "seed": first}, settings))
             for case in cases:
                 label = "-".join(re.sub(r"[^\w.]", "_", str(value)) for value in case.columns.values())

@@ -39,8 +39,8 @@ def plot(rows: Sequence[Row]) -> "Figure":
                     "ptq": (plots.STAGE_COLORS["ptq"], f"PTQ, zero point of {zero_point}"),
                     "qat": (plots.STAGE_COLORS["qat"], f"QAT, zero point of {zero_point}"),
                 }
-                own = where(rows, data=name, zero_point=zero_point)
-                dots(axes, own, "scales", {scale: scale for scale in SCALES}, shift, stages, marker)
+                if own := where(rows, data=name, zero_point=zero_point):
+                    dots(axes, own, "scales", {scale: scale for scale in SCALES}, shift, stages, marker)
             axes.set_title(NAMES[name])
         handles, labels = axes.get_legend_handles_labels()
         fig.legend(handles, labels, loc="outside lower center", ncols=4)

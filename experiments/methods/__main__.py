@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from experiments.pictures import dots
-from experiments.results import Row, by_case, each_data, where
+from experiments.results import Row, by_case, distinct, each_data, where
 from experiments.study import Case, Study, main
 from qat.analysis import plots
 
@@ -38,7 +38,8 @@ def plot(rows: Sequence[Row]) -> "Figure":
     """A panel a width, a line a method."""
     with plots.style():
         fig = plots.new_figure(8.6, 3.6)
-        for axes, bits in zip(fig.subplots(1, 2, sharey=True), (4, 2), strict=True):
+        panels = distinct(rows, "bits")
+        for axes, bits in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
             dots(axes, where(rows, bits=bits), "method", {name: label for name, (label, _) in METHODS.items()})
             axes.set_title(f"W{bits}A{bits}")
         axes.legend(loc="lower left")

@@ -17,10 +17,10 @@ BITS = (4, 3)
 
 def plot(rows: Sequence[Row]) -> "Figure":
     """A panel a width and set of data, a line a mode."""
-    panels = [(data, bits) for data in distinct(rows, "data") for bits in BITS]
+    panels = [(data, bits) for data in distinct(rows, "data") for bits in distinct(rows, "bits")]
     with plots.style():
         fig = plots.new_figure(4.3 * len(panels), 3.2)
-        for axes, (data, bits) in zip(fig.subplots(1, len(panels), sharey=True), panels, strict=True):
+        for axes, (data, bits) in zip(fig.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
             dots(axes, where(rows, data=data, bits=bits), "rounding", {mode: mode for mode in MODES})
             axes.set_title(f"{NAMES[data]}, W{bits}A8")
         axes.legend(loc="lower left")

@@ -53,7 +53,8 @@ class TensorScheme:
         range_decay: weight of the L2 term that pulls the clip of `pact` down.
         gradient: key of GRADIENTS: how the gradient passes the rounding.
         gradient_strength: [first, last] step's delta of `ewgs` or temperature of `dsq`; None takes the usual ones.
-        refresh: training steps between assignments of weights to codebook entries.
+        refresh: training steps between assignments of weights to codebook entries. More than 1 saves time, but in between
+            weights move without an answer from the loss, and may end worse than they began.
         subspaces: into how many parts `product` divides the inputs of a layer, each with prototypes of its own.
     """
 
@@ -78,7 +79,7 @@ class TensorScheme:
     range_decay: float = 2e-4
     gradient: str = "clipped_ste"
     gradient_strength: list[float] | None = None
-    refresh: int = 10
+    refresh: int = 1
     subspaces: int = 1
 
     @property
