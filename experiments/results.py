@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.speed.machine import machine
 from qat.analysis import plots
-from qat.analysis.summary import is_share
+from qat.analysis.summary import MISSING, is_share
 
 if TYPE_CHECKING:
     from experiments.study import Study
@@ -45,13 +45,14 @@ def deviation(rows: Iterable[Row], column: str) -> float:
 
 
 def text(rows: Sequence[Row], column: str) -> str:
-    """`97.5 ± 0.3`; a size without a deviation."""
-    if not values(rows, column):
-        return "–"
+    """`97.5 ± 0.3`; a size, or what one seed gave, without a deviation."""
+    if not (found := values(rows, column)):
+        return MISSING
     if column.endswith("_bytes"):
         return f"{mean(rows, column):.1f}"
     digits = 1 if is_share(rows[0]["metric"]) else 3
-    return f"{mean(rows, column):.{digits}f} ± {deviation(rows, column):.{digits}f}"
+    spread = f" ± {deviation(rows, column):.{digits}f}" if len(found) > 1 else ""
+    return f"{mean(rows, column):.{digits}f}{spread}"
 
 
 def where(rows: Iterable[Row], **equal: object) -> list[Row]:
@@ -97,8 +98,9 @@ def each_data(rows: Sequence[Row], table: Callable[[list[Row]], str]) -> str:
 
 
 def _one_a_seed(rows: Sequence[Row]) -> list[Row]:
-    """One row for each different float network."""
-    return list({row["float"]: row for row in rows}.values())
+    """One row for each different float network: for each seed, or one where all seeds start from the same."""
+    found = {row["seed"]: row for row in rows}
+    return list(found.values()) if len({row["float"] for row in rows}) > 1 else list(found.values())[:1]
 
 
 def publish(study: "Study", rows: Sequence[Row], folder: Path, size: str, float_seconds: float) -> None:
@@ -111,9 +113,11 @@ def publish(study: "Study", rows: Sequence[Row], folder: Path, size: str, float_
     plots.save(study.plot(rows), folder / "plot.svg")
     seconds = float_seconds + sum(row["cpu_seconds"] for row in rows)
     facts = machine()
+    seeds = len(distinct(rows, "seed"))
+    spread = f"{seeds} seeds, mean ± standard deviation over them" if seeds > 1 else "one seed"
     ran = (
-        f"Size `{size}`: {len(rows)} runs, {len(distinct(rows, 'seed'))} seeds, mean ± standard deviation over seeds; "
-        f"{seconds / 60:.0f} minutes of one core in all ({facts['processor']}, torch {facts['torch']})."
+        f"Size `{size}`: {len(rows)} runs, {spread}; {seconds / 60:.0f} minutes of one core in all "
+        f"({facts['processor']}, torch {facts['torch']})."
     )
     block = f"{ran}\n\n{study.tables(rows)}"
     readme = folder / "README.md"

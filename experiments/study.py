@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"small": "", "full": "_full", "dev": ""}
-"""What `size` may be -> the end of the experiment's name. `dev`: the last case alone, with two steps of training, for tests."""
+"""What `size` may be -> the end of the experiment's name. `dev`: the last case, two steps of training, for tests."""
 DEV = (
     "float.max_epochs=1", "qat.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_val_batches=1",
     "ptq.calibration_batches=1", "ptq.adaptive_rounding_steps=2", "data.batch_size=16",
@@ -115,7 +115,8 @@ def jobs_of(
     usual = {"full": (*study.seeds, *(study.seeds[-1] + i for i in (1, 2))), "dev": study.seeds[:1]}
     seeds = seeds or usual.get(size, study.seeds)
     cases = study.cases[-1:] if size == "dev" else study.cases
-    floats, quantized = [], []
+    floats: list[Job] = []
+    quantized: list[Job] = []
     for data in study.data:
         settings = hashlib.sha256(b"".join(file.read_bytes() for file in _experiment_files(data))).hexdigest()
         common = [f"experiment=study/{data}{SIZES[size]}", *(DEV if size == "dev" else ())]
@@ -124,7 +125,9 @@ def jobs_of(
             first = study.seeds[0] if study.one_float else seed
             start = out / "float" / data / f"seed{first}"
             if all(job.folder != start for job in floats):
-                floats.append(Job(start, (*common, "quant=off", f"seed={first}"), {"data": data, "seed": first}, settings))
+                floats.append(
+                    Job(start, (*common, "quant=off", f"seed={first}"), {"data": data, "seed": first}, settings)
+                )
             for case in cases:
                 label = "-".join(re.sub(r"[^\w.]", "_", str(value)) for value in case.columns.values())
                 overrides = (*common, *study.common, *case.overrides, f"seed={seed}")
@@ -154,16 +157,21 @@ def run_job(job: Job) -> str | None:
     for name in ("error.txt", "job.json"):
         (job.folder / name).unlink(missing_ok=True)
     start = time.process_time()
-    with (job.folder / "console.txt").open("w") as console, contextlib.redirect_stdout(console):
-        with contextlib.redirect_stderr(console), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                with initialize_config_dir(str(ROOT / "conf"), job_name="train", version_base="1.3"):
-                    overrides = [*job.overrides, f"hydra.run.dir={job.folder}"]
-                    GlobalHydra.instance().hydra.run("config", train.run, overrides)
-            except Exception as error:
-                (job.folder / "error.txt").write_text(traceback.format_exc())
-                return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    with contextlib.ExitStack() as stack:
+        console = stack.enter_context((job.folder / "console.txt").open("w"))
+        stack.enter_context(contextlib.redirect_stdout(console))
+        stack.enter_context(contextlib.redirect_stderr(console))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        try:
+            with initialize_config_dir(str(ROOT / "conf"), job_name="train", version_base="1.3"):
+                overrides = [*job.overrides, f"hydra.run.dir={job.folder}"]
+                hydra = GlobalHydra.instance().hydra
+                assert hydra is not None
+                hydra.run("config", train.run, overrides)
+        except Exception as error:
+            (job.folder / "error.txt").write_text(traceback.format_exc())
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     done = {"overrides": job.overrides, "settings": job.settings, "cpu_seconds": round(time.process_time() - start, 2)}
     (job.folder / "job.json").write_text(json.dumps(done) + "\n")
     return None
@@ -176,7 +184,14 @@ def run_all(jobs: Iterable[Job], what: str, processes: int) -> list[Job]:
         The jobs that failed.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     jobs = list(jobs)
     todo = [job for job in jobs if not job.finished()]
@@ -239,7 +254,9 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> None:
         folder = ROOT / "experiments" / study.name if size != "dev" else out / "shown" / study.name
         publish(study, rows, folder, size, floats_seconds)
     if failed:
-        raise SystemExit(f"{len(failed)} runs failed; see error.txt in {', '.join(str(job.folder) for job in failed[:5])}")
+        raise SystemExit(
+            f"{len(failed)} runs failed; see error.txt in {', '.join(str(job.folder) for job in failed[:5])}"
+        )
 
 
 def _experiment_files(data: str) -> list[Path]:

@@ -327,3 +327,20 @@ def test_an_unsigned_weight_passes_no_gradient_where_it_is_clipped() -> None:
     node(weight).sum().backward()
     scale = weight.detach().abs().amax(dim=1, keepdim=True) / 255
     assert torch.equal(weight.grad, (torch.round(weight.detach() / scale) >= 0).float())
+
+
+@pytest.mark.parametrize("fields", [{"format": "codebook", "bits": 1}, {
+    "format": "product", "bits": 1, "granularity": Granularity.group, "group_size": 2}])  # fmt: skip
+def test_a_weight_that_moved_to_another_entry_has_it_at_the_next_step(fields: dict[str, Any]) -> None:
+    """So the loss answers every step of the optimizer; with refresh=10 it answered one in ten, and QAT lost to PTQ."""
+    x = torch.tensor([[-1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0]])
+    moved = x * torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+    def steps(**more: int) -> list[bool]:
+        quantizer = FakeQuantize(TensorScheme(range="learned", **fields, **more), x.shape)
+        quantizer.set_range_from(x)
+        quantizer.mode = Mode.quantize
+        return [torch.equal(quantizer(w), w) for w in (x, moved, moved)]
+
+    assert steps() == [True, True, True]
+    assert steps(refresh=3) == [True, False, True]

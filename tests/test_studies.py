@@ -97,7 +97,7 @@ def test_every_case_is_a_scheme_that_is_accepted(name: str) -> None:
 
 
 def test_a_run_that_fails_is_told_and_costs_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="1 runs failed; see error.txt in"):
+    with pytest.raises(SystemExit, match="1 runs failed; see error"):
         study.main(STUDIES["char_gpt"], ["size=dev", "jobs=0", f"out={tmp_path}", "data.path=nowhere"])
     assert "there is no file" in capsys.readouterr().err
     assert "nowhere" in (tmp_path / "dev" / "float" / "text" / "seed0" / "error.txt").read_text()

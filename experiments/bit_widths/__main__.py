@@ -42,7 +42,8 @@ def plot(rows: Sequence[Row]) -> "Figure":
                 axes.imshow([[max(v, 0) for v in row] for row in loss], cmap=colors, norm=norm)
                 for i, row in enumerate(loss):
                     for j, value in enumerate(row):
-                        axes.text(j, i, f"{-value:+.1f}".replace("-", "\N{MINUS SIGN}"), ha="center", va="center",
+                        words = f"{-value:+.1f}".replace("-", "\N{MINUS SIGN}") if abs(value) >= 0.05 else "0"
+                        axes.text(j, i, words, ha="center", va="center",
                                   fontsize=8, color="white" if value > 12 or value < 0.6 else "#333333")  # fmt: skip
                 axes.set_xticks(range(len(across)), [f"A{a}" for a in across])
                 axes.set_yticks(range(len(weights)), [f"W{w}" for w in weights])

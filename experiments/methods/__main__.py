@@ -34,6 +34,11 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Name -> label, overrides. Where a method says nothing of weights, theirs are those of their largest magnitude."""
 
 
+def table(rows: Sequence[Row]) -> str:
+    """A line a width and method."""
+    return by_case(rows, {"bits": "bits", "method": "method"}, {"ptq": "PTQ", "qat": "QAT"})
+
+
 def plot(rows: Sequence[Row]) -> "Figure":
     """A panel a width, a line a method."""
     with plots.style():
@@ -51,15 +56,11 @@ STUDY = Study(
     data=("digits",),
     common=("quant=w4a4", "quant.weight.narrow_range=false", f"quant.rules=[{ENDS}]"),
     cases=[
-        Case(
-            {"method": name, "bits": bits}, (*overrides, f"quant.weight.bits={bits}", f"quant.activation.bits={bits}")
-        )
+        Case({"method": name, "bits": bits}, (*overrides, f"quant.weight.bits={bits}", f"quant.activation.bits={bits}"))
         for bits in (4, 2)
         for name, (_, overrides) in METHODS.items()
     ],
-    tables=lambda rows: each_data(
-        rows, lambda own: by_case(own, {"bits": "bits", "method": "method"}, {"ptq": "PTQ", "qat": "QAT"})
-    ),
+    tables=lambda rows: each_data([{**row, "method": METHODS[row["method"]][0]} for row in rows], table),
     plot=plot,
 )
 

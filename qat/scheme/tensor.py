@@ -53,8 +53,8 @@ class TensorScheme:
         range_decay: weight of the L2 term that pulls the clip of `pact` down.
         gradient: key of GRADIENTS: how the gradient passes the rounding.
         gradient_strength: [first, last] step's delta of `ewgs` or temperature of `dsq`; None takes the usual ones.
-        refresh: training steps between assignments of weights to codebook entries. More than 1 saves time, but in between
-            weights move without an answer from the loss, and may end worse than they began.
+        refresh: training steps between assignments of weights to codebook entries. More than 1 saves time, but in
+            between weights move without an answer from the loss, and may end worse than they began.
         subspaces: into how many parts `product` divides the inputs of a layer, each with prototypes of its own.
     """
 
