@@ -1,6 +1,6 @@
 """Hydra: the structured schema of `quant`, one option a preset, and what turns a composed config into ours.
 
-Import it before `hydra.main` composes (train.py does). It is the only file of the package that imports hydra.
+Import it before `hydra.main` composes (train.py does). Only it and `hydra_resume.py` import hydra.
 """
 
 import json
@@ -27,10 +27,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from qat import stopping
 from qat.analysis import leaderboard_page
 from qat.analysis.layers import layer_table
 from qat.analysis.leaderboard import COSTS, read_runs
-from qat.analysis.runs import last_checkpoint, same_command, status_of, summary_of
+from qat.analysis.runs import same_command, status_of, summary_of
 from qat.analysis.search import study_figures
 from qat.analysis.summary import pick_metric
 from qat.analysis.sweep import collect, results_table, write_results
@@ -232,11 +233,16 @@ USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError, InstantiationExce
 """What a run raises with a message written for its user: bad input, a missing file or package, no parity, NaN."""
 
 
+QUIET = (".*LeafSpec.* is deprecated", ".*your dataloader is not resumable", ".*Checkpoint directory .* is not empty")
+"""Warnings that are none: the data of qat.zoo go on where they stopped, and so do runs."""
+
+
 def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     """Run a job; say what went wrong in one message, keep the traceback in the run directory.
 
     Alone, a failed job ends the process with exit code 1. In a sweep it is recorded and the other jobs go on; and a
-    job that was interrupted in this directory goes on from its last checkpoint.
+    job that was interrupted in this directory goes on. SIGINT and SIGTERM end the process with 130 and 143, a sweep
+    too; what is done by then is kept.
     """
     config = HydraConfig.get()
     if config.mode is RunMode.MULTIRUN:
@@ -245,14 +251,18 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
             cfg.callbacks.progress = None  # bars of several jobs would write over each other
         _prunable(cfg, config.sweeper, Path(config.runtime.output_dir))
     try:
-        with warnings_once():
-            for message in (".*LeafSpec.* is deprecated", ".*your dataloader is not resumable"):  # qat.zoo's are
+        with warnings_once(), stopping.listening():
+            for message in QUIET:
                 warnings.filterwarnings("ignore", message=message)
             return job(cfg)
     except PrunedError as error:
         (Path(config.runtime.output_dir) / "pruned.txt").write_text(f"{error}\n")
         log.info("This trial ends here: %s", error)
         return math.nan
+    except stopping.Stopped as stopped:
+        if not stopped.told:
+            log.info("Stopped. Go on with: ckpt_path=%s", config.runtime.output_dir)
+        sys.exit(stopped.exit_code)
     except Exception as error:
         if not isinstance(error, USER_ERRORS) and config.mode is not RunMode.MULTIRUN:
             raise  # a defect, not a mistake of the user: the traceback is the message
@@ -275,10 +285,8 @@ def _go_on(cfg: DictConfig, folder: Path) -> None:
     failed = status_of(folder, summary_of(folder)) == "failed"
     for name in ("error.txt", "pruned.txt", "summary.json"):
         (folder / name).unlink(missing_ok=True)
-    checkpoint = None if failed or cfg.ckpt_path else last_checkpoint(folder)
-    if checkpoint is not None:
-        log.info("This job goes on from %s", checkpoint)
-        cfg.ckpt_path = str(checkpoint)
+    if not failed and cfg.ckpt_path is None:
+        cfg.ckpt_path = "auto"
 
 
 def _prunable(cfg: DictConfig, sweeper: DictConfig, folder: Path) -> None:

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "qat"
 ORDER = [
     "qat.processes",
     "qat.recompute",
+    "qat.stopping",
     "qat.numerics.rounding",
     "qat.numerics.fixed_point",
     "qat.numerics.affine",
@@ -78,6 +79,7 @@ ORDER = [
     "qat.training",
     "qat.zoo",
     "qat.hydra_schema",
+    "qat.hydra_resume",
     "qat.inspection",
     "qat.sides",
     "qat.comparison",
@@ -88,8 +90,8 @@ ORDER = [
 HEAVY = {
     "lightning": lambda path: path.startswith("training/") or path in ("zoo/data.py", "zoo/loading.py"),
     "pytorch_lightning": lambda path: False,
-    "hydra": lambda path: path == "hydra_schema.py",
-    "omegaconf": lambda path: path == "hydra_schema.py",
+    "hydra": lambda path: path in ("hydra_schema.py", "hydra_resume.py"),
+    "omegaconf": lambda path: path in ("hydra_schema.py", "hydra_resume.py"),
     "experiments": lambda path: False,
     "tests": lambda path: False,
 }

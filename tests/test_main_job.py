@@ -339,7 +339,7 @@ def interrupt(home: Path, folder: Path, phase: str, *overrides: str) -> str:
     """Start a long run, press Ctrl-C once an epoch of `phase` has been kept, and return the console."""
     process = subprocess.Popen(command(f"hydra.run.dir={folder}", "callbacks=quiet", *overrides),
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **surroundings(home))  # fmt: skip
-    begun = folder / "checkpoints" / phase / "last.ckpt"
+    begun = folder / "checkpoints" / phase / "step.ckpt"
     deadline = time.monotonic() + 120
     while not begun.is_file():
         assert process.poll() is None, process.communicate()[0]
@@ -347,49 +347,41 @@ def interrupt(home: Path, folder: Path, phase: str, *overrides: str) -> str:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     console, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 130
     assert "Traceback" not in console
     return console
 
 
-def resume(home: Path, folder: Path, kept: Path, phase: str) -> dict[str, Any]:
-    """Go on to the end of the epoch after the interruption."""
-    epochs = {"float.max_epochs": 1, "qat.max_epochs": 1, f"{phase}.max_epochs": torch.load(kept)["epoch"] + 2}
-    succeeded(train(home, f"hydra.run.dir={folder}", f"ckpt_path={kept}", "callbacks=quiet", "export=int8",
-                    *(f"{name}={count}" for name, count in epochs.items())))  # fmt: skip
-    assert step_of(folder / "checkpoints" / phase / "last.ckpt") == 20 * epochs[f"{phase}.max_epochs"]
-    return summary_of(folder)
-
-
-def test_ctrl_c_in_the_float_phase_keeps_a_checkpoint_to_go_on_from(home: Path, tmp_path: Path) -> None:
-    console = interrupt(home, tmp_path / "first", "float", "trainer.max_epochs=500")
-    kept = tmp_path / "first/checkpoints/float/interrupted.ckpt"
-    step = step_of(kept)
-    assert step >= 20
-    assert f"Training stopped at step {step}. Go on with: ckpt_path={kept}" in console
-    assert not (tmp_path / "first" / "summary.json").exists()
-    summary = resume(home, tmp_path / "second", kept, "float")
-    assert tuple(summary["stages"]) == ("float", "ptq", "qat", "int8")
-    assert summary["parity"]["qat_int8"]["agreement"] >= 0.999
-
-
-def test_ctrl_c_in_the_qat_phase_keeps_a_checkpoint_to_go_on_from(
-    home: Path, tmp_path: Path, default: tuple[Path, str]
+def test_a_checkpoint_starts_another_run_in_the_phase_that_it_is_of(
+    home: Path, default: tuple[Path, str], tmp_path: Path
 ) -> None:
+    """Ctrl-C in the qat phase; from what it kept another run goes on, in a directory of its own, for longer."""
     given = f"float_checkpoint={default[0] / 'float.safetensors'}"
-    console = interrupt(home, tmp_path / "first", "qat", "trainer.max_epochs=500", "quant=w4a4_lsq", given)
-    kept = tmp_path / "first/checkpoints/qat/interrupted.ckpt"
-    assert f"Go on with: ckpt_path={kept}" in console
-    folder = tmp_path / "second"
-    done = train(home, f"hydra.run.dir={folder}", f"ckpt_path={kept}", "callbacks=quiet", "export=int8",
-                 "quant=w4a4_lsq", f"qat.max_epochs={torch.load(kept)['epoch'] + 2}")  # fmt: skip
-    succeeded(done)
+    settings = ("quant=w4a4_lsq", "callbacks=quiet", "export=int8")
+    console = interrupt(home, tmp_path / "first", "qat", "trainer.max_epochs=500", *settings, given)
+    assert f"Go on with: ckpt_path={tmp_path / 'first'}" in console
+    assert "Stopping after this step" in console
+    kept = tmp_path / "first/checkpoints/qat/step.ckpt"
+    folder, step = tmp_path / "second", step_of(kept)
+    epochs = torch.load(kept)["epoch"] + 2
+    succeeded(train(home, f"hydra.run.dir={folder}", f"ckpt_path={kept}", *settings, f"qat.max_epochs={epochs}"))
     summary = summary_of(folder)
     assert "float" not in summary["seconds"]  # it is not trained again, but compared with
     assert summary["stages"]["float"]["metrics"] == summary_of(default[0])["stages"]["float"]["metrics"]
     assert not (folder / "checkpoints" / "float").exists()
-    assert step_of(folder / "checkpoints/qat/last.ckpt") > step_of(kept)
+    assert step_of(folder / "checkpoints/qat/last.ckpt") == 20 * epochs > step
     assert summary["parity"]["qat_int8"]["agreement"] >= 0.999
+
+    other = train(home, f"ckpt_path={tmp_path / 'first'}", "quant.weight.bits=8", "seed=3")
+    assert other.returncode == 1
+    for words in ("is of another configuration", "quant.weight.bits was 4, is 8", "seed was 0, is 3"):
+        assert words in said(other)
+    missing = train(home, "ckpt_path=last", f"hydra.run.dir={tmp_path / 'nowhere'}")
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "ckpt_path=last: there is no unfinished run to go on with in" in missing.stderr
+    assert not (tmp_path / "nowhere").exists()
+    done = train(home, f"ckpt_path={default[0]}")
+    assert "is finished: there is nothing left to do" in succeeded(done)
 
 
 # --------------------------------------------------------------------------------------------------- bad input

@@ -49,6 +49,10 @@ class ScoreBook:
         """Take in a batch of a network's outputs."""
         self._parts.setdefault(name, []).append(score(outputs, targets, self.class_dim))
 
+    def take(self, name: str, scores: dict[str, Tensor]) -> None:
+        """Take in the scores of a network, the fields of `Scores`, as they were kept."""
+        self._parts[name] = [Scores(**scores)]
+
     def __contains__(self, name: str) -> bool:
         return bool(self._parts.get(name)) and None not in self._parts[name]
 

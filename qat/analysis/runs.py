@@ -104,13 +104,3 @@ def same_command(root: Path, command: dict[str, Any]) -> Path | None:
         if all(found.get(key) == value for key, value in command.items()):
             return path.parent
     return None
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of the last phase that a run has begun; None where there is none."""
-    for phase in ("qat", "float"):
-        found = [folder / "checkpoints" / phase / f"{name}.ckpt" for name in ("last", "interrupted")]
-        kept = [path for path in found if path.is_file()]
-        if kept:
-            return max(kept, key=lambda path: path.stat().st_mtime)
-    return None

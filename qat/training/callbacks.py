@@ -1,7 +1,6 @@
-"""Callbacks: stop at the first non-finite number, tell how to go on after an interruption."""
+"""Callbacks: stop at the first non-finite number."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -82,48 +81,7 @@ def first_non_finite(module: L.LightningModule, batch: Any) -> str:
     return found[0] if found else "every layer's output is finite, so it arises in the loss"
 
 
-class ResumeHint(L.Callback):
-    """Keep a checkpoint when training is interrupted (Ctrl-C too) or fails, and say how to go on from it.
-
-    After a NonFiniteError nothing is saved: the forward pass has already spoilt BatchNorm's statistics. The checkpoint
-    of the last whole epoch is named instead. (Lightning's OnExceptionCheckpoint would make every later `fit` without a
-    checkpoint look for one.)
-
-    Args:
-        dirpath: folder of the checkpoint.
-        filename: its name without `.ckpt`.
-    """
-
-    def __init__(self, dirpath: str, filename: str = "interrupted") -> None:
-        self.path = Path(dirpath) / f"{filename}.ckpt"
-        self._training = False
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on there is something to keep; what fails earlier (a ckpt_path that does not fit) has nothing."""
-        self._training = True
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing to keep any more."""
-        self._training = False
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save, then tell."""
-        if not self._training:
-            return
-        self._training = False
-        if isinstance(exception, NonFiniteError):
-            names = ("best_model_path", "last_model_path")
-            saved = [Path(getattr(callback, name, "")) for callback in trainer.checkpoint_callbacks for name in names]
-            kept = max((path for path in saved if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
-        else:
-            trainer.save_checkpoint(self.path)
-            kept = self.path
-        if kept is not None:
-            _say(f"Training stopped at step {trainer.global_step}. Go on with: ckpt_path={kept}")
-        else:
-            _say(f"Training stopped at step {trainer.global_step}, before the first checkpoint.")
-
-
 @rank_zero_only
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """Log a message, once in a distributed run."""
     log.info(message)

@@ -1,5 +1,6 @@
 """What a run of the main job keeps and says: times, stages, files, tables, `summary.json`, `report.html`."""
 
+import json
 import logging
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -20,14 +22,14 @@ from qat.analysis.predictions import ScoreBook
 from qat.analysis.preparation import totals
 from qat.export import export
 from qat.export.agreement import Parity, ParityError, ParityLimits
-from qat.export.files import replace, write_atomically
+from qat.export.files import atomic_file, replace, write_atomically
 from qat.export.formats import EXPORTERS
 from qat.export.parity import measure, pairs_of, split
 from qat.export.reloaded import Reloaded
 from qat.lower import lower
 from qat.runtime.network import IntegerNetwork
 from qat.training.evidence import changed_predictions, look_inside, paired_tests
-from qat.training.provenance import provenance
+from qat.training.provenance import provenance, record
 from qat.training.stages import (
     BATCH,
     LATENCY_BATCHES,
@@ -38,7 +40,8 @@ from qat.training.stages import (
     task_metrics,
     write_json,
 )
-from qat.training.weights import flatten
+from qat.training.state import RunState
+from qat.training.weights import differing, flatten
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +50,20 @@ class Run:
     """Collects results of one run and writes them into its folder.
 
     Args:
-        folder: the run directory.
+        state: of the run directory; what it says is done is not done again.
         name: for titles.
         config: the composed configuration as plain data.
         data: the data module; its test set is what every stage is measured on.
         task: has `metrics()`, and `class_dim` where classes do not lie along dimension 1.
+        code: a folder of the code that trains.
+
+    Raises:
+        ValueError: the run to go on with had other data.
     """
 
-    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], data: Any, task: Any) -> None:
-        self.folder, self.config, self.task = folder, config, task
+    def __init__(self, state: RunState, name: str, config: Mapping[str, Any], data: Any, task: Any, code: Path) -> None:
+        self.folder, self.config, self.task = state.folder, config, task
+        self.state, self.code = state, code
         self.errors: dict[str, Exception] = {}
         self.inputs, self.targets = data.test_tensors()
         self.scores = ScoreBook(getattr(task, "class_dim", 1))
@@ -70,36 +78,68 @@ class Run:
             "seconds": {},
             "files": {},
         }
+        if state.summary:
+            if state.summary["data_sha256"] != self.summary["data_sha256"]:
+                raise ValueError(
+                    f"the data of {state.folder} have changed since the run began (SHA-256 "
+                    f"{state.summary['data_sha256'][:12]} then, {self.summary['data_sha256'][:12]} now)"
+                )
+            self.summary |= {key: state.summary[key] for key in ("stages", "seconds", "files")}
+            for path in self.folder.glob(".scores/*.pt"):
+                if self.done(path.stem):
+                    self.scores.take(path.stem, torch.load(path))
+        state.begin()
+        self._record()
+
+    @rank_zero_only
+    def _record(self) -> None:
+        """Note where the run comes from; say so where an earlier process ran other code or packages."""
+        path = self.folder / "provenance.json"
+        before = json.loads(path.read_text()) if self.state.going_on and path.is_file() else None
+        now = record(self.folder if before is None else None, self.code, self.summary["data_sha256"])
+        if before is not None and (changed := differing(before, now)):
+            log.warning("The run began with other code or packages: %s", "; ".join(changed))
+
+    def done(self, stage: str) -> bool:
+        """Whether an earlier process has measured a stage."""
+        return stage in self.state.summary.get("stages", {})
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add the time spent inside to `seconds`."""
+        """Add the time spent inside to `seconds`, together with that of earlier processes that were not killed."""
         start = time.perf_counter()
-        yield
-        self.summary["seconds"][what] = round(time.perf_counter() - start, 2)
+        try:
+            yield
+        finally:
+            seconds = self.summary["seconds"]
+            seconds[what] = round(seconds.get(what, 0.0) + time.perf_counter() - start, 2)
+            self.state.save(self.summary)
 
     def stage(self, name: str, network: Network, file: Path | None = None) -> None:
         """Measure one stage on the whole test set; of a distributed run, the first process does."""
-        if not is_main_process():
+        if not is_main_process() or self.done(name):
             return
         look = partial(self.scores.add, name)
         self.summary["stages"][name] = measure_stage(network, self.task, self.inputs, self.targets, file, look)
         if file is not None:
             self.summary["files"][name] = str(file.relative_to(self.folder))
+        if name in self.scores:
+            with atomic_file(self.folder / ".scores" / f"{name}.pt") as opened:
+                torch.save(vars(self.scores[name]), opened)
+        self.state.save(self.summary)
 
     def float_stage(self, net: nn.Module) -> None:
         """Measure the float network; its weights' file is what exports are compared with in size."""
-        if is_main_process():
+        if is_main_process() and not self.done("float"):
             self.stage("float", net, save_weights(net, self.folder / "float.safetensors"))
 
-    def lowered(self, net: nn.Module, model: Mapping[str, Any], data: Any, code: Path) -> nn.Module:
+    def lowered(self, net: nn.Module, model: Mapping[str, Any], data: Any) -> nn.Module:
         """Measure the trained network; what exporters write: its integer form, or itself where its own code runs.
 
         Args:
             net: prepared, with its final weights, simulating.
             model: `_target_` and arguments of the float network.
             data: the data module.
-            code: a folder of the code that trains.
         """
         self.stage("qat", net)
         self.summary["bit_operations"] = totals(net).bit_operations
@@ -112,7 +152,7 @@ class Run:
             "architecture": dict(model),
             "data": data.describe(),
             "metrics": self.summary["stages"]["qat"]["metrics"],
-            "provenance": provenance(self.config, self.summary["data_sha256"], code),
+            "provenance": provenance(self.config, self.summary["data_sha256"], self.code, self.folder),
         }
         return integer
 
@@ -269,6 +309,7 @@ class Run:
             write_report(self.folder / "report.html", self.summary, evidence, read_history(self.folder), config_yaml)
             if len(self.summary["stages"]) > 1:
                 save(stages_figure(self.summary), self.folder / "stages.svg")
+        self.state.save(self.summary, finished=True)
         console = Console()
         console.print()
         console.print(summary_table(self.summary))
@@ -291,6 +332,8 @@ class Run:
     def metric(self) -> float:
         """The first metric of the last stage, for sweepers."""
         stages: dict[str, Any] = self.summary["stages"]
+        if self.state.finished:
+            log.info("%s is finished: there is nothing left to do", self.folder)
         return float(next(iter(list(stages.values())[-1]["metrics"].values())))
 
 

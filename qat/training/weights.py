@@ -108,18 +108,22 @@ def checkpoint_phase(path: str | Path | None, model: Mapping[str, Any], config: 
     quant = checkpoint["qat"]["quant"]
     was = {"model": checkpoint["hyper_parameters"]["model"], "quant": quant or {}}
     now = {"model": dict(model), "quant": config.to_dict() if quant else {}}
+    if differ := differing(was, now):
+        raise ValueError(
+            f"ckpt_path={path} is of another configuration: {'; '.join(differ)}. Give the overrides of its run "
+            f"(.hydra/overrides.yaml in its directory)"
+        )
+    return "float" if quant is None else "qat"
+
+
+def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words, the fields of two configurations whose values differ."""
     before, after = dict(flatten(was)), dict(flatten(now))
-    differing = [
+    return [
         f"{name} was {before.get(name)}, is {after.get(name)}"
         for name in dict.fromkeys([*before, *after])
         if before.get(name) != after.get(name)
     ]
-    if differing:
-        raise ValueError(
-            f"ckpt_path={path} is of another configuration: {'; '.join(differing)}. Give the overrides of its run "
-            f"(.hydra/overrides.yaml in its directory)"
-        )
-    return "float" if quant is None else "qat"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

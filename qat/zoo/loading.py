@@ -123,7 +123,8 @@ class InMemoryData(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """How far the epoch has come; Lightning keeps it in its checkpoints."""
         progress = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
-        return {"batches_done": 0 if progress is None or progress.is_last_batch else progress.current.completed}
+        over = progress is None or (progress.is_last_batch and progress.current.started == progress.current.ready)
+        return {"batches_done": 0 if progress is None or over else progress.current.completed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next epoch go on where the interrupted one stopped."""

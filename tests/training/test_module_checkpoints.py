@@ -1,8 +1,8 @@
 """A checkpoint is enough: in any phase it loads without arguments, computes the same, and training goes on from it."""
 
-import contextlib
+import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import qat
+from qat import stopping
 from qat.mode import Mode
 from qat.modes import get_mode, quantizers
 from qat.scheme import QuantConfig
-from qat.training import QATModule, QATSchedule, ResumeHint
+from qat.training import AtomicCheckpointIO, CSVLogger, QATModule, QATSchedule, Resumable
+from qat.training.checkpoints import newest
 from qat.training.module import build
 from qat.zoo.data import Digits
 
@@ -209,44 +211,32 @@ def test_build_refuses_what_it_cannot_find(description: dict[str, Any], said: st
 
 
 class Interrupt(L.Callback):
-    """Ctrl-C at a step."""
+    """SIGTERM at a step."""
 
-    def __init__(self, step: int, hook: str = "on_train_batch_start") -> None:
+    def __init__(self, step: int, hook: str) -> None:
         self.step = step
         setattr(self, hook, self._maybe)
 
     def _maybe(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.global_step == self.step:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def sigint_restored() -> Iterator[None]:
-    """Lightning ignores further Ctrl-C while it shuts down, and ends the process."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def callbacks(preset: str | None) -> list[L.Callback]:
-    return [QATSchedule(freeze_ranges_at=0.8, freeze_batch_norm_at=0.8)] if preset else []
-
-
-def end_of(module: QATModule, preset: str | None, ckpt_path: Path | None = None) -> tuple[dict[str, Tensor], int]:
-    trainer = trainer_of(*callbacks(preset), epochs=3)
-    trainer.fit(module, datamodule=digits(), ckpt_path=ckpt_path)
-    return module.state_dict(), trainer.global_step
-
-
-def interrupted(preset: str | None, folder: Path, step: int, hook: str = "on_train_batch_start") -> Path:
-    module = module_of(preset)
-    with sigint_restored():
-        trainer = trainer_of(*callbacks(preset), Interrupt(step, hook), ResumeHint(str(folder)), epochs=3)
-        trainer.fit(module, datamodule=digits())
-    return folder / "interrupted.ckpt"
+def fit(
+    folder: Path, preset: str | None, *first: L.Callback, ckpt_path: Path | None = None, **options: Any
+) -> tuple[dict[str, Tensor], str]:
+    """Everything that the network holds after three epochs, and the curves."""
+    module = module_of(preset, calibrated=ckpt_path is None, seed=0 if ckpt_path is None else 1)
+    schedule = [QATSchedule(freeze_ranges_at=0.8, freeze_batch_norm_at=0.8)] if preset else []
+    logger = CSVLogger(str(folder), version="of")
+    trainer = trainer_of(
+        *first, Resumable(str(folder / "kept")), *schedule, epochs=3, logger=logger, log_every_n_steps=1,
+        plugins=[AtomicCheckpointIO()], **options,
+    )  # fmt: skip
+    with stopping.listening():
+        trainer.fit(module, datamodule=digits(), ckpt_path=ckpt_path)
+    assert trainer.global_step == (9 if options else 15)
+    return module.state_dict(), logger.path.read_text()
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -254,30 +244,42 @@ def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
-@pytest.mark.parametrize("preset", [None, "int8", "w4a4_lsq"])
+MOMENTS = {
+    "first batch": (5, "on_train_batch_start"),
+    "within an epoch": (7, "on_train_batch_start"),
+    "last batch": (8, "on_train_batch_end"),
+    "end of an epoch": (9, "on_train_batch_end"),
+    "validation": (10, "on_validation_batch_start"),
+    "end of validation": (5, "on_validation_end"),
+}
+
+
 @pytest.mark.parametrize(
-    ("step", "hook"),
-    [(5, "on_train_batch_start"), (10, "on_validation_batch_start")],
-    ids=["first batch", "validation"],
-)
+    ("preset", "moment"),
+    [*((preset, moment) for preset in (None, "w4a4_lsq") for moment in MOMENTS),
+     *((preset, "within an epoch") for preset in ("int8", *METHODS))],
+)  # fmt: skip
 def test_an_interrupted_run_goes_on_to_the_same_end(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, preset: str | None, step: int, hook: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, preset: str | None, moment: str
 ) -> None:
-    """Weights, BatchNorm statistics, ranges and metrics are those of the run that was never interrupted."""
-    with caplog.at_level("INFO", logger="qat"):
-        path = interrupted(preset, tmp_path, step, hook)
-    assert f"Training stopped at step {step}. Go on with: ckpt_path={path}" in caplog.text
-    assert torch.load(path)["global_step"] == step
-    expected, steps = end_of(module_of(preset), preset)
-    resumed, resumed_steps = end_of(module_of(preset, calibrated=False, seed=1), preset, path)
-    assert steps == resumed_steps == 15
+    """Weights, BatchNorm statistics, ranges and curves are those of the run that was never interrupted."""
+    expected, curves = fit(tmp_path / "whole", preset)
+    with caplog.at_level("INFO", logger="qat"), pytest.raises(stopping.Stopped, match="SIGTERM") as stopped:
+        fit(tmp_path / "run", preset, Interrupt(*MOMENTS[moment]))
+    path = newest(tmp_path / "run" / "kept")
+    assert path is not None
+    assert (stopped.value.exit_code, stopped.value.told) == (143, True)
+    assert f"Go on with: ckpt_path={path}" in caplog.text
+    resumed, resumed_curves = fit(tmp_path / "run", preset, ckpt_path=path)
     assert difference(expected, resumed) == 0.0
+    assert curves == resumed_curves
 
 
-@pytest.mark.parametrize("preset", [None, "int8", *METHODS])
-def test_a_run_interrupted_within_an_epoch_goes_on_to_the_same_end(tmp_path: Path, preset: str | None) -> None:
-    path = interrupted(preset, tmp_path, 7)
-    expected, _ = end_of(module_of(preset), preset)
-    resumed, steps = end_of(module_of(preset, calibrated=False, seed=1), preset, path)
-    assert steps == 15
+def test_gradients_that_add_up_are_waited_for(tmp_path: Path) -> None:
+    expected, curves = fit(tmp_path / "whole", None, accumulate_grad_batches=2)
+    with pytest.raises(stopping.Stopped):
+        fit(tmp_path / "run", None, Interrupt(4, "on_train_batch_end"), accumulate_grad_batches=2)
+    path = tmp_path / "run" / "kept" / "step.ckpt"
+    resumed, resumed_curves = fit(tmp_path / "run", None, ckpt_path=path, accumulate_grad_batches=2)
     assert difference(expected, resumed) == 0.0
+    assert curves == resumed_curves

@@ -6,13 +6,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat
-from qat.training import NonFiniteError, QATModule, QATSchedule, ResumeHint, StopOnNonFinite
+from qat.training import AtomicCheckpointIO, NonFiniteError, QATModule, QATSchedule, Resumable, StopOnNonFinite
 from qat.training.callbacks import first_non_finite
+from qat.training.checkpoints import newest
 
 TASK = {"_target_": "qat.zoo.tasks.Classification", "num_classes": 3}
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.01}
@@ -80,9 +80,10 @@ def fit(module: QATModule, folder: Path, *callbacks: L.Callback, data: Any = Non
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        plugins=[AtomicCheckpointIO()],
         callbacks=[
-            ModelCheckpoint(dirpath=folder, filename="last", enable_version_counter=False),
-            ResumeHint(str(folder)),
+            Resumable(str(folder)),
             StopOnNonFinite(),
             *callbacks,
         ],
@@ -129,8 +130,7 @@ def test_a_layer_that_overflows_is_named_and_the_last_checkpoint_is_good(
     ):
         fit(module, tmp_path, *schedule, at)
     assert unchanged(module, at.weights)
-    assert not (tmp_path / "interrupted.ckpt").exists()  # BatchNorm has seen the infinities
-    kept = tmp_path / "last.ckpt"
+    kept = tmp_path / "step.ckpt"  # of before: BatchNorm has seen the infinities
     assert f"Training stopped at step 6. Go on with: ckpt_path={kept}" in caplog.text
     checkpoint = torch.load(kept)
     assert checkpoint["global_step"] == 4  # the end of the last whole epoch
@@ -143,25 +143,6 @@ def test_a_layer_that_overflows_is_named_and_the_last_checkpoint_is_good(
     assert trainer.global_step == 12
 
 
-def test_the_newest_of_several_checkpoints_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The best of the first epoch is older than the last one."""
-
-    def spoil(module: Any) -> None:
-        module.net.head.weight.data.fill_(torch.nan)
-
-    best = ModelCheckpoint(dirpath=tmp_path, filename="best", monitor="worse", save_last=True)
-
-    class Worse(L.Callback):
-        def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            pl_module.log("worse", float(trainer.current_epoch))
-
-    with caplog.at_level("INFO", logger="qat"), pytest.raises(NonFiniteError, match=r"'net\.head\.weight' holds"):
-        fit(module_of(), tmp_path, Worse(), AtStep(8, spoil), best)
-    assert torch.load(tmp_path / "best.ckpt")["global_step"] == 4
-    assert torch.load(tmp_path / "last.ckpt")["global_step"] == 8
-    assert f"ckpt_path={tmp_path / 'last.ckpt'}" in caplog.text
-
-
 def test_a_nan_gradient_of_a_finite_loss_stops_before_the_weights_change(tmp_path: Path) -> None:
     def spoil(module: Any) -> None:
         module.net.first.bias.register_hook(lambda grad: grad * torch.nan)
@@ -171,7 +152,7 @@ def test_a_nan_gradient_of_a_finite_loss_stops_before_the_weights_change(tmp_pat
         fit(module, tmp_path, at)
     assert unchanged(module, at.weights)
     assert bool(torch.isfinite(torch.cat([p.detach().reshape(-1) for p in module.parameters()])).all())
-    assert torch.load(tmp_path / "last.ckpt")["global_step"] == 4
+    assert torch.load(tmp_path / "step.ckpt")["global_step"] == 4
 
 
 def test_before_the_first_checkpoint_it_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -189,7 +170,6 @@ def test_finite_training_is_not_disturbed(tmp_path: Path) -> None:
     L.Trainer(accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_checkpointing=False,
               enable_progress_bar=False, enable_model_summary=False).fit(plain, loader())  # fmt: skip
     assert unchanged(module, dict(plain.named_parameters()))
-    assert not (tmp_path / "interrupted.ckpt").exists()
 
 
 def test_a_loss_that_is_infinite_by_itself_is_blamed_on_the_loss() -> None:
@@ -204,30 +184,80 @@ def test_the_diagnosis_leaves_no_hooks() -> None:
     assert sum(len(m._forward_hooks) for m in module.modules()) == 1
 
 
-def test_any_other_failure_keeps_a_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_any_other_failure_names_the_last_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def fail(module: Any) -> None:
         raise OSError("disk on fire")
 
     module = module_of()
     with caplog.at_level("INFO", logger="qat"), pytest.raises(OSError, match="disk on fire"):
         fit(module, tmp_path, AtStep(6, fail))
-    path = tmp_path / "interrupted.ckpt"
-    assert torch.load(path)["global_step"] == 6
+    path = tmp_path / "step.ckpt"
+    assert torch.load(path)["global_step"] == 4
     assert f"step 6. Go on with: ckpt_path={path}" in caplog.text
 
 
 def test_a_run_that_cannot_start_leaves_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Such a checkpoint would hold untrained weights, and could take the place of a good one."""
-    good = tmp_path / "interrupted.ckpt"
+    good = tmp_path / "step.ckpt"
     good.write_bytes(b"of an earlier run")
     other = tmp_path / "other.ckpt"
     trainer = fit(module_of(), tmp_path / "other")
     trainer.save_checkpoint(other)
     module = QATModule({"_target_": "torch.nn.Linear", "in_features": 4, "out_features": 3}, TASK, SGD)
-    hint = ResumeHint(str(tmp_path))
+    hint = Resumable(str(tmp_path))
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=5, logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, enable_model_summary=False, callbacks=[hint])  # fmt: skip
     with caplog.at_level("INFO", logger="qat"), pytest.raises(RuntimeError, match="net"):
-        L.Trainer(accelerator="cpu", devices=1, max_epochs=5, logger=False, enable_checkpointing=False,
-                  enable_progress_bar=False, enable_model_summary=False, callbacks=[hint]).fit(
-                      module, loader(), ckpt_path=other)  # fmt: skip
+        trainer.fit(module, loader(), ckpt_path=other)
     assert good.read_bytes() == b"of an earlier run"
     assert "ckpt_path" not in caplog.text
+
+
+# ------------------------------------------------------------------------------------------ checkpoints on disk
+
+
+def test_two_checkpoints_are_kept_and_a_damaged_one_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(module: Any) -> None:
+        raise OSError("power cut")
+
+    with pytest.raises(OSError, match="power cut"):
+        fit(module_of(), tmp_path, AtStep(9, fail))
+    steps = {name: torch.load(tmp_path / name)["global_step"] for name in ("step.ckpt", "step.before.ckpt")}
+    assert steps == {"step.ckpt": 8, "step.before.ckpt": 4}
+    assert newest(tmp_path) == tmp_path / "step.ckpt"
+    whole = (tmp_path / "step.ckpt").read_bytes()
+    middle = len(whole) // 2
+    for broken in (whole[:-100], whole[:middle], b"", whole[:middle] + bytes(1024) + whole[middle + 1024 :]):
+        (tmp_path / "step.ckpt").write_bytes(broken)
+        with caplog.at_level("WARNING", logger="qat"):
+            assert newest(tmp_path) == tmp_path / "step.before.ckpt"
+        assert f"{tmp_path / 'step.ckpt'} is damaged" in caplog.text
+        assert not (tmp_path / "step.ckpt").exists()  # else it would push the good one out
+        caplog.clear()
+    (tmp_path / "step.before.ckpt").write_bytes(whole[:middle])
+    assert newest(tmp_path) is None
+    assert newest(tmp_path / "nowhere") is None
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, plugin = tmp_path / "a.ckpt", AtomicCheckpointIO()
+    plugin.save_checkpoint({"a": 1}, path)
+
+    def full(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        plugin.save_checkpoint({"a": 2}, path)
+    assert torch.load(path) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+@pytest.mark.parametrize("name", ["every_minutes", "every_steps"])
+def test_a_cadence_of_nothing_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"Resumable\.{name}=0: give a number above 0"):
+        Resumable(str(tmp_path), **{name: 0})
