@@ -46,6 +46,7 @@ from qat.training.module import build
 from qat.training.once import warnings_once
 from qat.training.provenance import git_state
 from qat.training.pruning import PrunedError
+from qat.training.run import is_main_process
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     except stopping.Stopped as stopped:
         if not stopped.told:
             log.info("Stopped. Go on with: ckpt_path=%s", config.runtime.output_dir)
-        sys.exit(stopped.exit_code)
+        sys.exit(stopped.exit_code if is_main_process() else 0)  # else Lightning would kill the first process
     except Exception as error:
         if not isinstance(error, USER_ERRORS) and config.mode is not RunMode.MULTIRUN:
             raise  # a defect, not a mistake of the user: the traceback is the message

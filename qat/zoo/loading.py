@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 SPLIT_SEED = 0  # splits and calibration batches stay the same whatever the seed of a run
 
@@ -34,35 +35,33 @@ class Batches(Protocol):
         """Draw the augmentation from here on as epoch `epoch` does after `done` batches."""
 
 
-class EpochShuffle(Sampler[int]):
+class EpochShuffle(DistributedSampler[int]):
     """A random order that depends on (seed, epoch) only; it also starts the epoch of the data set's augmentation.
 
-    Lightning calls `set_epoch`, in a distributed run through the sampler it wraps around this one; in any other loop
-    the epoch counts the passes.
+    Of a distributed run every process takes each n-th sample of the one order, so that together their batches hold what
+    one process's would; where samples do not divide, the first are taken twice. Lightning calls `set_epoch`; in any
+    other loop the epoch counts the passes.
 
     Args:
         dataset: what is shuffled.
         seed: with the epoch it determines the order.
         batch_size: samples of one batch, of one process.
         done: batches of the first pass to leave out, because an interrupted run has seen them.
+        rank: of this process.
         processes: of a distributed run.
     """
 
-    def __init__(self, dataset: Batches, seed: int, batch_size: int = 1, done: int = 0, processes: int = 1) -> None:
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
-        self.batch_size, self.done, self.processes = batch_size, done, processes
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next pass that of epoch `epoch`."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __init__(
+        self, dataset: Batches, seed: int, batch_size: int = 1, done: int = 0, rank: int = 0, processes: int = 1
+    ) -> None:
+        super().__init__(dataset, num_replicas=processes, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.batches, self.batch_size, self.done = dataset, batch_size, done
 
     def __iter__(self) -> Iterator[int]:
-        self.dataset.start_epoch(self.epoch, self.done, self.batch_size)
-        order = torch.randperm(len(self), generator=generator(self.seed, self.epoch))
-        seen = self.done * self.batch_size * self.processes
+        self.batches.start_epoch(self.epoch, self.done, self.batch_size)
+        order = torch.randperm(len(self.batches), generator=generator(self.seed, self.epoch))
+        order = torch.cat([order, order[: self.total_size - len(order)]])[self.rank :: self.num_replicas]
+        seen = self.done * self.batch_size
         self.epoch, self.done = self.epoch + 1, 0
         return iter(order[seen:].tolist())
 
@@ -118,13 +117,16 @@ class InMemoryData(LightningDataModule):
         rank, processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         batches = self.batches("train", rank)
         done, self._done = self._done, 0
-        return self._loader(batches, EpochShuffle(batches, self.seed, self.batch_size, done, processes))
+        return self._loader(batches, EpochShuffle(batches, self.seed, self.batch_size, done, rank, processes))
 
     def state_dict(self) -> dict[str, Any]:
         """How far the epoch has come; Lightning keeps it in its checkpoints."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress if self.trainer else None
-        over = progress is None or (progress.is_last_batch and progress.current.started == progress.current.ready)
-        return {"batches_done": 0 if progress is None or over else progress.current.completed}
+        if self.trainer is None:
+            return {"batches_done": 0}
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        current: Any = progress.current
+        over = progress.is_last_batch and current.started == current.ready  # else the last is still to come
+        return {"batches_done": 0 if over else current.completed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next epoch go on where the interrupted one stopped."""
