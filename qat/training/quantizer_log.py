@@ -17,6 +17,7 @@ from qat.fake_quant import FakeQuantize
 from qat.layers import weights_of
 from qat.mode import Mode
 from qat.modes import quantizers
+from qat.training import rows as rows_of_metrics
 
 NUMBERS = ("scale_mean", "scale_min", "scale_max", "zero_point", "clipped", "levels_used", "sqnr_db", "oscillating",
            "scale_grad_norm")  # fmt: skip
@@ -151,7 +152,7 @@ class LogQuantizers(L.Callback):
         kinds = {name: "activation" if self._quantizers[name].shape is None else "weight" for name in numbers}
         metrics = {f"{key}/{name}": value for name, row in numbers.items() for key, value in row.items()}
         for logger in loggers:
-            if isinstance(logger, CSVLogger):
+            if isinstance(logger, CSVLogger | rows_of_metrics.CSVLogger):
                 rows = [{"step": step, "name": name, "kind": kinds[name], **row} for name, row in numbers.items()]
                 append(Path(logger.log_dir) / FILE, rows, begin=not self._begun)
                 self._begun = True
