@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> float:
 
     # 1. Float: trained here, or given
     if cfg.float_checkpoint or given == "qat":
-        load_float_weights(module.net, cfg.float_checkpoint or float_weights_of(state.given))
+        load_float_weights(module.net, cfg.float_checkpoint or float_weights_of(str(state.given)))
     else:
         with result.timed("float"):
             module, loggers = fit(cfg, "float", module, data, state, given)

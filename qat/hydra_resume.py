@@ -86,9 +86,9 @@ class GoOn(Callback):
         config = loader.load_configuration(config_name, [*kept, *given], run_mode=RunMode.RUN)
         with open_dict(config):
             del config["hydra"]
-        now = OmegaConf.to_container(config, enum_to_str=True)
-        was, now = ({k: v for k, v in c.items() if k not in VOLATILE} for c in (stored["config"], dict(now)))  # type: ignore
-        return differing(was, now)
+        now: Any = OmegaConf.to_container(config, enum_to_str=True)
+        ours = [{key: value for key, value in part.items() if key not in VOLATILE} for part in (stored["config"], now)]
+        return differing(*ours)
 
 
 def _is_worker() -> bool:
