@@ -114,7 +114,7 @@ def fit(cfg: DictConfig, phase: str, module: QATModule, data: L.LightningDataMod
     ckpt_path = state.interrupted(phase) or (state.given if given == phase else None)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     state.keep(trainer, phase, schedule.phases(trainer) if schedule else [])
-    return module, loggers
+    return module.whole(state.trained(phase)), loggers
 
 
 if __name__ == "__main__":

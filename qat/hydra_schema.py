@@ -246,6 +246,8 @@ def guard(job: Callable[[DictConfig], float], cfg: DictConfig) -> float:
     too; what is done by then is kept.
     """
     config = HydraConfig.get()
+    if not is_main_process():
+        logging.getLogger("qat").setLevel(logging.WARNING)  # what the first one says, too
     if config.mode is RunMode.MULTIRUN:
         _go_on(cfg, Path(config.runtime.output_dir))
         if config.runtime.choices.get("hydra/launcher") not in (None, "basic") and "progress" in cfg.callbacks:

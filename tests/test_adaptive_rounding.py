@@ -402,7 +402,7 @@ def test_all_that_trains_gets_a_gradient_and_logits_a_rate_that_stays(digits: An
     assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
     groups = parameter_groups(module.net, weight_decay=0.1, scale_lr=1e-5, rounding_lr=0.02)
     assert groups[-1] == {"params": [q.logits for _, q in quantizers(module.net) if q.adapts], "weight_decay": 0.0,
-                          "lr": 0.02}  # fmt: skip
+                          "lr": 0.02, "kept_lr": 0.02}  # fmt: skip
     assert sum(len(group["params"]) for group in groups) == len(list(module.net.parameters()))
 
 

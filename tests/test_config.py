@@ -71,8 +71,13 @@ def test_the_groups_of_the_issue_have_their_options() -> None:
     assert set(options("quant")) == set(qat.presets.PRESETS)
     assert set(options("quant")) >= {"off", "int8", "w8a8_asymmetric", "w4a8", "w4a4", "w4a4_lsq", "w2a2_lsq", "w4g32"}
     assert set(options("target")) == set(TARGETS)
-    assert set(options("trainer")) == {"cpu", "gpu", "ddp"}
-    assert set(options("logger")) == {"csv", "tensorboard", "wandb"}
+    assert set(options("trainer")) == {"cpu", "gpu", "ddp", "fsdp"}
+    assert set(options("logger")) == {"csv", "tensorboard", "wandb", "mlflow"}
+    assert set(options("scheduler")) == {"constant", "cosine", "cosine_warmup", "linear"}
+    assert set(options("recipe")) == {
+        "batch_norm_reestimation", "delayed_activations", "distillation", "early_stopping", "ema", "gradual_bits",
+        "oscillation_damping", "oscillation_freezing",
+    }  # fmt: skip
 
 
 IN_VLLM = ("off", "int8", "w4g32", "w8a8_dynamic", "fp8")

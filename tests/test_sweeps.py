@@ -1,6 +1,7 @@
 """Sweeps in other processes, and commands that are repeated: what finished is skipped, what began goes on."""
 
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -12,13 +13,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.core.plugins import Plugins
 
-from hydra_plugins.qat_sweeps.grid import GridSweeper
 from qat.analysis.runs import config_key, find_runs, runs_by_config, same_command
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks=quiet", "export=int8",
          "export.fresh_process=false", "model.width=4", "report.sensitivity.max_seconds=0")  # fmt: skip
+
+
+def grid_sweeper(launcher: Any) -> Any:
+    """A sweeper with this launcher. Looking for plugins, Hydra imports their modules anew, so that happens first."""
+    Plugins.instance()
+    made = importlib.import_module("hydra_plugins.qat_sweeps.grid").GridSweeper(max_batch_size=None)
+    made.launcher = launcher
+    return made
 
 
 def sweep(folder: Path, *overrides: str) -> str:
@@ -69,7 +78,7 @@ def test_a_repeated_command_on_joblib_skips_and_goes_on(on_ray: tuple[Path, str]
     console = sweep(home, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "sweep=named",
                     "quant.weight.bits=4,33,8,2")  # fmt: skip
     assert "Of 4 jobs 1 have finished and are skipped, 2 have begun before, 1 are new" in console
-    assert f"Going on with {folder}/2; trained: float, qat" in console
+    assert f"Going on with {folder}/2; trained: float, qat" in (folder / "2" / "train.log").read_text()
     assert "n_jobs=2" in console
     assert results(folder) == [
         ("0", "4", "finished"), ("1", "33", "failed"), ("2", "8", "finished"), ("3", "2", "finished")
@@ -120,8 +129,7 @@ class Loky:
 @pytest.mark.parametrize("names", [["a", "b", "c", "kills", "d", "e"], ["kills", "a"], ["a", "kills", "b"], ["kills"]])
 def test_a_killed_worker_does_not_lose_the_other_jobs(tmp_path: Path, names: list[str]) -> None:
     ran: list[str] = []
-    sweeper = GridSweeper(max_batch_size=None)
-    sweeper.launcher = Loky(ran)  # type: ignore[assignment]
+    sweeper = grid_sweeper(Loky(ran))
     sweeper._launch([([name, str(tmp_path / name)], tmp_path / name) for name in names], 0)
     assert sorted(ran) == sorted(set(names) - {"kills"})
 
@@ -131,8 +139,7 @@ def test_a_launcher_that_launches_nothing_is_an_error(tmp_path: Path) -> None:
         def launch(self, jobs: Any, initial_job_idx: int) -> Any:
             raise RuntimeError("no cluster there")
 
-    sweeper = GridSweeper(max_batch_size=None)
-    sweeper.launcher = Broken()  # type: ignore[assignment]
+    sweeper = grid_sweeper(Broken())
     with pytest.raises(RuntimeError, match="no cluster there"):
         sweeper._launch([(["a"], tmp_path / "a"), (["b"], tmp_path / "b")], 0)
 

@@ -2,17 +2,21 @@
 
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from qat.fake_quant import FakeQuantize
 from qat.modes import quantizers
 from qat.prepare import prepare
 from qat.scheme import QuantConfig
 from qat.training.schedulers import with_total
+from qat.training.shard import shard
 from qat.widths import quantizer_state, restore_quantizer_state
 
 COSINE = {"_target_": "torch.optim.lr_scheduler.CosineAnnealingLR", "T_max": "total"}
@@ -190,6 +194,17 @@ class QATModule(L.LightningModule):
         for group in optimizer.param_groups:
             if "kept_lr" in group:
                 group["lr"] = group["kept_lr"]
+
+    def configure_model(self) -> None:
+        """Share the weights between processes where the strategy does (`trainer=fsdp`)."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and not isinstance(self.net, FSDPModule):
+            assert self.device_mesh is not None
+            shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+    def whole(self, path: str | Path) -> "QATModule":
+        """Itself; where processes share its weights, what its last checkpoint, at `path`, holds of them."""
+        return type(self).load_from_checkpoint(path, map_location="cpu") if isinstance(self.net, FSDPModule) else self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is no weight: the mode of the quantizers, and torch's random state, which rounding draws from."""

@@ -45,7 +45,9 @@ class Progress(ProgressBar):
         super().__init__()
         self.phase, self.epochs, self.every_seconds = phase, dict(epochs or {}), every_seconds
         self.console = Console()
-        self._shown, self._bar, self._handlers = True, None, []  # type: ignore[var-annotated]
+        self._shown = True
+        self._bar: Bar | None = None
+        self._handlers: list[Any] = []
         self._start, self._first, self._said = 0.0, 0, 0.0
 
     def disable(self) -> None:

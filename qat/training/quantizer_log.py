@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from qat.export.files import write_atomically
 from qat.fake_quant import FakeQuantize
@@ -18,6 +20,8 @@ from qat.layers import weights_of
 from qat.mode import Mode
 from qat.modes import quantizers
 from qat.training import rows as rows_of_metrics
+
+log = logging.getLogger(__name__)
 
 NUMBERS = ("scale_mean", "scale_min", "scale_max", "zero_point", "clipped", "levels_used", "sqnr_db", "oscillating",
            "scale_grad_norm")  # fmt: skip
@@ -68,6 +72,10 @@ class LogQuantizers(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look up the quantizers, and how they are called."""
         self._forget()
+        self._quantizers = {}
+        if any(isinstance(p, DTensor) for p in pl_module.parameters()):
+            log.info("Quantizers are not logged: processes share the weights, and the first alone cannot look at them")
+            return
         taken: dict[str, FakeQuantize] = {}
         for path, quantizer in quantizers(pl_module):
             name = quantizer.name if quantizer.name not in ("tensor", *taken) else path.removeprefix("net.")

@@ -25,8 +25,10 @@ STALE = (
     *(f"checkpoints/{phase}/{name}" for phase in PHASES for name in ("last.ckpt", LATEST, BEFORE)),
 )  # fmt: skip
 """What of an earlier run in the same directory would be taken for a new run's."""
-VOLATILE = ("ckpt_path", "phase")
+VOLATILE = ("ckpt_path", "phase", "sweep")
 """Settings that may differ when a run goes on."""
+SHOWN = ("progress", "prune")
+"""And callbacks, which depend on what starts the run."""
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -65,6 +67,10 @@ def refuse_other(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -
         ValueError: names each field with both values.
     """
     ours = [{key: value for key, value in config.items() if key not in VOLATILE} for config in (was, now)]
+    for config in ours:
+        config["callbacks"] = {
+            key: value for key, value in dict(config.get("callbacks") or {}).items() if key not in SHOWN
+        }
     if differ := differing(*ours):
         raise ValueError(
             f"ckpt_path={folder}: the run is of another configuration: {'; '.join(differ)}. It goes on with its own: "
