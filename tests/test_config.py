@@ -112,9 +112,8 @@ def test_every_option_composes_with_every_option_of_every_other_group() -> None:
         assert config == qat.preset(row["quant"], target=row["target"]), overrides
         data, trainer = cfg.data, cfg.trainer
         assert data.name == row["data"]
-        assert (trainer.devices, trainer.accelerator) == {"cpu": (1, "cpu"), "gpu": (1, "gpu"), "ddp": (2, "auto")}[
-            row["trainer"]
-        ]
+        processes = {"cpu": (1, "cpu"), "gpu": (1, "gpu"), "ddp": (2, "auto"), "fsdp": (2, "auto")}
+        assert (trainer.devices, trainer.accelerator) == processes[row["trainer"]]
         assert {"csv", row["logger"]} <= set(cfg.logger)
         assert (cfg.callbacks.progress is None) == (row["callbacks"] == "quiet")
         fixed_point = TARGETS[row["target"]].requantize == "fixed_point"
