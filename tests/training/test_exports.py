@@ -15,6 +15,7 @@ from qat.export.formats import EXPORTERS
 from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerNetwork
 from qat.training.run import Run
+from qat.training.state import RunState
 from qat.zoo.tasks import Classification
 
 
@@ -42,8 +43,11 @@ def networks() -> tuple[fx.GraphModule, IntegerNetwork]:
 
 
 def run_in(folder: Path, fresh: bool = False) -> Run:
-    export: dict[str, Any] = {"layer_samples": 16, "fresh_process": fresh, "skip_impossible": False}
-    return Run(folder, "points", {"export": export}, Points(), Classification(3))
+    config = {"export": {"layer_samples": 16, "fresh_process": fresh, "skip_impossible": False}}
+    state = RunState(folder, config, {}, None)
+    run = Run(state, "points", config, Points(), Classification(3), Path(__file__).parent)
+    state.save({}, finished=True)  # another may take the directory
+    return run
 
 
 def write_and_damage(network: IntegerNetwork, path: Path, inputs: Any) -> None:
