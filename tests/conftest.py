@@ -19,7 +19,8 @@ def _seed() -> None:
 
 LONG = (
     "test_main_job.py", "test_interrupted_runs.py", "test_language_model.py", "test_distributed.py", "test_shard.py",
-    "test_config.py", "test_sweeps.py", "test_search.py",
+    "test_config.py", "test_sweeps.py", "test_search.py", "test_distributed_runs.py", "test_studies.py",
+    "test_language_models.py",
 )  # fmt: skip
 """Files whose tests start whole runs. They go first, so that no worker is left alone with one in the end."""
 

@@ -81,6 +81,7 @@ def test_the_first_process_reports(runs: dict[str, Any], strategy: str) -> None:
         assert torch.load(folder / "checkpoints" / phase / "last.ckpt")["global_step"] == 12
 
 
+@pytest.mark.slow
 def test_sigterm_to_both_and_on_to_the_end(tmp_path: Path) -> None:
     """Learned scales are frozen half-way, when they get no gradient: neither process may wait for one."""
     folder = tmp_path / "run"

@@ -464,7 +464,7 @@ def refused(home: Path, default: tuple[Path, str], tmp_path_factory: pytest.Temp
     return run
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_with_one_clear_message(refused: Any, case: str) -> None:
     folder, done = refused(case)

@@ -254,6 +254,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("preset", "moment"),
     [*((preset, moment) for preset in (None, "w4a4_lsq") for moment in MOMENTS),
