@@ -343,9 +343,13 @@ class SweepResults(Callback):
         written = [*write_results(folder), *leaderboard_page.write(read_runs([folder]), folder, figures, note)[:2]]
         Console().print(results_table(rows))
         log.info("Sweep results: %s", ", ".join(str(path) for path in written))
-        failed = [row for row in rows if row["status"] == "failed"]
-        if failed:
-            log.error("%d of %d jobs failed; see error.txt in their directories", len(failed), len(rows))
+        said = {"failed": "failed; see error.txt in their directories",
+                "unfinished": "did not come to their end; the same command goes on with them"}  # fmt: skip
+        counts = {status: sum(row["status"] == status for row in rows) for status in said}
+        for status, what in said.items():
+            if counts[status]:
+                log.error("%d of %d jobs %s", counts[status], len(rows), what)
+        if any(counts.values()):
             sys.exit(1)
 
 

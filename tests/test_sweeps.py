@@ -104,6 +104,31 @@ def test_the_same_command_finds_its_sweep_and_submitit_runs_the_rest(on_ray: tup
     assert list((folder / ".submitit").iterdir())
 
 
+PLUGIN = """
+import os, signal
+from qat.zoo.data import Digits
+
+class Deadly(Digits):
+    def __init__(self, **settings):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["submitit_local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_a_process_that_dies_is_one_job(home: Path, launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit", reason="pip install 'qat[sweep]'")
+    (home / "plugin.py").write_text(PLUGIN)
+    monkeypatch.setenv("PYTHONPATH", str(home))
+    console = sweep(home, f"hydra/launcher={launcher}", f"sweep=dies_{launcher}",
+                    "data._target_=plugin.Deadly,qat.zoo.data.Digits")  # fmt: skip
+    assert "#0 died" in console
+    assert "2 of 2 jobs have ended" in console
+    assert "1 of 2 jobs did not come to their end; the same command goes on with them" in console
+    assert [status for *_, status in results(home / "multirun" / f"dies_{launcher}", "data._target_")] == [
+        "unfinished", "finished"
+    ]  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------ a launcher that dies
 
 

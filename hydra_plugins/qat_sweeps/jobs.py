@@ -101,9 +101,12 @@ class ParallelLauncher(Launcher):
         for number, result in self.run(jobs):
             if isinstance(result, Exception):
                 log.error(f"Job #{number} died: {result}")
-                result = JobReturn(overrides=jobs[number].overrides, status=JobStatus.UNKNOWN)
+                outcome = "died"  # its value is that of a job that failed
+                result = JobReturn(overrides=jobs[number].overrides, status=JobStatus.COMPLETED, _return_value=math.nan)
+            else:
+                outcome = _outcome(result)
             results[number] = result
-            log.info(f"{len(results)} of {len(jobs)} jobs have ended: #{number} {_outcome(result)}")
+            log.info(f"{len(results)} of {len(jobs)} jobs have ended: #{number} {outcome}")
         return [results[number] for number in jobs]
 
     @abstractmethod
@@ -117,8 +120,6 @@ class ParallelLauncher(Launcher):
 
 def _outcome(result: JobReturn) -> str:
     """A job's result and directory, for people."""
-    if result.status is JobStatus.UNKNOWN:
-        return "died"
     where = result.hydra_cfg.hydra.runtime.output_dir if result.hydra_cfg else ""
     if result.status is JobStatus.FAILED:
         return f"failed in {where}"

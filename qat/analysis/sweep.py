@@ -41,7 +41,7 @@ def collect(sweep_dir: Path | str) -> list[Row]:
     Returns:
         One dict a job, by number: "job", "overrides" (their keys), each override under its key, "weight_bits" and
         "activation_bits", `<stage>_<metric>` (float_accuracy, qat_accuracy, ...), `<stage>_bytes`, and "status",
-        "finished", "failed" or "pruned". A job without a readable summary failed. Keys without a value are missing.
+        "finished", "failed", "pruned" or, without a readable summary, "unfinished". Keys without a value are missing.
 
     Raises:
         FileNotFoundError: there is no such directory, or it has no numbered directories.
@@ -60,7 +60,7 @@ def _row(folder: Path) -> Row:
     for name in ("weight", "activation"):
         if isinstance(bits := config.get(f"quant.{name}.bits"), int):
             row[f"{name}_bits"] = bits
-    status = status_of(folder, summary or None).replace("unfinished", "failed")
+    status = status_of(folder, summary or None)
     if not summary:
         return {**row, "status": status}
     found = stages(summary)

@@ -111,13 +111,13 @@ def bits_label(row: Row) -> str:
 def sweep_figure(rows: Sequence[Row]) -> "Figure":
     """Two panels: the metric against what varies (QAT solid, PTQ dashed), and against file size with the Pareto front.
 
-    Several jobs at one place (seeds) are points, with the line through their mean. Jobs that failed are counted below.
+    Several jobs at one place (seeds) are points, with the line through their mean. Below: jobs without a result.
 
     Args:
         rows: from `qat.analysis.sweep.collect`.
     """
     finished = [row for row in rows if row["status"] == "finished"]
-    failed = [row["job"] for row in rows if row["status"] == "failed"]
+    missing = [row["job"] for row in rows if row["status"] in ("failed", "unfinished")]
     metric = sweep_metric(finished) or "metric"
     with plots.style():
         fig = plots.new_figure(9.5, 3.9)
@@ -137,10 +137,10 @@ def sweep_figure(rows: Sequence[Row]) -> "Figure":
             left.set_axis_off()
             right.set_axis_off()
             fig.text(0.5, 0.5, "no job finished", ha="center")
-        if failed:
-            numbers = ", ".join(map(str, failed[:12])) + (", ..." if len(failed) > 12 else "")
-            note = f"{len(failed)} of {len(rows)} jobs failed and {'is' if len(failed) == 1 else 'are'} not shown: job"
-            fig.supxlabel(f"{note}{'' if len(failed) == 1 else 's'} {numbers}", fontsize=8, color=plots.COLORS[4])
+        if missing:
+            numbers = ", ".join(map(str, missing[:12])) + (", ..." if len(missing) > 12 else "")
+            note = f"{len(missing)} of {len(rows)} jobs {'has' if len(missing) == 1 else 'have'} no result: job"
+            fig.supxlabel(f"{note}{'' if len(missing) == 1 else 's'} {numbers}", fontsize=8, color=plots.COLORS[4])
     return fig
 
 

@@ -42,13 +42,13 @@ def test_failed_jobs_are_kept_and_jobs_are_in_order(sweep: Make, job: Make) -> N
     (folder / "optimization_results").mkdir()
     rows = collect(folder)
     assert [row["job"] for row in rows] == list(range(11))
-    assert [row["job"] for row in rows if row["status"] == "failed"] == [1, 7]
+    assert [row["job"] for row in rows if row["status"] == "unfinished"] == [1, 7]
     assert rows[1] == {
         "job": 1,
         "overrides": ["quant.weight.bits"],
         "quant.weight.bits": 3,
         "weight_bits": 3,
-        "status": "failed",
+        "status": "unfinished",
     }
 
 
@@ -66,7 +66,7 @@ def test_results_csv_has_one_line_a_job(sweep: Make, job: Make) -> None:
     assert list(first)[:3] == ["job", "seed", "quant"]
     assert first["quant"] == "a,b"
     assert (first["float_accuracy"], first["int8_bytes"], first["status"]) == ("0.98", "9000", "finished")
-    assert (second["job"], second["seed"], second["qat_accuracy"], second["status"]) == ("1", "2", "", "failed")
+    assert (second["job"], second["seed"], second["qat_accuracy"], second["status"]) == ("1", "2", "", "unfinished")
 
 
 def test_same_sweep_same_bytes(sweep: Make, job: Make) -> None:
@@ -157,14 +157,14 @@ def test_the_plot_draws_the_front_and_says_what_failed(sweep: Make, job: Make) -
     (front,) = [line for line in sweep_figure(collect(folder)).axes[1].lines if line.get_label() == "Pareto front"]
     assert list(front.get_xdata()) == [5, 7]
     assert [round(y, 6) for y in front.get_ydata()] == [90, 95]
-    assert "1 of 4 jobs failed and is not shown: job 3" in write_results(folder)[2].read_text()
+    assert "1 of 4 jobs has no result: job 3" in write_results(folder)[2].read_text()
 
 
 def test_a_sweep_in_which_all_failed(sweep: Make) -> None:
     folder = sweep((["seed=1"], None), (["seed=2"], None))
     svg = write_results(folder)[2].read_text()
     assert "no job finished" in svg
-    assert "2 of 2 jobs failed and are not shown: jobs 0, 1" in svg
+    assert "2 of 2 jobs have no result: jobs 0, 1" in svg
 
 
 def test_runs_without_exports_or_quantization(sweep: Make, job: Make) -> None:
@@ -197,5 +197,5 @@ def test_results_table(sweep: Make, job: Make) -> None:
         console.print(results_table(collect(folder)))
     lines = [line.split() for line in captured.get().splitlines()]
     assert ["0", "2", "98.00", "80.00", "91.23", "91.23", "5.1", "KB"] in lines
-    assert ["1", "4", *["\N{EN DASH}"] * 5, "failed"] in lines
+    assert ["1", "4", *["\N{EN DASH}"] * 5, "unfinished"] in lines
     assert "resnet20" not in captured.get()  # does not vary
