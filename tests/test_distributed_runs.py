@@ -82,10 +82,11 @@ def test_the_first_process_reports(runs: dict[str, Any], strategy: str) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_to_both_and_on_to_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_sigterm_to_both_and_on_to_the_end(tmp_path: Path, strategy: str) -> None:
     """Learned scales are frozen half-way, when they get no gradient: neither process may wait for one."""
     folder = tmp_path / "run"
-    settings = ("trainer=ddp", *HALVES, "quant.weight.range=lsq", "callbacks.resumable.every_steps=2")
+    settings = (f"trainer={strategy}", *HALVES, "quant.weight.range=lsq", "callbacks.resumable.every_steps=2")
     running = start(folder, *settings)
     deadline = time.monotonic() + 200
     while not list(folder.glob("checkpoints/qat/*")) and time.monotonic() < deadline:
@@ -95,3 +96,18 @@ def test_sigterm_to_both_and_on_to_the_end(tmp_path: Path) -> None:
     assert "trained: float" in said(start(folder, *settings, f"ckpt_path={folder}"))
     assert torch.load(folder / "checkpoints" / "qat" / "last.ckpt")["global_step"] == 12
     assert json.loads((folder / "summary.json").read_text())["parity"]["qat_int8"]["max_steps"] <= 1
+
+
+@pytest.mark.slow
+def test_recipes_in_two_processes_end_as_in_one(tmp_path: Path) -> None:
+    """Those that change gradients or weights, together."""
+    recipes = "recipe=[distillation,gradual_bits,delayed_activations,oscillation_damping,ema]"
+    said(start(tmp_path / "one", recipes))
+    said(start(tmp_path / "two", recipes, "trainer=ddp", *HALVES))
+    alone, both = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert alone.keys() == both.keys()
+    integers = [name for name, value in alone.items() if value.dtype == torch.int8]
+    assert len(integers) == 2
+    for name in integers:
+        assert (both[name].int() - alone[name].int()).abs().max() <= 1, name
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["parity"]["qat_int8"]["max_steps"] <= 1

@@ -22,6 +22,7 @@ from qat.__main__ import main
 from qat.presets import PRESETS
 from qat.training import QATModule
 from qat.zoo.data import Digits
+from tests import zygote
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 STAGES = ("float", "ptq", "qat", "int8", "onnx")
@@ -48,8 +49,8 @@ def surroundings(home: Path, **more: str) -> dict[str, Any]:
 
 
 def train(home: Path, *overrides: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*overrides), capture_output=True, timeout=300, check=False,
-                          **surroundings(home, **more))  # fmt: skip
+    where = surroundings(home, **more)
+    return zygote.run(["train.py", *overrides], where["cwd"], where["env"])
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:
@@ -85,7 +86,8 @@ def check_parity(summary: dict[str, Any]) -> None:
 def default(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The run directory of `python train.py`, of 3 epochs, and its console."""
     folder = tmp_path_factory.mktemp("default") / "run"
-    done = train(home, f"hydra.run.dir={folder}", "trainer.max_epochs=3")
+    done = subprocess.run(command(f"hydra.run.dir={folder}", "trainer.max_epochs=3"), capture_output=True, timeout=300,
+                          check=False, **surroundings(home))  # fmt: skip
     return folder, succeeded(done)
 
 
@@ -251,7 +253,7 @@ def swept(
     return folder, succeeded(done)
 
 
-SWEPT = ("off", "int8", "w2a2_lsq", "w4g32", "nvfp4")
+SWEPT = ("off", "w2a2_lsq", "nvfp4")
 REST = tuple(name for name in PRESETS if name not in SWEPT)
 
 NO_ONNX = ("mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4", "apot4")

@@ -1,5 +1,9 @@
 """The study of training's speed: what it measures, and what it shows."""
 
+import gc
+import itertools
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from experiments.speed import training, variants, work
+from experiments.speed import growth, profile, training, turns, variants, work
 from qat.fake_quant import FakeQuantize
 
 
@@ -18,12 +22,29 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(work.WORK, "lm", lambda device="cpu": work.lm(2, 16, 1, 32, device=device))
 
 
-@pytest.mark.parametrize("name", ["resnet20", "lm"])
-@pytest.mark.usefixtures("small")
-def test_a_variant_is_measured_beside_float(name: str) -> None:
-    measured = training.measure_time("frozen", name, 3, "cpu", False)
+SMALL = {"resnet20": {"batch": 4}, "lm": {"batch": 2, "length": 16, "n_layer": 1, "width": 32}}
+
+
+def test_a_variant_is_measured_beside_float() -> None:
+    requests = {name: turns.request_of(name, "lm", threads=1, size=SMALL["lm"]) for name in ("float", "frozen")}
+    measured = turns.compare(dict.fromkeys(requests, sys.executable), requests, 3)
     assert measured["ratio_min"] <= measured["ratio"] <= measured["ratio_max"]
     assert measured["ms"] > 0 < measured["float_ms"]
+    assert measured["preparation_steps"] > 0
+
+
+@pytest.mark.parametrize("name", ["resnet20", "lm"])
+def test_turns_are_steps_of_the_variant(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    turns.serve(turns.request_of("lsq", name, threads=1, size=SMALL[name]), ["step", "step"])
+    built, *steps = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert built["loss"] > 0 < built["preparation_s"]
+    assert [*steps[0]] == [*steps[1]] == ["seconds"]
+    gc.enable()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "lm"])
+@pytest.mark.usefixtures("small")
+def test_memory_of_a_step(name: str) -> None:
     assert training.measure_memory("lsq", name, "cpu")["growth_mb"] >= 0
 
 
@@ -40,8 +61,10 @@ def test_variants_simulate_quantization_and_train(name: str) -> None:
 
 
 def test_a_variant_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = training.in_a_process(training.sys.executable, ["--measure", "time", "frozen", "nowhere"])
+    found = training.in_a_process(sys.executable, ["--measure", "frozen", "nowhere"])
     assert "nowhere" in found["failed"]
+    requests = {name: turns.request_of(name, "nowhere") for name in ("float", "frozen")}
+    assert "nowhere" in turns.compare(dict.fromkeys(requests, sys.executable), requests, 3)["failed"]
 
 
 def test_the_table_and_the_plot(tmp_path: Path) -> None:
@@ -75,3 +98,52 @@ def test_work_is_plain_torch() -> None:
     for make in work.WORK.values():
         assert not any(isinstance(module, FakeQuantize) for module in make().net.modules())
         assert isinstance(make().net, nn.Module)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "lm"])
+@pytest.mark.usefixtures("small")
+def test_the_profile_finds_a_cause_of_everything(name: str) -> None:
+    found = profile.measure(name, "lsq", 2)
+    assert found["float_ms"] > 0 < found["ms"]
+    assert sum(found["causes_ms"].values()) == pytest.approx(found["profiled_ms"] - found["profiled_float_ms"], abs=5)
+    assert found["causes_ms"]["quantizers: Python around the kernels"] > 0
+    console = Console(width=160, record=True)
+    console.print(profile.show(found))
+    assert "of the difference has a cause" in console.export_text()
+
+
+def test_what_the_kernels_move_is_counted() -> None:
+    task = work.resnet20(16)
+    net = variants.built("frozen", task.net, task.x, "resnet20")
+    moved = profile.moved_bytes(net, task.step_of(net))
+    stem = 16 * 16 * 32 * 32  # the values of a tensor of the first stage: 7 are quantized, and 4 of them twice over
+    assert moved["forward"] > 7 * stem * 9
+    assert moved["backward"] > 7 * stem * 9
+    assert moved["decode"] > 6 * stem * 5
+    run = profile.kernels.run
+    with profile.marked(net):
+        assert profile.kernels.run is not run
+    assert profile.kernels.run is run
+
+
+@pytest.mark.parametrize("axis", ["depth", pytest.param("group", marks=pytest.mark.slow)])
+def test_growth_measures_the_first_point_of_an_axis(axis: str) -> None:
+    values, names = growth.AXES[axis].values, growth.AXES[axis].variants
+    found = growth.measure(axis, values[0], names[0], 1, 1)
+    assert found["ratio"] > 0
+    assert (found["axis"], found["value"], found["variant"]) == (axis, values[0], names[0])
+
+
+def test_growth_doubles_four_times() -> None:
+    for axis in growth.AXES.values():
+        assert [b / a for a, b in itertools.pairwise(axis.values)] == [2] * 4
+
+
+def test_the_plot_of_growth(tmp_path: Path) -> None:
+    rows = [
+        {"axis": "batch", "value": n, "variant": name, "ratio": 1.1, "ratio_min": 1.0, "ratio_max": 1.2}
+        for n in growth.AXES["batch"].values
+        for name in growth.OURS[:2]
+    ] + [{"axis": "group", "value": 16, "variant": growth.GROUPED, "failed": "no memory"}]
+    growth.plot(rows, tmp_path / "growth.svg", "a processor")
+    assert (tmp_path / "growth.svg").stat().st_size > 5000

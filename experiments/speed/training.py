@@ -5,8 +5,8 @@ python -m experiments.speed.training --short                      # ours, about 
 python -m experiments.speed.training --peers .venv-peers          # peers from their environment (`make peers`)
 python -m experiments.speed.training --device cuda
 
-Each row is measured in a process of its own, in which float and quantized steps alternate; a ratio is of two
-neighbours.
+Float and quantized steps alternate, each network in a process of its own; a ratio is of two neighbours. Preparation is
+that of a float network and 8 batches of calibration, in float steps.
 Memory is the growth of the peak of resident memory over the built network, once libraries are loaded, in another fresh
 process.
 """
@@ -17,77 +17,22 @@ import dataclasses
 import datetime
 import gc
 import json
-import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from experiments.speed.turns import compare, request_of
 from experiments.speed.variants import OURS, VARIANTS, built
 from experiments.speed.work import WORK
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-WANTED = {"frozen": 1.05, "ema": 1.08, "lsq": 1.10, "compiled": 1.05, "memory": 1.15}
+WANTED = {"frozen": 1.05, "ema": 1.08, "lsq": 1.10, "compiled": 1.05, "memory": 1.15, "preparation": 12}
 """What ours is held to (times float)."""
-
-
-def alternating(steps: dict[str, Callable[[], Tensor]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step, taken in turns; two rounds to warm up are left out."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(repeats + 2):
-        for name, step in steps.items():
-            wait(device)
-            start = time.perf_counter()
-            step()
-            wait(device)
-            if round_ >= 2:
-                taken[name].append(time.perf_counter() - start)
-    return taken
-
-
-def wait(device: str) -> None:
-    """Until the device has done what it was given."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
-
-
-def measure_time(variant: str, work: str, repeats: int, device: str, compiled: bool) -> dict[str, Any]:
-    """Ratios of a variant's steps to those of the float network beside it."""
-    task = WORK[work](device=device)
-    nets = {"float": built("float", task.net, task.x, work)}
-    start = time.perf_counter()
-    nets[variant] = built(variant, task.net, task.x, work)
-    preparation = time.perf_counter() - start
-    steps: dict[str, Callable[[], Tensor]] = {}
-    for name, net in nets.items():
-        steps[name] = task.step_of(torch.compile(net) if compiled else net)
-    first = {}
-    for name, step in steps.items():
-        start = time.perf_counter()
-        loss = step()
-        wait(device)
-        first[name] = time.perf_counter() - start
-    gc.collect()
-    gc.disable()
-    taken = alternating(steps, repeats, device)
-    ratios = [b / a for a, b in zip(taken["float"], taken[variant], strict=True)]
-    return {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
-        "ms": round(1e3 * statistics.median(taken[variant]), 2),
-        "float_ms": round(1e3 * statistics.median(taken["float"]), 2),
-        "preparation_s": round(preparation, 2),
-        "first_step_s": round(first[variant], 2),
-        "loss": round(float(loss), 4),
-    }
 
 
 def measure_memory(variant: str, work: str, device: str) -> dict[str, Any]:
@@ -136,12 +81,10 @@ def interpreter(package: str, peers: Path | None) -> str | None:
     return None
 
 
-def in_a_process(python: str, arguments: list[str], environment: dict[str, str] | None = None) -> dict[str, Any]:
+def in_a_process(python: str, arguments: list[str]) -> dict[str, Any]:
     """What `--measure` prints last in a process of its own; {"failed": reason} if it ends otherwise."""
     command = [python, "-W", "ignore", "-m", "experiments.speed.training", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | (environment or {}), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         return {"failed": (lines or ["no message"])[-1][:200]}
@@ -153,7 +96,7 @@ def rows_of(args: argparse.Namespace, progress: Callable[[str], None]) -> list[d
     """Measure everything that was asked for."""
     rows = []
     chosen = args.variants or (list(OURS) if args.short else list(VARIANTS))
-    ways = [("eager", []), ("compiled", ["--compile"])]
+    ways = ("eager",) if args.no_compile else ("eager", "compiled")
     for work in args.work:
         floats: dict[str, float] = {}
         for name in chosen:
@@ -162,15 +105,17 @@ def rows_of(args: argparse.Namespace, progress: Callable[[str], None]) -> list[d
             if work not in variant.work or python is None:
                 continue
             common = [name, work, "--device", args.device, "--threads", str(args.threads)]
-            for way, more in ways[: 1 if args.no_compile else 2]:
+            for way in ways:
                 progress(f"{work}: {variant.title}, {way}")
-                measured = in_a_process(python, ["--measure", "time", *common, "--repeats", str(args.repeats), *more])
+                settings = {"device": args.device, "threads": args.threads, "compiled": way == "compiled"}
+                requests = {key: request_of(key, work, **settings) for key in ("float", name)}
+                measured = compare(dict.fromkeys(requests, python), requests, args.repeats)
                 row = {"work": work, "variant": name, "way": way, **measured}
                 if way == "eager":
                     if python not in floats:
                         plain = ["float", *common[1:]]
-                        floats[python] = in_a_process(python, ["--measure", "memory", *plain])["growth_mb"]
-                    memory = in_a_process(python, ["--measure", "memory", *common])
+                        floats[python] = in_a_process(python, ["--measure", *plain])["growth_mb"]
+                    memory = in_a_process(python, ["--measure", *common])
                     row |= {"growth_mb": memory.get("growth_mb"), "float_growth_mb": floats[python]}
                     if "growth_mb" in memory:
                         row["memory_ratio"] = round(memory["growth_mb"] / floats[python], 3)
@@ -197,7 +142,7 @@ def _number(text: Any) -> Any:
 
 FIELDS = (
     "work", "variant", "way", "ratio", "ratio_min", "ratio_max", "ms", "float_ms", "memory_ratio", "growth_mb",
-    "float_growth_mb", "preparation_s", "first_step_s", "loss", "failed",
+    "float_growth_mb", "preparation_s", "preparation_steps", "first_step_s", "loss", "failed",
 )  # fmt: skip
 
 
@@ -207,8 +152,9 @@ def show(rows: list[dict[str, Any]], earlier: list[dict[str, str]]) -> Any:
 
     before = {(row["work"], row["variant"], row["way"]): row["ratio"] for row in earlier}
     table = Table(
-        "work", "quantized training", "way", "time (min to max)", "memory", "reach", title="a step / a float step"
-    )
+        "work", "quantized training", "way", "time (min to max)", "reach", "memory", "preparation", "first step, s",
+        title="a step / a float step",
+    )  # fmt: skip
     if earlier:
         table.add_column("committed")
     for row in rows:
@@ -221,7 +167,8 @@ def show(rows: list[dict[str, Any]], earlier: list[dict[str, str]]) -> Any:
             spread = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
             time_ = f"{colour}{row['ratio']:.2f}{'[/]' if colour else ''} {spread}"
         memory = f"{row['memory_ratio']:.2f}" if row.get("memory_ratio") else ""
-        line = [row["work"], VARIANTS[variant].title, way, time_, memory, f"{bound:.2f}" if bound else ""]
+        once = [f"{row[key]:.1f}" if key in row else "" for key in ("preparation_steps", "first_step_s")]
+        line = [row["work"], VARIANTS[variant].title, way, time_, f"{bound:.2f}" if bound else "", memory, *once]
         table.add_row(*line, *([before.get((row["work"], variant, way), "")] if earlier else []))
     return table
 
@@ -275,8 +222,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--repeats", type=int, default=None)
     result.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    result.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
-    result.add_argument("--measure", choices=("time", "memory"), help=argparse.SUPPRESS)
+    result.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     return result
 
 
@@ -284,10 +230,7 @@ def main() -> None:
     args = parser().parse_args()
     args.repeats = args.repeats or (8 if args.short else 15)
     torch.set_num_threads(args.threads)
-    if args.measure == "time":
-        print(json.dumps(measure_time(*args.what, args.repeats, args.device, args.compile)))
-        return
-    if args.measure == "memory":
+    if args.measure:
         print(json.dumps(measure_memory(*args.what, args.device)))
         return
     from rich.console import Console

@@ -32,13 +32,13 @@ class Variant:
     work: tuple[str, ...] = ("resnet20", "lm")
 
 
-def _qat(preset: str, mode: str) -> Build:
+def _qat(preset: str, mode: str, **changes: Any) -> Build:
     def build(net: nn.Module, x: Tensor, work: str) -> nn.Module:
         import qat
         from qat.modes import set_mode
 
-        prepared = qat.prepare(net, qat.preset(preset), x[:2])
-        qat.calibrate(prepared, [x])
+        prepared = qat.prepare(net, qat.preset(preset, **changes), x[:2])
+        qat.calibrate(prepared, [x] * 8)
         set_mode(prepared, mode)
         return prepared.train()
 
@@ -181,9 +181,16 @@ VARIANTS: dict[str, Variant] = {
     "nncf_int8": Variant("NNCF, W8A8", nncf_int8, "nncf"),
 }
 OURS = ("frozen", "ema", "lsq")
+GROUPS: dict[int, Build] = {
+    size: _qat("w4g32", "quantize", weight={"group_size": size}) for size in (16, 32, 64, 128, 256)
+}
+"""4-bit weights with a scale each so many of them; activations stay float."""
 
 
 def built(name: str, net: nn.Module, x: Tensor, work: str) -> nn.Module:
-    """A copy of `net` as the variant trains it; `float` is the copy itself."""
+    """A copy of `net` as the variant trains it; `float` is the copy itself, `groups of N` one of GROUPS."""
     net = copy.deepcopy(net)
-    return net if name == "float" else VARIANTS[name].build(net, x, work)
+    if name == "float":
+        return net
+    build = GROUPS[int(name.split()[-1])] if name.startswith("groups of") else VARIANTS[name].build
+    return build(net, x, work)

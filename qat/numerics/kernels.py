@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qat.numerics.affine import choose_qparams
+from qat.numerics.pool import POOL
 
 log = logging.getLogger(__name__)
 
@@ -263,6 +264,33 @@ KERNELS: dict[tuple[str, str], _Kernel] = {
 }
 """(name, form) -> function. What is chosen for many ranges is of the form `ranges`, [n]; for one, `range`, [1]."""
 
+LARGE: dict[str, tuple[torch.dtype | None, ...]] = {
+    "forward_ste": (None, torch.int8),
+    "forward_lsq": (None, torch.int8),
+    "forward_whole": (None,),
+    "forward_ste_codes": (None, torch.int8, torch.int8),
+    "forward_lsq_codes": (None, torch.int8, torch.int8),
+    "forward_whole_codes": (None, torch.int8),
+    "decode": (torch.float32,),
+    "backward_ste": (None,),
+    "backward_lsq": (None,),
+}
+"""Of a kernel's first results, which are of the shape of its values, the dtypes (None: that of the values). On a CPU
+they have the pool's memory (`qat.numerics.pool`), which the compiled kernel is given."""
+
+
+def _writing(kernel: _Kernel, count: int) -> _Kernel:
+    """The same kernel, with its first `count` results written into its last arguments."""
+
+    def write(*args: Tensor) -> tuple[Tensor, ...]:
+        results = kernel(*args[:-count])
+        for place, result in zip(args[-count:], results[:count], strict=True):
+            place.copy_(result)
+        return results[count:]
+
+    return write
+
+
 _VALUES = {"flat": (2**16,), "strips": (192, 320), "rows": (192, 320), "cols": (192, 320)}
 _SCALE = {"flat": (), "strips": (), "rows": (192, 1), "cols": (320,)}
 
@@ -307,19 +335,29 @@ def compiled(name: str, form: str, dtype: torch.dtype, device: str, threads: int
         device: its type.
         threads: on a CPU, how many share the work.
     """
+    kernel = KERNELS[name, form]
     arguments: list[Any] = [*_example(name, form, dtype, device)]
+    if places := _places(name, arguments[0]):
+        kernel, arguments = _writing(kernel, len(places)), [*arguments, *places]
     options = {"config_patches": {"cpp.threads": threads}}
     try:
         with torch.inference_mode(False), torch.no_grad():
-            graph = make_fx(KERNELS[name, form], tracing_mode="symbolic")(*arguments)
-            kernel: _Kernel = torch._inductor.standalone_compile(
+            graph = make_fx(kernel, tracing_mode="symbolic")(*arguments)
+            artifact: _Kernel = torch._inductor.standalone_compile(
                 graph, arguments, dynamic_shapes="from_graph", options=options
             )
-            kernel(*arguments)
+            artifact(*arguments)
     except Exception as error:  # no compiler, no write access to the cache, ...: the other forms serve
         log.warning("Compiled kernels are not available (%s); training is slower without them.", error)
         return None
-    return kernel
+    return artifact
+
+
+def _places(name: str, x: Tensor) -> list[Tensor]:
+    """Where a compiled kernel writes its results that are as large as its values `x`."""
+    if x.device.type != "cpu":
+        return []
+    return [POOL.empty(x.shape, dtype or x.dtype) for dtype in LARGE.get(name, ())]
 
 
 _broken: set[str] = set()
@@ -355,4 +393,7 @@ def run(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
         return KERNELS[name, form](*args)
     x = args[0]
     kernel = compiled(name, form, x.dtype, x.device.type, torch.get_num_threads())
-    return (kernel or KERNELS[name, form])(*args)
+    if kernel is None:
+        return KERNELS[name, form](*args)
+    places = _places(name, x)
+    return (*places, *kernel(*args, *places))

@@ -1,7 +1,6 @@
 """`python -m qat show`: the numbers it prints, the files it writes, what it refuses."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from qat.numerics.formats import FORMATS
 from qat.numerics.gradients import GRADIENTS
 from qat.presets import PRESETS
 from qat.ranges import RANGES
+from tests import zygote
 
 
 def test_the_curve_is_the_grid() -> None:
@@ -34,10 +34,8 @@ def test_the_curve_is_the_grid() -> None:
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_the_command_writes_a_picture_and_says_so(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"scheme.{suffix}"
-    done = subprocess.run(
-        [sys.executable, "-m", "qat", "show", "--preset", "w4a4_lsq", "quant.weight.bits=3", "--out", str(out)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = ["qat", "show", "--preset", "w4a4_lsq", "quant.weight.bits=3", "--out", str(out)]
+    done = zygote.run(command, tmp_path, os.environ)
     assert done.returncode == 0, done.stderr
     assert "quant.weight: int3 symmetric channel, learned (mse), SQNR" in done.stdout
     assert "quant.activation: int4 symmetric tensor, learned (mse), SQNR" in done.stdout

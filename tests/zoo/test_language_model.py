@@ -4,8 +4,6 @@ import json
 import math
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +17,8 @@ from qat.export.parity import decisions
 from qat.ptq import PTQConfig, finalize
 from qat.zoo.gpt import CharGPT, SelfAttention
 from qat.zoo.tasks import BitsPerCharacter, LanguageModel
+from tests import zygote
 
-TRAIN = Path(__file__).parents[2] / "train.py"
 SIZES = {"num_classes": 11, "context": 12, "n_layer": 2, "n_head": 2, "width": 16}
 
 
@@ -161,12 +159,11 @@ TEXT = "".join(f"{n} and {n + 1} are {2 * n + 1}. " for n in range(1500))
 
 def test_the_main_job_on_text(tmp_path: Path) -> None:
     (tmp_path / "input.txt").write_text(TEXT)
-    done = subprocess.run(
-        [sys.executable, str(TRAIN), "experiment=char_gpt", "callbacks=quiet", f"data.path={tmp_path}",
+    done = zygote.run(
+        ["train.py", "experiment=char_gpt", "callbacks=quiet", f"data.path={tmp_path}",
          f"data.num_classes={len(set(TEXT))}", "data.context=16", "model.n_layer=1", "model.width=32",
          "trainer.max_epochs=2", f"hydra.run.dir={tmp_path / 'run'}"],
-        capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        tmp_path, {**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch
 import qat
 from qat.export import check_network
 from qat.zoo.language_models import CausalLM
+from tests import zygote
 
 pytest.importorskip("transformers", reason="pip install 'qat[hf]'")
 
-TRAIN = Path(__file__).parents[2] / "train.py"
 TEXT = "".join(f"{n} and {n + 1} are {2 * n + 1}. " for n in range(1000))
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
          "num_key_value_heads": 1}  # fmt: skip
@@ -26,13 +25,12 @@ FLOAT_ENDS = [{"match": "type:Embedding", "weight": {"bits": None}}, {"match": "
 
 def train(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     (folder / "input.txt").write_text(TEXT)
-    return subprocess.run(
-        [sys.executable, str(TRAIN), "data=tiny_shakespeare", "model=llama", "callbacks=quiet", f"data.path={folder}",
+    return zygote.run(
+        ["train.py", "data=tiny_shakespeare", "model=llama", "callbacks=quiet", f"data.path={folder}",
          f"data.num_classes={len(set(TEXT))}", "data.context=16", "trainer.max_epochs=1",
          *(f"model.settings.{name}={value}" for name, value in SMALL.items()), f"hydra.run.dir={folder / 'run'}",
          *settings],
-        capture_output=True, text=True, timeout=300, check=False, cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        folder, {**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
 
 

@@ -1,0 +1,235 @@
+"""Where a step of quantized training spends more than the same float step, and what the least would be.
+
+python -m experiments.speed.profile                                  # ResNet-20 and the GPT, all three kinds of ranges
+python -m experiments.speed.profile --work lm --variants lsq --steps 6
+
+Each network is stepped under torch.profiler. An operation counts for itself alone, without those that it calls; our
+compiled kernels, which the profiler does not see, are marked by name. What lies between operations is Python. The floor
+is what the quantizers have to move, over the bandwidth of a copy: values read and written, and the bytes that backward
+is left.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from experiments.speed.machine import machine
+from experiments.speed.variants import OURS, VARIANTS, built
+from experiments.speed.work import WORK
+from qat.fake_quant import FakeQuantize
+from qat.numerics import kernels
+
+FOLDER = Path(__file__).parent
+MARK = "qat: "
+STEP = "step: "
+CAUSES: dict[str, tuple[str, ...]] = {
+    "quantizers: forward kernels": (MARK + "forward",),
+    "quantizers: backward kernels": (MARK + "backward",),
+    "quantizers: integers back to real numbers": (MARK + "decode",),
+    "quantizers: ranges": (MARK + "choose", MARK + "follow", "aten::aminmax", "aten::_foreach"),
+    "quantizers: Python around the kernels": (MARK + "node", "_FakeQuantize"),
+    "layers: convolutions and products of matrices": (
+        "aten::mkldnn", "aten::convolution", "aten::_conv", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm",
+        "aten::linear", "aten::matmul",
+    ),
+    "layers: attention": (
+        "aten::_scaled_dot", "aten::_softmax", "aten::_safe_softmax", "aten::softmax", "aten::scaled_dot",
+    ),
+    "layers: normalisation": ("aten::native_batch_norm", "aten::batch_norm", "aten::native_layer_norm", "aten::cudnn"),
+    "layers: activations": (
+        "aten::relu", "aten::threshold", "aten::clamp_min", "aten::gelu", "aten::hardtanh", "aten::native_dropout",
+    ),
+    "optimizer": ("Optimizer.", "aten::_fused", "aten::sqrt", "aten::addcdiv", "aten::addcmul", "aten::lerp"),
+    "copies": ("aten::copy_", "aten::clone", "aten::contiguous", "aten::empty", "aten::zero", "aten::fill"),
+    "arithmetic": ("aten::add", "aten::mul", "aten::div", "aten::sub", "aten::sum", "aten::neg", "aten::pow"),
+}  # fmt: skip
+"""What a cause is made of: how the names of its operations begin; the first cause that has one counts."""
+PYTHON = "Python between operations"
+OTHER = "other operations"
+
+
+def cause_of(name: str) -> str:
+    """The cause that an operation's time counts for."""
+    for cause, beginnings in CAUSES.items():
+        if name.startswith(beginnings):
+            return cause
+    return OTHER
+
+
+@contextmanager
+def marked(net: nn.Module) -> Iterator[None]:
+    """Within it, the profiler sees our kernels and our nodes by name."""
+    run, forward = kernels.run, FakeQuantize.forward
+
+    def seen_run(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
+        with record_function(f"{MARK}{name}"):
+            return run(name, form, *args)
+
+    def seen_forward(node: FakeQuantize, *args: Any, **kwargs: Any) -> Tensor:
+        with record_function(f"{MARK}node"):
+            return forward(node, *args, **kwargs)
+
+    kernels.run, FakeQuantize.forward = seen_run, seen_forward  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        kernels.run, FakeQuantize.forward = run, forward  # type: ignore[method-assign]
+
+
+def causes(step: Callable[[], Tensor], name: str, steps: int) -> tuple[dict[str, float], float]:
+    """Milliseconds a step by cause, and in all, by the profiler's clock.
+
+    Args:
+        step: what is profiled.
+        name: of it.
+        steps: how many; the median of each operation's time over them counts.
+    """
+    seen: list[Counter[str]] = []
+    for _ in range(steps):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function(STEP + name):
+            step()
+        spent: Counter[str] = Counter()
+        for event in profiler.events() or ():
+            key = PYTHON if event.name.startswith(STEP) else cause_of(event.name)
+            spent[key] += event.self_cpu_time_total / 1e3
+        seen.append(spent)
+    keys = {key for spent in seen for key in spent}
+    middle = {key: statistics.median(spent[key] for spent in seen) for key in keys}
+    return middle, statistics.median(sum(spent.values()) for spent in seen)
+
+
+def moved_bytes(net: nn.Module, step: Callable[[], Tensor]) -> dict[str, int]:
+    """Bytes that the quantizers' kernels read and write in a step: arguments and results of each, once."""
+    moved: Counter[str] = Counter()
+    run = kernels.run
+
+    def counted(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
+        results = run(name, form, *args)
+        moved[name.partition("_")[0]] += sum(t.numel() * t.element_size() for t in (*args, *results))
+        return results
+
+    kernels.run = counted  # type: ignore[assignment]
+    try:
+        step()
+    finally:
+        kernels.run = run
+    return dict(moved)
+
+
+def bandwidth(repeats: int = 20) -> float:
+    """Bytes a second of a copy into memory that was used before, 8 MB, as tensors of a step are."""
+    source = torch.randn(2**21)
+    target = torch.empty_like(source)
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        target.copy_(source)
+        taken.append(time.perf_counter() - start)
+    return 2 * source.numel() * 4 / statistics.median(taken)
+
+
+def measure(work: str, variant: str, steps: int) -> dict[str, Any]:
+    """A step of `variant` beside a float one: times without the profiler, causes with it, and the floor."""
+    task = WORK[work]()
+    nets = {name: built(name, task.net, task.x, work) for name in ("float", variant)}
+    stepping = {name: task.step_of(net) for name, net in nets.items()}
+    taken: dict[str, list[float]] = {name: [] for name in stepping}
+    for number in range(steps + 2):
+        for name, step in stepping.items():
+            start = time.perf_counter()
+            step()
+            if number >= 2:
+                taken[name].append(1e3 * (time.perf_counter() - start))
+    moved = moved_bytes(nets[variant], stepping[variant])
+    found, total = {}, {}
+    with marked(nets[variant]):
+        for name, step in stepping.items():
+            found[name], total[name] = causes(step, name, steps)
+    ms = {name: statistics.median(times) for name, times in taken.items()}
+    least = 1e3 * sum(moved.values()) / bandwidth()
+    saved = found["float"].get("layers: activations", 0.0) - found[variant].get("layers: activations", 0.0)
+    rows = {
+        key: found[variant].get(key, 0.0) - found["float"].get(key, 0.0)
+        for key in (*CAUSES, OTHER, PYTHON)
+        if key in found[variant] or key in found["float"]
+    }
+    difference = total[variant] - total["float"]
+    return {
+        "work": work,
+        "variant": variant,
+        "float_ms": round(ms["float"], 1),
+        "ms": round(ms[variant], 1),
+        "ratio": round(statistics.median(b / a for a, b in zip(taken["float"], taken[variant], strict=True)), 3),
+        "profiled_float_ms": round(total["float"], 1),
+        "profiled_ms": round(total[variant], 1),
+        "causes_ms": {key: round(value, 2) for key, value in rows.items()},
+        "explained": round(sum(value for key, value in rows.items() if key != OTHER) / difference, 3),
+        "moved_mb": {key: round(value / 2**20, 1) for key, value in moved.items()},
+        "floor_ms": round(least, 1),
+        "floor_ratio": round((ms["float"] + least - saved) / ms["float"], 3),
+    }
+
+
+def show(found: dict[str, Any]) -> Any:
+    """The table that people read: causes, largest first."""
+    from rich.table import Table
+
+    difference = found["profiled_ms"] - found["profiled_float_ms"]
+    title = (
+        f"{found['work']}, {VARIANTS[found['variant']].title}: {found['ratio']:.2f} of float's {found['float_ms']:.0f} "
+        f"ms ({difference:+.1f} ms under the profiler)"
+    )
+    table = Table("cause", "ms more than float", "share", title=title, min_width=len(title))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for cause, ms in sorted(found["causes_ms"].items(), key=lambda item: -abs(item[1])):
+        table.add_row(cause, f"{ms:+.2f}", f"{ms / difference:+.0%}")
+    moved = ", ".join(f"{name} {mb:.0f}" for name, mb in found["moved_mb"].items())
+    table.caption = (
+        f"{found['explained']:.0%} of the difference has a cause. Floor {found['floor_ratio']:.2f}: the kernels move "
+        f"{sum(found['moved_mb'].values()):.0f} MB ({moved}), {found['floor_ms']:.1f} ms at the speed of a copy, less "
+        "the activation functions that they absorb."
+    )
+    return table
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--work", nargs="+", default=list(WORK), choices=list(WORK))
+    result.add_argument("--variants", nargs="+", default=list(OURS), choices=list(VARIANTS))
+    result.add_argument("--steps", type=int, default=8, help="steps of each network, with and without the profiler")
+    result.add_argument("--threads", type=int, default=2)
+    result.add_argument("--out", type=Path, default=FOLDER / "profile_cpu.json", help="where the numbers are kept")
+    return result
+
+
+def main() -> None:
+    args = parser().parse_args()
+    torch.set_num_threads(args.threads)
+    from rich.console import Console
+
+    console = Console()
+    results = []
+    for work in args.work:
+        for variant in args.variants:
+            with console.status(f"{work}: {VARIANTS[variant].title}"):
+                results.append(measure(work, variant, args.steps))
+            console.print(show(results[-1]))
+    facts = {"date": datetime.date.today().isoformat(), **machine(), "threads": args.threads}
+    args.out.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+    console.print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
