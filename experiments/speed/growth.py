@@ -3,8 +3,8 @@
 python -m experiments.speed.growth                        # about 10 minutes
 python -m experiments.speed.growth --axes batch group     # some of it
 
-Width and batch are of ResNet-20, depth of a GPT, with frozen, running and learned ranges; groups are of the weights of a GPT,
-whose activations stay float. Float and quantized steps alternate, each network in a process of its own.
+Width and batch are of ResNet-20, depth of a GPT, with frozen, running and learned ranges; groups are of the weights of
+a GPT whose activations stay float. Float and quantized steps alternate, each network in a process of its own.
 """
 
 import argparse

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from qat.numerics import pool
 from qat.numerics.affine import choose_qparams
-from qat.numerics.pool import POOL
 
 log = logging.getLogger(__name__)
 
@@ -355,9 +355,9 @@ def compiled(name: str, form: str, dtype: torch.dtype, device: str, threads: int
 
 def _places(name: str, x: Tensor) -> list[Tensor]:
     """Where a compiled kernel writes its results that are as large as its values `x`."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or not pool.usable:
         return []
-    return [POOL.empty(x.shape, dtype or x.dtype) for dtype in LARGE.get(name, ())]
+    return [pool.POOL.empty(x.shape, dtype or x.dtype) for dtype in LARGE.get(name, ())]
 
 
 _broken: set[str] = set()

@@ -6,14 +6,11 @@ the heap gives back to the system it gets again page by page. Kernels that write
 to the others, and find their pages where they were. It is for CPUs: on a GPU torch's allocator does this.
 """
 
-import bisect
 import math
 import mmap
-import threading
-import weakref
-from collections import deque
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,80 +19,80 @@ from torch import Tensor
 SMALLEST = 2**16
 """Bytes from which a tensor gets a block: smaller ones find room in the heap."""
 
-LARGEST = 1.25
-"""A block has at most so many times the size of its tensor."""
+PATIENCE = 64
+"""After so many new blocks, sizes that none of them took are given back to the system."""
+
+_DTYPES: dict[torch.dtype, Any] = {
+    torch.int8: np.int8,
+    torch.float32: np.float32,
+    torch.float16: np.float16,
+    torch.bfloat16: np.int16,  # NumPy has no such type
+}
 
 
-class Block(NamedTuple):
-    """Bytes of the pool. In order of size, and of `since` among equal ones: how many were taken before it came back."""
+class _Blocks(list[mmap.mmap]):
+    """Free blocks of one size, the latest last: it may be in the cache still."""
 
-    size: int
-    since: int
-    memory: mmap.mmap
+    used = False
+
+
+class _Held(np.ndarray[Any, Any]):
+    """An array on a block, which goes back where it came from when the last tensor on the array is gone."""
+
+    home: _Blocks | None = None
+    block: mmap.mmap
+
+    def __del__(self) -> None:
+        if self.home is not None:
+            self.home.append(self.block)
 
 
 class Pool:
-    """Blocks, each free or held by one tensor. They never have more bytes than were held at once."""
+    """Blocks by size. Threads may share it: what it does to a list is one operation of the interpreter."""
 
     def __init__(self) -> None:
-        self._free: list[Block] = []
-        self._returned: deque[Block] = deque()  # a finalizer may run anywhere, so it takes no lock
-        self._taken = 0
-        self._held = self._most = 0  # bytes
-        self._lock = threading.Lock()
+        self._free: defaultdict[int, _Blocks] = defaultdict(_Blocks)
+        self._made = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor without gaps and of any contents; its block is free again once nothing refers to it."""
         size = math.prod(shape) * dtype.itemsize
-        if size < SMALLEST or not hasattr(mmap, "MAP_ANONYMOUS"):
-            return torch.empty(tuple(shape), dtype=dtype)
-        block = self._take(size)
-        array = np.frombuffer(block.memory, np.int8, size)
-        weakref.finalize(array, self._returned.append, block).atexit = False
-        return torch.from_numpy(array).view(dtype).view(tuple(shape))
+        if size < SMALLEST:
+            return torch.empty(shape, dtype=dtype)
+        unit = 1 << (size.bit_length() - 4)  # sizes of one power of two share eight sizes of blocks
+        size = -(-size // unit) * unit
+        blocks = self._free[size]
+        blocks.used = True
+        try:
+            block = blocks.pop()
+        except IndexError:
+            block = self._new(size)
+        array = np.ndarray.__new__(_Held, shape, _DTYPES[dtype], block)
+        array.home, array.block = blocks, block
+        x = torch.from_numpy(array)
+        return x.view(dtype) if dtype is torch.bfloat16 else x
 
-    def _take(self, size: int) -> Block:
-        with self._lock:
-            self._collect()
-            first = bisect.bisect_left(self._free, (size,))
-            if first < len(self._free) and (found := self._free[first].size) <= LARGEST * size:
-                latest = bisect.bisect_left(self._free, (found + 1,)) - 1  # what came back last may be in the cache
-                block = self._free.pop(latest)
-            else:
-                self._make_room(size)
-                block = Block(size, 0, mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-            self._taken += 1
-            self._held += block.size
-            self._most = max(self._most, self._held)
-            return block
-
-    def _collect(self) -> None:
-        while self._returned:
-            size, _, memory = self._returned.popleft()
-            self._held -= size
-            bisect.insort(self._free, Block(size, self._taken, memory), key=lambda block: block[:2])
-
-    def _make_room(self, size: int) -> None:
-        """Drop free blocks, the oldest first, as far as a new one would make more than were ever held."""
-        excess = self._held + size + sum(block.size for block in self._free) - max(self._most, self._held + size)
-        while self._free and excess > 0:
-            oldest = min(self._free, key=lambda block: block.since)
-            self._free.remove(oldest)
-            excess -= oldest.size
+    def _new(self, size: int) -> mmap.mmap:
+        self._made += 1
+        if self._made % PATIENCE == 0:
+            for blocks in list(self._free.values()):
+                if not blocks.used:
+                    blocks.clear()
+                blocks.used = False
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def free(self) -> list[int]:
         """Sizes of the blocks that no tensor holds, in bytes, from small to large."""
-        with self._lock:
-            self._collect()
-            return [block.size for block in self._free]
+        return sorted(size for size, blocks in list(self._free.items()) for _ in blocks)
 
     def clear(self) -> None:
-        """Give the free blocks back to the system, and forget how much was held."""
-        with self._lock:
-            self._collect()
-            self._free.clear()
-            self._most = self._held
+        """Give the free blocks back to the system."""
+        for blocks in list(self._free.values()):
+            blocks.clear()
 
 
 POOL = Pool()
 """Of this process."""
+
+usable = hasattr(mmap, "MAP_ANONYMOUS")
+"""Whether the system has such memory: not on Windows."""

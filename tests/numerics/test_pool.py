@@ -11,7 +11,7 @@ import qat
 from experiments.speed import work
 from qat.fake_quant import FakeQuantize
 from qat.numerics import kernels
-from qat.numerics.pool import POOL, SMALLEST, Pool
+from qat.numerics.pool import PATIENCE, POOL, SMALLEST, Pool
 
 
 def test_a_block_is_free_with_the_end_of_its_tensor() -> None:
@@ -27,6 +27,7 @@ def test_a_block_is_free_with_the_end_of_its_tensor() -> None:
     gc.collect()
     assert pool.free() == [4 * SMALLEST]
     assert pool.empty((SMALLEST - 1,), torch.float32).data_ptr() == address  # it fits well enough
+    assert pool.empty((7, SMALLEST // 14), torch.bfloat16).dtype == torch.bfloat16
     pool.clear()
     assert pool.free() == []
 
@@ -43,17 +44,18 @@ def test_two_tensors_never_share_memory() -> None:
     assert len({int(x[0]) for x in held}) == len(held)
 
 
-def test_a_block_is_not_taken_for_much_less_but_dropped() -> None:
-    """The pool has never more than was held at once."""
+def test_sizes_that_nothing_takes_any_more_are_dropped() -> None:
     pool = Pool()
     large = pool.empty((4 * SMALLEST,), torch.int8)
     del large
-    gc.collect()
     small = pool.empty((SMALLEST,), torch.int8)
+    assert pool.free() == [4 * SMALLEST]  # it is not taken for much less
+    held = [small] + [pool.empty((SMALLEST,), torch.int8) for _ in range(2 * PATIENCE)]
     assert pool.free() == []
+    held.clear()
     del small
     gc.collect()
-    assert pool.free() == [SMALLEST]
+    assert pool.free() == [SMALLEST] * (2 * PATIENCE + 1)
 
 
 def test_small_tensors_are_the_heaps() -> None:
