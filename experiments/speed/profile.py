@@ -170,7 +170,6 @@ def measure(work: str, variant: str, steps: int) -> dict[str, Any]:
         for key in (*CAUSES, OTHER, PYTHON)
         if key in found[variant] or key in found["float"]
     }
-    difference = total[variant] - total["float"]
     return {
         "work": work,
         "variant": variant,
@@ -203,8 +202,8 @@ def show(found: dict[str, Any]) -> Any:
         table.add_row(cause, f"{ms:+.2f}", f"{ms / difference:+.0%}")
     moved = ", ".join(f"{name} {mb:.0f}" for name, mb in found["moved_mb"].items())
     table.caption = (
-        f"{found['explained']:.0%} of what differs, up or down, has a cause. Floor {found['floor_ratio']:.2f}: the kernels move "
-        f"{sum(found['moved_mb'].values()):.0f} MB ({moved}), {found['floor_ms']:.1f} ms at the speed of a copy, less "
+        f"{found['explained']:.0%} of what differs, up or down, has a cause. Floor {found['floor_ratio']:.2f}: the kernels "
+        f"move {sum(found['moved_mb'].values()):.0f} MB ({moved}), {found['floor_ms']:.1f} ms at the speed of a copy, less "
         "the activation functions that they absorb."
     )
     return table
