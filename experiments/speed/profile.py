@@ -201,10 +201,11 @@ def show(found: dict[str, Any]) -> Any:
     for cause, ms in sorted(found["causes_ms"].items(), key=lambda item: -abs(item[1])):
         table.add_row(cause, f"{ms:+.2f}", f"{ms / difference:+.0%}")
     moved = ", ".join(f"{name} {mb:.0f}" for name, mb in found["moved_mb"].items())
+    total = sum(found["moved_mb"].values())
     table.caption = (
-        f"{found['explained']:.0%} of what differs, up or down, has a cause. Floor {found['floor_ratio']:.2f}: the kernels "
-        f"move {sum(found['moved_mb'].values()):.0f} MB ({moved}), {found['floor_ms']:.1f} ms at the speed of a copy, less "
-        "the activation functions that they absorb."
+        f"{found['explained']:.0%} of what differs, up or down, has a cause. Floor {found['floor_ratio']:.2f}: the "
+        f"kernels move {total:.0f} MB ({moved}), {found['floor_ms']:.1f} ms at the speed of a copy, less the "
+        "activation functions that they absorb."
     )
     return table
 
