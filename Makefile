@@ -12,8 +12,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "qat needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12 train"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
-	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[all]'
+	$(VENV)/bin/pip install --quiet --no-compile --constraint constraints.txt torch
+	$(VENV)/bin/pip install --quiet --no-compile --constraint constraints.txt --editable '.[all]'
 	@touch $@
 
 train: $(STAMP) ## install what is missing and run the main job; ARGS="quant=w4a4_lsq" for another
@@ -28,7 +28,7 @@ bench: $(STAMP) ## what a step of quantized training costs, against the committe
 PEERS := torchao==0.18.0 brevitas==0.13.4 nvidia-modelopt==0.47.0 nncf==3.4.0 requests huggingface_hub
 peers: $(STAMP) ## an environment with other frameworks, to measure them too
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --constraint constraints.txt torch
+	.venv-peers/bin/pip install --quiet --no-compile --constraint constraints.txt torch
 	.venv-peers/bin/pip install --quiet $(PEERS)
 
 lint: $(STAMP) ## ruff

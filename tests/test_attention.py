@@ -169,6 +169,7 @@ def test_sixteen_bits_are_float(name: str) -> None:
     assert_sixteen_bits_are_float(net, inputs)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_the_whole_way(name: str, tmp_path: Path) -> None:
     net, inputs = CASES[name].build()

@@ -141,6 +141,7 @@ def test_every_option_composes_with_every_option_of_every_other_group() -> None:
         assert outputs.shape == (*(x.shape if x.dim() == 2 else [1]), data.num_classes)
 
 
+@pytest.mark.slow
 def test_every_preset_prepares_every_model() -> None:
     large = ("resnet20", "llama")  # a second each
     small = itertools.product(sorted({*options("model")} - {*large}), options("quant"))

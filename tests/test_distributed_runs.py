@@ -1,13 +1,14 @@
 """The main job in two processes (gloo), by `trainer=ddp` and `trainer=fsdp`: it exports what one process exports."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ SETTINGS = (
 """Ranges are fixed: running ones see other batches, and LSQ divides gradients by the root of a process's values."""
 HALVES = ("trainer.accelerator=cpu", "data.batch_size=32", "ptq.calibration_batches=16")
 """Two processes with half the batch each, and the samples of as many batches to calibrate."""
+STRATEGIES = ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)]
+"""test_shard.py shards a training, by default; here the whole job."""
 
 
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -41,21 +44,24 @@ def said(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Name -> run directory and console, of one process, and of two by each strategy."""
-    folder, found = tmp_path_factory.mktemp("runs"), {}
-    for name, overrides in {"one": (), "ddp": ("trainer=ddp", *HALVES), "fsdp": ("trainer=fsdp", *HALVES)}.items():
-        found[name] = folder / name, said(start(folder / name, *overrides))
-    return found
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """A function: `one`, `ddp` or `fsdp` -> run directory and console, of one process or of two; each is run once."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def run(name: str) -> tuple[Path, str]:
+        return folder / name, said(start(folder / name, *(() if name == "one" else (f"trainer={name}", *HALVES))))
+
+    return run
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return dict(qat.load(folder / "export" / "model.safetensors").state_dict())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_export_what_one_does_to_a_step(runs: dict[str, Any], strategy: str) -> None:
-    alone, both = weights_of(runs["one"][0]), weights_of(runs[strategy][0])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_export_what_one_does_to_a_step(runs: Callable[[str], tuple[Path, str]], strategy: str) -> None:
+    alone, both = weights_of(runs("one")[0]), weights_of(runs(strategy)[0])
     assert alone.keys() == both.keys()
     for name, value in alone.items():
         if value.is_floating_point():  # scales
@@ -66,12 +72,12 @@ def test_two_processes_export_what_one_does_to_a_step(runs: dict[str, Any], stra
             assert (both[name].int() - value.int()).abs().max() <= 1, name
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_the_first_process_reports(runs: dict[str, Any], strategy: str) -> None:
-    folder, console = runs[strategy]
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_first_process_reports(runs: Callable[[str], tuple[Path, str]], strategy: str) -> None:
+    folder, console = runs(strategy)
     assert "GLOBAL_RANK: 1, MEMBER: 2/2" in console
     assert console.count("Run directory:") == 1
-    assert console.count("calibrated:") == runs["one"][1].count("calibrated:")
+    assert console.count("calibrated:") == runs("one")[1].count("calibrated:")
     summary = json.loads((folder / "summary.json").read_text())
     assert tuple(summary["stages"]) == ("float", "ptq", "qat", "int8")
     parity = summary["parity"]["qat_int8"]

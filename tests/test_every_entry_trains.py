@@ -89,6 +89,7 @@ def read(text: str) -> Any:
     return {"null": None, "true": True, "false": False}.get(text, int(text) if text.lstrip("-").isdigit() else text)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("role", ROLES)
 def test_every_refusal_leads_to_a_valid_neighbour(role: str) -> None:
     """Following what the message says to write, as often as it says so, ends at a scheme that is accepted."""
@@ -121,6 +122,7 @@ def test_every_name_is_valid_somewhere(role: str) -> None:
         assert used == set(names) - cannot, name
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("role", ROLES)
 def test_every_valid_combination_runs_forward_and_backward(role: str) -> None:
     """In every mode: finite, of the input's shape, and with a gradient for whatever learns."""
@@ -216,7 +218,7 @@ def overrides(role: str, data: dict[str, Any]) -> list[str]:
     ]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("role", "data"),
     COVERING + OBSERVED,

@@ -307,7 +307,7 @@ class Graphs:
         return graph.forward
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_compile_has_one_graph_with_the_kernels_in_it(name: str) -> None:
@@ -339,7 +339,7 @@ def test_loading_weights_compiles_again() -> None:
     assert (compiled(x) - network(x)).abs().max() <= 1e-4 * network(x).abs().max()
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_exports_with_a_dynamic_batch(name: str) -> None:

@@ -18,6 +18,7 @@ ORDER = [
     "qat.numerics.rounding",
     "qat.numerics.fixed_point",
     "qat.numerics.affine",
+    "qat.numerics.pool",
     "qat.numerics.kernels",
     "qat.numerics.codes",
     "qat.numerics.order",

@@ -95,7 +95,7 @@ def test_at_16_bits_it_computes_what_the_float_model_computes(
     assert 0 < relative(logits(result, ids), logits(net, ids)) < 1e-3
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", BUILD)
 def test_training_with_a_scheme_lowers_the_loss(

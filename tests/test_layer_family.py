@@ -262,7 +262,7 @@ def exact(got: Tensor, expected: Tensor) -> bool:
     return got.dtype == expected.dtype and torch.equal(got, expected)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "scheme"), SETTINGS, ids=lambda value: value)
 def test_what_trains_is_what_runs(name: str, scheme: str, tmp_path: Path) -> None:
     net, prepared, x = build(name, (INTEGER | STORED)[scheme])

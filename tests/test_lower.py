@@ -309,6 +309,7 @@ def assert_outputs_close(net: nn.Module, prepared: fx.GraphModule, network: Inte
     assert expected.std() > 1e-3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "scheme"), SETTINGS, ids=lambda value: value)
 def test_integer_network_is_what_training_simulated(name: str, scheme: str) -> None:
     case = CASES[name]

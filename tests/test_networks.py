@@ -213,6 +213,7 @@ def test_integers_wherever_they_can_be(name: str) -> None:
     assert set(islands) <= set(ON_FLOATS)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("target", ["generic", "onnxruntime_x86"])
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()

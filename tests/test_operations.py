@@ -374,6 +374,7 @@ def assert_integers(prepared: fx.GraphModule, network: IntegerNetwork, x: Tensor
             assert (steps == 0).float().mean() >= 0.995, name
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_trained_lowered_saved_and_written(name: str, tmp_path: Path) -> None:
@@ -430,6 +431,7 @@ def test_clamps_are_clamps_of_integers(name: str, bits: int, tmp_path: Path) -> 
         assert int(tensor.min()) == grid.quant_min > 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_sixteen_bits_are_float(name: str) -> None:
@@ -443,6 +445,7 @@ def test_sixteen_bits_are_float(name: str) -> None:
     assert (qat.lower(prepared)(x) - expected).abs().max() <= 1e-3 * largest
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_float_mode_computes_the_network_in_both_modes(name: str) -> None:
     net, x = build(CASES[name])

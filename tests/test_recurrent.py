@@ -202,6 +202,7 @@ def test_sixteen_bits_are_nearly_float(name: str) -> None:
     assert_sixteen_bits_are_float(net, inputs)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_the_whole_way(name: str, tmp_path: Path) -> None:
     net, inputs = build(name)
@@ -229,6 +230,7 @@ def _recurrent_integers(prepared: Any, network: Any, inputs: Inputs) -> list[tup
     return [(tensors[name], given[name]) for name in parts if name in given and isinstance(tensors[name], Tensor)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["LSTM_last", "GRU_both_ends", "LSTM_projected", "RNN_packed_sorted"])
 @pytest.mark.parametrize(
     "scheme",

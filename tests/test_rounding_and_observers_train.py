@@ -33,7 +33,7 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [batch for batch, _ in zip(data.train_dataloader(), range(8), strict=False)]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("override", CASES)
 def test_it_trains_and_the_integer_network_computes_the_same(
     override: str, batches: list[tuple[torch.Tensor, torch.Tensor]]

@@ -334,6 +334,7 @@ def test_compiles_with_inductor() -> None:
     assert (torch.compile(network)(x) - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("warm", [True, False])
 @pytest.mark.parametrize("strict", [True, False])
 def test_torch_export(lowered: tuple[IntegerNetwork, Tensor, Tensor], warm: bool, strict: bool) -> None:

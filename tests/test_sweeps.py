@@ -114,7 +114,8 @@ class Deadly(Digits):
 """
 
 
-@pytest.mark.parametrize("launcher", ["submitit_local", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
 def test_a_process_that_dies_is_one_job(home: Path, launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit", reason="pip install 'qat[sweep]'")
     (home / "plugin.py").write_text(PLUGIN)

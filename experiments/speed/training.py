@@ -96,7 +96,7 @@ def rows_of(args: argparse.Namespace, progress: Callable[[str], None]) -> list[d
     """Measure everything that was asked for."""
     rows = []
     chosen = args.variants or (list(OURS) if args.short else list(VARIANTS))
-    ways = ("eager",) if args.no_compile else ("eager", "compiled")
+    ways = ("eager",) if args.no_compile or args.short else ("eager", "compiled")
     for work in args.work:
         floats: dict[str, float] = {}
         for name in chosen:
@@ -214,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--work", nargs="+", default=list(WORK), choices=list(WORK))
     result.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="rows (default: all)")
     result.add_argument(
-        "--short", action="store_true", help="only qat; compared with the committed results, not written"
+        "--short", action="store_true", help="only qat, eager; compared with the committed results, not written"
     )
     result.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     result.add_argument("--peers", type=Path, help="an environment with peers")

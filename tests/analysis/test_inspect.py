@@ -2,9 +2,8 @@
 
 import copy
 import io
+import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from qat.inspection import prepared_report
 from qat.ptq import PTQConfig, finalize
 from qat.zoo.gpt import CharGPT
 from qat.zoo.models import SmallCNN
+from tests import zygote
 from tests.networks.mobilenet import MobileNetV2
 from tests.networks.vit import ViT
 
@@ -378,11 +378,8 @@ def test_what_a_layer_or_a_network_cannot_have_is_refused_by_name(case: str) -> 
 
 
 def test_the_command_prints_the_report_of_a_composed_configuration(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qat", "inspect", "quant=w4a8", "model.width=8", "quant.graph=required",
-         'quant.rules=[{match: "block.*", weight: {bits: 2}}]'],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+    command = ["qat", "inspect", "quant=w4a8", "model.width=8", "quant.graph=required"]
+    done = zygote.run([*command, 'quant.rules=[{match: "block.*", weight: {bits: 2}}]'], tmp_path, os.environ)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("SmallCNN: 6 of 6 layers have quantized weights")
     assert "w2a8" in done.stdout

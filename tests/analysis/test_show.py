@@ -31,6 +31,7 @@ def test_the_curve_is_the_grid() -> None:
     assert ((curve.y - curve.x).abs()[inside] <= steps[0] / 2 + 1e-6).all()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_the_command_writes_a_picture_and_says_so(tmp_path: Path, suffix: str) -> None:
     out = tmp_path / f"scheme.{suffix}"

@@ -54,6 +54,7 @@ def is_wide(scheme: str) -> bool:
     return scheme.startswith("a16")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "scheme"), networks.SETTINGS, ids=lambda value: value)
 def test_onnxruntime_equals_the_integer_network(name: str, scheme: str, tmp_path: Path) -> None:
     _, prepared, x = networks.build(networks.CASES[name], scheme)
@@ -76,6 +77,7 @@ REFERENCE = [(name, scheme) for name, scheme in networks.SETTINGS if name in (
 )]  # fmt: skip
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "scheme"), REFERENCE, ids=lambda value: value)
 def test_reference_evaluator_equals_the_integer_network(name: str, scheme: str, tmp_path: Path) -> None:
     _, prepared, x = networks.build(networks.CASES[name], scheme)

@@ -273,6 +273,7 @@ def test_odd_for_symmetric_narrow_grids(values: list[float], bits: int, scale: f
 # ---- dtypes, layouts, odd values -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grad_scale", [None, 1.0])
 def test_half_precision_is_computed_in_float32_and_keeps_its_dtype(dtype: torch.dtype, grad_scale: float) -> None:

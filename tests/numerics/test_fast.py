@@ -92,6 +92,7 @@ def check(
     assert bool((error <= 1e-6 * expected.terms * grad_scale).all()), (learned.grad, expected.grad_scale)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_range_of_the_values_themselves_clips_nothing(dtype: torch.dtype) -> None:
     """Such weights keep no byte and hand the gradient on: what the definition gives to the bit."""

@@ -19,6 +19,7 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels.compiled.cache_clear()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "form"), kernels.KERNELS)
 def test_compiled_and_written_agree(name: str, form: str) -> None:
     """Each kernel as Inductor compiles it against the same lines run as they are."""

@@ -80,6 +80,7 @@ def check(name: str, mode: str, backend: str) -> None:
         )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a_step_is_one_graph_that_is_compiled_once(name: str, mode: str) -> None:
     check(name, mode, "eager")

@@ -100,6 +100,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return module.eval(), path, mode
 
 
+@pytest.mark.sampled(3)
 def test_a_checkpoint_of_any_phase_loads_without_arguments(saved: tuple[QATModule, Path, Mode]) -> None:
     module, path, mode = saved
     torch.manual_seed(99)  # a network left at its initial values would differ
@@ -117,6 +118,7 @@ def test_a_checkpoint_of_any_phase_loads_without_arguments(saved: tuple[QATModul
     assert all(torch.equal(ours[name].nan_to_num(), theirs[name].nan_to_num()) for name in ours)
 
 
+@pytest.mark.sampled(3)
 def test_quantized_phases_do_quantize(saved: tuple[QATModule, Path, Mode]) -> None:
     _, path, mode = saved
     loaded = QATModule.load_from_checkpoint(path).eval()
@@ -127,6 +129,7 @@ def test_quantized_phases_do_quantize(saved: tuple[QATModule, Path, Mode]) -> No
     assert torch.equal(loaded(inputs), before) == (mode in (Mode.float, Mode.observe))
 
 
+@pytest.mark.sampled(3)
 def test_checkpoints_hold_nothing_but_tensors_and_plain_data(saved: tuple[QATModule, Path, Mode]) -> None:
     module, path, mode = saved
     checkpoint = torch.load(path, weights_only=True)
@@ -136,6 +139,7 @@ def test_checkpoints_hold_nothing_but_tensors_and_plain_data(saved: tuple[QATMod
     assert get_mode(loaded.net) is mode
 
 
+@pytest.mark.sampled(3)
 def test_a_trainer_tests_from_a_checkpoint_path(saved: tuple[QATModule, Path, Mode]) -> None:
     module, path, mode = saved
     inputs, targets = digits().test_tensors()
@@ -254,7 +258,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("preset", "moment"),
     [*((preset, moment) for preset in (None, "w4a4_lsq") for moment in MOMENTS),

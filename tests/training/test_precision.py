@@ -48,6 +48,7 @@ def kept(net: nn.Module) -> dict[str, Tensor]:
     return {f"{path}.{name}": t for path, q in quantizers(net) for name, t in q.state_dict(keep_vars=True).items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_cast_leaves_quantizers_as_they_are(name: str, dtype: torch.dtype) -> None:

@@ -385,6 +385,7 @@ def everything() -> list[L.Callback]:
     ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("preset", "step"), [("w4a4_lsq", 6), ("w4a4_lsq", 8), ("running", 5)])
 def test_all_recipes_interrupted_go_on_to_the_same_end(
     tmp_path: Path, preset: str, step: int, monkeypatch: pytest.MonkeyPatch
