@@ -22,7 +22,7 @@ train: $(STAMP) ## install what is missing and run the main job; ARGS="quant=w4a
 test: $(STAMP) ## install what is missing and run the tests; ARGS="tests/test_scheme.py" for some
 	$(RUN) -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(ARGS)
 
-bench: $(STAMP) ## what a step of quantized training costs, against the committed results (3 minutes)
+bench: $(STAMP) ## what a step of quantized training costs, against the committed results (4 minutes)
 	$(RUN) -m experiments.speed.training --short
 
 PEERS := torchao==0.18.0 brevitas==0.13.4 nvidia-modelopt==0.47.0 nncf==3.4.0 requests huggingface_hub

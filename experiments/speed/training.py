@@ -1,7 +1,7 @@
 """What a step of quantized training costs against a float one: time and memory, ours and the peers'.
 
-python -m experiments.speed.training                              # all that is installed, about 15 minutes
-python -m experiments.speed.training --short                      # ours, about 3 minutes (`make bench`)
+python -m experiments.speed.training                              # all that is installed, about 20 minutes
+python -m experiments.speed.training --short                      # ours, about 4 minutes (`make bench`)
 python -m experiments.speed.training --peers .venv-peers          # peers from their environment (`make peers`)
 python -m experiments.speed.training --device cuda
 
@@ -228,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    args.repeats = args.repeats or (8 if args.short else 15)
+    args.repeats = args.repeats or (6 if args.short else 15)
     torch.set_num_threads(args.threads)
     if args.measure:
         print(json.dumps(measure_memory(*args.what, args.device)))
