@@ -150,3 +150,13 @@ def test_a_readme_shows_the_results_beside_it(name: str) -> None:
     page = (folder / "README.md").read_text()
     assert STUDIES[name].tables(rows) in page
     assert f"python -m experiments.{name}" in page
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (study.ROOT / "conf/experiment/study").glob("*.yaml")))
+def test_every_size_of_every_study_composes(name: str) -> None:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(study.ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", [f"experiment=study/{name}"])
+    assert list(cfg.export.formats) == ["int8"]
+    assert cfg.callbacks.checkpoint is None
