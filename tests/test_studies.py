@@ -156,6 +156,10 @@ def test_a_readme_shows_the_results_beside_it(name: str) -> None:
 def test_every_size_of_every_study_composes(name: str) -> None:
     from hydra import compose, initialize_config_dir
 
+    from qat import hydra_schema
+
+    hydra_schema.register()
+
     with initialize_config_dir(str(study.ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", [f"experiment=study/{name}"])
     assert list(cfg.export.formats) == ["int8"]
