@@ -48,6 +48,11 @@ def run(
 def serve() -> None:
     """Fork for each line of the input, and answer with the child's process id, then with its exit code."""
     sys.path.insert(0, str(ROOT))
+    import lightning.pytorch.loggers  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import onnx  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import rich.console  # noqa: F401
     import sklearn.datasets  # noqa: F401
 
     import qat.__main__

@@ -1,6 +1,6 @@
 """What fake quantization costs: forward and backward against `x.clone()`'s, with two allocators.
 
-python experiments/speed/kernels.py --repeats 15
+python -m experiments.speed.kernels --repeats 15
 """
 
 import argparse
@@ -175,7 +175,7 @@ def main() -> None:
         task = progress.add_task("rows", total=len(ALLOCATORS) * 6 * len(args.forms))
         for name, environment in ALLOCATORS.items():
             progress.update(task, description=f"allocator: {name}")
-            command = [sys.executable, __file__, *sys.argv[1:], "--measure"]
+            command = [sys.executable, "-m", "experiments.speed.kernels", *sys.argv[1:], "--measure"]
             with subprocess.Popen(
                 command, stdout=subprocess.PIPE, text=True, env=os.environ | environment, bufsize=1
             ) as child:
