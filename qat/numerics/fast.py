@@ -177,7 +177,8 @@ class _FakeQuantizeLSQ(torch.autograd.Function):
         values = layout.view(taken.in_order(grad))
         if taken.form == "compiled" or torch.is_grad_enabled():  # a second derivative: of the kernel as it is written
             form, (values, code) = layout.summed(values, code)
-            grad_x, total = kernels.run("backward_lsq", form, values, code, below, above)
+            zero = kernels.zeros(values.shape, values.device)
+            grad_x, total = kernels.run("backward_lsq", form, values, code, below, above, zero)
         else:
             grad_x, total = blocks.backward_lsq(_two(values), code, _two(below), _two(above))
         total = layout.gather(total).reshape(scale.shape)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qat.numerics import pool
@@ -142,37 +142,50 @@ def _lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor) -
     return (q * scale).to(x.dtype), _byte(code), q
 
 
-def _lsq_terms(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+def _lsq_terms(grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     g, c = grad.float(), code.float()
     under, over = c == float(BELOW), c == float(ABOVE)
     slope = torch.where(under, below, torch.where(over, above, c * (1 / RESIDUAL_STEPS)))
-    # the zero of each row, not a constant: else the compiler sees a pointwise pass of its own in the first result
-    zero = below - below
     return torch.where(under, zero, torch.where(over, zero, g)).to(grad.dtype), g * slope
 
 
-def backward_lsq_flat(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+def backward_lsq_flat(
+    grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
     """Gradients of `x` and of the scale, the latter summed in the same pass.
 
     Args:
         grad: of the result.
         code: from `forward_lsq`.
         below, above: float32, as the form says: slope of the result in the scale where it is clipped.
+        zero: from `zeros`: one for each row. With a constant, the compiler sees that the first result does not depend
+            on rows, and makes a pass of its own of it.
     """
-    grad_x, terms = _lsq_terms(grad, code, below, above)
+    grad_x, terms = _lsq_terms(grad, code, below, above, zero)
     return grad_x, terms.sum()
 
 
-def backward_lsq_rows(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+def backward_lsq_rows(
+    grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
     """As `backward_lsq_flat`; the gradient of the scale is of shape [rows]."""
-    grad_x, terms = _lsq_terms(grad, code, below, above)
+    grad_x, terms = _lsq_terms(grad, code, below, above, zero)
     return grad_x, terms.sum(1)
 
 
-def backward_lsq_cols(grad: Tensor, code: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+def backward_lsq_cols(
+    grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor]:
     """As `backward_lsq_flat`, of values in blocks of rows, [blocks, rows, n]: sums of each block, shape [blocks, n]."""
-    grad_x, terms = _lsq_terms(grad, code, below, above)
+    grad_x, terms = _lsq_terms(grad, code, below, above, zero)
     return grad_x, terms.sum(1)
+
+
+@functools.lru_cache(maxsize=256)
+def zeros(shape: torch.Size, device: torch.device) -> Tensor:
+    """A zero for each row of values of a shape, as the kernels of `backward_lsq` take it; made once."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape[:1] + (1,) * len(shape[1:]) if len(shape) > 1 else (), device=device)
 
 
 def choose_symmetric(low: Tensor, high: Tensor, constants: Tensor) -> tuple[Tensor, ...]:
@@ -291,6 +304,26 @@ def _writing(kernel: _Kernel, count: int) -> _Kernel:
     return write
 
 
+@functools.cache
+def _writing_first() -> Any:
+    """A pass of Inductor's that lets results be written as soon as they are known, not at the end.
+
+    A loop that sums takes in what is computed before the sum only: written after it, the values would need a loop of
+    their own, which reads everything once more.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class WritingFirst(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+                node.args[1].append(node)
+
+        def uuid(self) -> bytes:
+            return get_hash_for_files((__file__,))
+
+    return WritingFirst()
+
+
 _VALUES = {"flat": (2**16,), "strips": (192, 320), "rows": (192, 320), "cols": (192, 320)}
 _SCALE = {"flat": (), "strips": (), "rows": (192, 1), "cols": (320,)}
 
@@ -319,7 +352,7 @@ def _example(name: str, form: str, dtype: torch.dtype, device: str) -> list[Tens
         return [x, code]
     if form == "cols":
         x, code = x.view(8, 24, 320), code.view(8, 24, 320)
-    return [x, code, -scale, scale]
+    return [x, code, -scale, scale, zeros(x.shape, x.device).clone()]
 
 
 @functools.cache
@@ -339,8 +372,8 @@ def compiled(name: str, form: str, dtype: torch.dtype, device: str, threads: int
     arguments: list[Any] = [*_example(name, form, dtype, device)]
     if places := _places(name, arguments[0]):
         kernel, arguments = _writing(kernel, len(places)), [*arguments, *places]
-    options = {"config_patches": {"cpp.threads": threads}}
     try:
+        options = {"config_patches": {"cpp.threads": threads, "post_grad_custom_post_pass": _writing_first()}}
         with torch.inference_mode(False), torch.no_grad():
             graph = make_fx(kernel, tracing_mode="symbolic")(*arguments)
             artifact: _Kernel = torch._inductor.standalone_compile(
