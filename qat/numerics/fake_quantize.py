@@ -195,6 +195,8 @@ def fake_quantize(
     if not torch.is_grad_enabled():
         q = quantize(x, scale, zero_point, quant_min, quant_max, rounding)
         return dequantize(torch.maximum(q, zero_point) if relu else q, scale, zero_point).to(x.dtype)
+    if rounding == "nearest" and torch.compiler.is_compiling():
+        return fast.traced(x, scale, zero_point, quant_min, quant_max, relu, grad_scale)
     if grad_scale is None:
         return _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding)
     return _FakeQuantizeLSQ.apply(x, scale, zero_point, quant_min, quant_max, relu, rounding, grad_scale)

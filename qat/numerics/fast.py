@@ -186,6 +186,50 @@ class _FakeQuantizeLSQ(torch.autograd.Function):
         return taken.restore(grad_x), None, grad_scale, None, None, None, None, None
 
 
+class _Traced(torch.autograd.Function):
+    """The kernels as they are written, for a compiler that sees the whole step: it saves bytes, not slow bools."""
+
+    @staticmethod
+    def forward(ctx, x, scale, bottom, top, floor):  # type: ignore[no-untyped-def]
+        y, inside = kernels.forward_ste(x, scale, bottom, top, floor)
+        ctx.save_for_backward(inside)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (inside,) = ctx.saved_tensors
+        return *kernels.backward_ste(grad, inside), None, None, None, None
+
+
+class _TracedLSQ(torch.autograd.Function):
+    """As `_Traced`, with a gradient for the scale."""
+
+    @staticmethod
+    def forward(ctx, x, scale, bottom, top, floor, grad_scale):  # type: ignore[no-untyped-def]
+        y, code = kernels.forward_lsq(x, scale, bottom, top, floor)
+        ctx.save_for_backward(code, bottom, top)
+        ctx.grad_scale = grad_scale
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        code, bottom, top = ctx.saved_tensors
+        grad_x, terms = kernels.lsq_terms(grad, code, bottom, top, torch.zeros_like(top))
+        return grad_x, terms.sum_to_size(top.shape) * ctx.grad_scale, None, None, None, None
+
+
+def traced(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, relu: bool, grad_scale: float | None
+) -> Tensor:
+    """`qat.numerics.fake_quantize.fake_quantize` rounding to nearest, for `torch.compile` to trace."""
+    bottom = quant_min - zero_point
+    bottom, top = bottom.clamp(min=0) if relu else bottom, quant_max - zero_point
+    floor = 0.0 if relu else -math.inf
+    if grad_scale is None:
+        return _Traced.apply(x, scale, bottom, top, floor)
+    return _TracedLSQ.apply(x, scale, bottom, top, floor, grad_scale)
+
+
 @functools.lru_cache(maxsize=1024)
 def ends(quant_min: int, quant_max: int, relu: bool, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """The smallest and the largest integer less the zero point, where that is 0; made once."""

@@ -39,7 +39,7 @@ BELOW, ABOVE = -128, 127
 """What is kept instead of a residual where the value is clipped."""
 
 
-def forward_ste(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+def forward_ste(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor | float) -> tuple[Tensor, Tensor]:
     """Fake-quantize; also where the gradient passes, one byte an element.
 
     Integers are counted from the smallest one, so that both clamps are a ReLU: that is one instruction, while
@@ -56,14 +56,14 @@ def forward_ste(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Te
 
 
 def forward_ste_codes(
-    x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor
+    x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `forward_ste`, and the integers, one byte each, for `decode`: at most 256 of them."""
     y, inside, count = _ste(x, scale, bottom, top, floor)
     return y, inside, _byte(count - 128.0)
 
 
-def _ste(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _ste(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     """Result, where the gradient passes, and the integers counted from the smallest one."""
     x_ = x.float()
     q, last = torch.round(x_ / scale) - bottom, top - bottom
@@ -110,7 +110,7 @@ def backward_ste(grad: Tensor, inside: Tensor) -> tuple[Tensor]:
     return ((grad.float() * inside.float()).to(grad.dtype),)
 
 
-def forward_lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+def forward_lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor | float) -> tuple[Tensor, Tensor]:
     """As `forward_ste`, with one byte an element for both gradients.
 
     The byte is BELOW or ABOVE where the value is clipped, else 252 (round(v) - v) with `v = x / scale`.
@@ -120,14 +120,14 @@ def forward_lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Te
 
 
 def forward_lsq_codes(
-    x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor
+    x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `forward_lsq`, and the integers (`forward_ste_codes`)."""
     y, code, q = _lsq(x, scale, bottom, top, floor)
     return y, code, _byte(q - bottom - 128.0)
 
 
-def _lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
     """Result, the byte for both gradients, and the integers less the zero point."""
     x_ = x.float()
     v = x_ / scale
@@ -142,16 +142,15 @@ def _lsq(x: Tensor, scale: Tensor, bottom: Tensor, top: Tensor, floor: Tensor) -
     return (q * scale).to(x.dtype), _byte(code), q
 
 
-def _lsq_terms(grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+def lsq_terms(grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `x`, and of the scale from each value; the arguments are those of `backward_lsq_flat`."""
     g, c = grad.float(), code.float()
     under, over = c == float(BELOW), c == float(ABOVE)
     slope = torch.where(under, below, torch.where(over, above, c * (1 / RESIDUAL_STEPS)))
     return torch.where(under, zero, torch.where(over, zero, g)).to(grad.dtype), g * slope
 
 
-def backward_lsq_flat(
-    grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward_lsq_flat(grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `x` and of the scale, the latter summed in the same pass.
 
     Args:
@@ -161,23 +160,19 @@ def backward_lsq_flat(
         zero: from `zeros`: one for each row. With a constant, the compiler sees that the first result does not depend
             on rows, and makes a pass of its own of it.
     """
-    grad_x, terms = _lsq_terms(grad, code, below, above, zero)
+    grad_x, terms = lsq_terms(grad, code, below, above, zero)
     return grad_x, terms.sum()
 
 
-def backward_lsq_rows(
-    grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward_lsq_rows(grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """As `backward_lsq_flat`; the gradient of the scale is of shape [rows]."""
-    grad_x, terms = _lsq_terms(grad, code, below, above, zero)
+    grad_x, terms = lsq_terms(grad, code, below, above, zero)
     return grad_x, terms.sum(1)
 
 
-def backward_lsq_cols(
-    grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor
-) -> tuple[Tensor, Tensor]:
+def backward_lsq_cols(grad: Tensor, code: Tensor, below: Tensor, above: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
     """As `backward_lsq_flat`, of values in blocks of rows, [blocks, rows, n]: sums of each block, shape [blocks, n]."""
-    grad_x, terms = _lsq_terms(grad, code, below, above, zero)
+    grad_x, terms = lsq_terms(grad, code, below, above, zero)
     return grad_x, terms.sum(1)
 
 
