@@ -16,7 +16,7 @@ from qat.numerics.fake_quantize import Staircase, fake_quantize, fake_quantize_b
 from qat.numerics.formats import FORMATS, Format, Grid
 from qat.numerics.gradients import GRADIENTS
 from qat.numerics.granularity import Layout, in_order_of
-from qat.numerics.rounding import SETTLED, adaptive, penalized, rectified_logits
+from qat.numerics.rounding import ROUNDING, adaptive, penalized, rectified_logits, settled
 from qat.observers import OBSERVERS, ObserverOptions
 from qat.ranges import RANGES, RangeOptions
 from qat.recompute import recomputing
@@ -108,7 +108,7 @@ class FakeQuantize(nn.Module):
                 decay=scheme.range_decay,
             )
         )
-        if shape is not None and scheme.rounding == "adaptive":
+        if shape is not None and self.adapts:
             self.logits = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32))
         self.plain = plain.is_plain(self)
 
@@ -168,12 +168,12 @@ class FakeQuantize(nn.Module):
     @property
     def adapts(self) -> bool:
         """Whether rounding is learned, weight by weight."""
-        return self.scheme.rounding == "adaptive"
+        return ROUNDING[self.scheme.rounding].learned
 
     @property
     def anneals(self) -> bool:
         """Whether the share of training that has passed makes a difference."""
-        first, last = self.scheme.gradient_strength or GRADIENTS[self.scheme.gradient].strengths
+        first, last = self.scheme.gradient_strength or GRADIENTS[self.scheme.gradient].strengths or (1.0, 1.0)
         return self.adapts or first != last
 
     @property
@@ -192,12 +192,12 @@ class FakeQuantize(nn.Module):
 
     @property
     def rounding_in_use(self) -> str:
-        """Key of ROUNDING: the scheme's; what stands in for it (SETTLED) once `frozen`, or in eval mode.
+        """Key of ROUNDING: the scheme's; what stands in for it (`settled`) once `frozen`, or in eval mode.
 
         So what is evaluated is what `fold` exports, although a random rounding never gives the same integers twice.
         """
-        rounding, settled = self.scheme.rounding, self.mode is Mode.frozen or not self.training
-        return SETTLED.get(rounding, rounding) if settled else rounding
+        rounding = self.scheme.rounding
+        return settled(rounding) if self.mode is Mode.frozen or not self.training else rounding
 
     def rows(self, x: Tensor) -> Tensor:
         """View `x` with one row a scale, shape [rows, values]."""
@@ -344,7 +344,7 @@ class FakeQuantize(nn.Module):
             return ((q.clamp(self.quant_min, self.quant_max) - zero_point) * scale).to(x.dtype)
         grad_scale = self.grad_scale(x, scale)
         learned = scale.requires_grad
-        plain = scheme.gradient in ("clipped_ste", "lsq") and self.range.residual and not zero_point.requires_grad
+        plain = gradient.plain and self.range.residual and not zero_point.requires_grad
         if grid is None and plain:
             return fake_quantize(
                 x, scale, zero_point, int(self.quant_min), int(self.quant_max), relu=self.relu,

@@ -67,10 +67,12 @@ class Observer(nn.Module):
         reduce: state -> how the states of several observers become one: a key of REDUCE, element by element and in this
             order, or `joint`: the class's own `merge` needs several states together.
         ordered: the range depends on the order of the batches, so that processes have to take in each batch together.
+        integers: it counts the levels of integers, and knows no other format.
     """
 
     reduce: ClassVar[dict[str, str]] = {}
     ordered: ClassVar[bool] = False
+    integers: ClassVar[bool] = False
 
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__()
