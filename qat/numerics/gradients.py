@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qat.numerics.rounding import uniform
+from qat.numerics.draws import uniform
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,27 +13,12 @@ weight whether it goes up or down.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-_GOLDEN = 0.6180339887498949
-_generator: torch.Generator | None = None
-
-
-def use_generator(generator: torch.Generator | None) -> None:
-    """Set what `stochastic` draws from.
-
-    Args:
-        generator: on the device of the tensors; every process that gives an equal one rounds equally. None, the
-            default, for torch's own generator of each device, which `torch.manual_seed` and Lightning's
-            `seed_everything` seed and checkpoints can restore. Processes then round differently, also where all
-            were given the same seed.
-    """
-    global _generator
-    _generator = generator
+from qat.numerics.draws import uniform
 
 
 def stochastic(x: Tensor) -> Tensor:
@@ -47,22 +32,6 @@ def stochastic(x: Tensor) -> Tensor:
     u = uniform(x)
     low = torch.floor(x)
     return low + (u < x - low).to(x.dtype)
-
-
-def uniform(x: Tensor) -> Tensor:
-    """Uniform random numbers in [0, 1), float32, of the shape of `x`, from the generator in use."""
-    u = torch.rand(x.shape, generator=_generator, device=x.device, dtype=torch.float32)
-    rank = _rank() if _generator is None else 0
-    if rank:  # equal seeds on all ranks: shifted copies of one uniform variable are uniform, and differ
-        u = torch.frac(u + rank * _GOLDEN % 1)
-    return u
-
-
-def _rank() -> int:
-    with suppress(ValueError, RuntimeError):
-        if distributed.is_available() and distributed.is_initialized():
-            return distributed.get_rank()
-    return 0
 
 
 def logarithmic(x: Tensor) -> Tensor:

@@ -217,6 +217,11 @@ def _rounding(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
                           "range=dynamic symmetric=true", "rounding=nearest")  # fmt: skip
         if not kind.powers or rule.odd:
             yield Refusal("rounding", "powers of two are not levels of this scheme", "rounding=nearest", "format=pow2")
+    seed, random = scheme.rounding_seed, ROUNDING[rounding].settled or GRADIENTS[scheme.gradient].noisy
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31):
+        yield Refusal("rounding_seed", "not a seed", advice="give an integer from 0 to 2147483647, or null")
+    if seed is not None and not random:
+        yield Refusal("rounding_seed", f"rounding={rounding} draws nothing", "rounding_seed=null")
     if ROUNDING[rounding].learned:
         if scheme.format != "int" or rule.learned or rule.follows or rule.odd:
             yield Refusal("rounding", "it is learned on integers of a range that stays", "rounding=nearest",
