@@ -398,11 +398,54 @@ def test_moving_averages_are_averaged() -> None:
     assert ranges(a) == [[-2.0], [3.0]]
 
 
+def test_moving_averages_merge_site_by_site_and_go_on() -> None:
+    """The mean of both where both have seen an edge, the one that has where one has; then averages move on."""
+    a, b = (make("ema", sites=3, momentum=0.5) for _ in range(2))
+    a.update(torch.tensor([[-1.0, 2.0]]), site=0)
+    b.update(torch.tensor([[-3.0, 6.0]]), site=0)
+    b.update(torch.tensor([[-0.5, 9.0]]), site=1)
+    a.merge(b)
+    assert torch.equal(a.low.nan_to_num(7), torch.tensor([[-2.0], [-0.5], [7.0]]))
+    assert torch.equal(a.high.nan_to_num(7), torch.tensor([[4.0], [9.0], [7.0]]))
+    assert ranges(a) == [[-2.0], [9.0]]
+    a.update(torch.tensor([[-4.0, 5.0]]), site=1)
+    assert ranges(a) == [[-2.25], [7.0]]
+
+
 def test_observers_of_different_things_do_not_merge() -> None:
     with pytest.raises(ValueError, match="cannot merge MinMax"):
         make("absmax").merge(make("minmax"))
     with pytest.raises(ValueError, match="same class and options"):
         make("sigma", sigmas=2.0).merge(make("sigma", sigmas=3.0))
+    with pytest.raises(ValueError, match="same class and options"):
+        make("mse", quant_max=7).merge(make("mse", quant_max=127))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("e2m1", "mxfp4"), ("mxfp4", "nvfp4"), ("e2m1", "int"), ("e4m3fn", "e5m2"), ("pow2", "apot"), ("bf16", "tf32")],
+)
+def test_observers_of_different_grids_do_not_merge(first: str, second: str) -> None:
+    """Also where the ends are equal, and where the grids are and the scales are not."""
+
+    def observer(name: str) -> Observer:
+        kind = FORMATS[name]
+        assert kind.grid is not None
+        grid = None if name == "int" else kind.grid(kind.bits[-1], True, False)
+        return make("mse", quant_min=-6, quant_max=6, grid=grid, scales=kind.scales)
+
+    x = long_tailed(1, 100)
+    one, same, other = observer(first), observer(first), observer(second)
+    for each in (one, same, other):
+        each.update(x)
+    one.merge(same)
+    assert float(one.counts.sum()) == 200
+    one.merge(copy.deepcopy(same))
+    with pytest.raises(ValueError, match="same class and options, for the same grid"):
+        one.merge(other)
+    with pytest.raises(ValueError, match="same class and options, for the same grid"):
+        other.merge(one)
+    assert float(one.counts.sum()) == 300
 
 
 @pytest.mark.parametrize("name", OBSERVERS)
