@@ -556,10 +556,10 @@ def sample(name: str) -> np.ndarray:
 def test_entropy_is_onnx_runtimes_threshold(name: str) -> None:
     """ONNX Runtime's calibrator, on as many levels and as fine a histogram, within 10 %.
 
-    Its own threshold moves by as much with the number of bins (a Student's t: 5.3 for 1025, 6.1 for 2049, 5.9 for 4097):
-    the divergence is flat about its minimum, it merges equal runs of bins where levels have cells about them, and rounds counts down to
-    integers. Of more levels its thresholds are too scattered to compare (31 levels, Student's t: 12.5 or 7.6). A ReLU's
-    zeros are left out: here the bin at zero counts as its neighbour does, there it decides alone.
+    Its own threshold moves by as much with the number of bins (a Student's t: 5.3 of 1025, 6.1 of 2049, 5.9 of 4097):
+    the divergence is flat about its minimum. It merges equal runs of bins, where levels have cells about them, and
+    rounds counts down to integers. Of more levels its thresholds are too scattered to compare (31 levels, Student's t:
+    12.5 or 7.6). A ReLU's zeros are left out: here the bin at zero counts as its neighbour does, there it decides.
     """
     from onnxruntime.quantization.calibrate import HistogramCollector
 
