@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qat.fake_quant import FakeQuantize
 from qat.fitted import Codebook, Mean, Product
-from qat.numerics.rounding import ROUNDING, SETTLED, adaptive
+from qat.numerics.rounding import ROUNDING, adaptive, settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +51,8 @@ def encode(quantizer: FakeQuantize, x: Tensor) -> Encoded:
     fitted, scheme, grid = quantizer.fitted, quantizer.scheme, quantizer.grid
     if isinstance(fitted, Mean):
         q, scale = fitted.integers(rows)
-        step = 2 if scheme.format == "binary" else 1
-        return Encoded(codes=q, levels=None, scale=scale, zero_point=zeros, low=-1, high=1, step=step)
+        ends, step = (fitted.levels[0], fitted.levels[-1]), fitted.levels[1] - fitted.levels[0]
+        return Encoded(codes=q, levels=None, scale=scale, zero_point=zeros, low=ends[0], high=ends[1], step=step)
     if isinstance(fitted, Codebook):
         levels = fitted.entries.detach()
         return Encoded(
@@ -62,7 +62,7 @@ def encode(quantizer: FakeQuantize, x: Tensor) -> Encoded:
         raise TypeError(f"'{quantizer.name}': product quantization has one code for a vector, not for a value")
     scale, zero_point = (t.reshape(-1).expand(count).clone() for t in quantizer.qparams(x))
     low, high = quantizer.quant_min, quantizer.quant_max
-    rounding = ROUNDING[SETTLED.get(scheme.rounding, scheme.rounding)]
+    rounding = ROUNDING[settled(scheme.rounding)]
     v = quantizer.range.transform(rows).float() / scale.unsqueeze(1)
     if grid is None:
         rounded = adaptive(v, quantizer.rows(quantizer.logits), soft=False) if quantizer.adapts else rounding(v)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
@@ -12,11 +14,12 @@ from qat import plain
 from qat.fitted import FITTED, Fitted, Mean
 from qat.mode import Mode
 from qat.numerics.affine import SMALLEST_SCALE, choose_qparams
+from qat.numerics.draws import seeded
 from qat.numerics.fake_quantize import Staircase, fake_quantize, fake_quantize_by
 from qat.numerics.formats import FORMATS, Format, Grid
 from qat.numerics.gradients import GRADIENTS
 from qat.numerics.granularity import Layout, in_order_of
-from qat.numerics.rounding import SETTLED, adaptive, penalized, rectified_logits
+from qat.numerics.rounding import ROUNDING, adaptive, penalized, rectified_logits, settled
 from qat.observers import OBSERVERS, ObserverOptions
 from qat.ranges import RANGES, RangeOptions
 from qat.recompute import recomputing
@@ -44,7 +47,8 @@ class FakeQuantize(nn.Module):
     Attributes:
         range: scale and zero point, or where they come from (`qat.ranges`).
         grid: the levels of a format that has no zero point; None for integers, and where levels are fitted.
-        name: what errors call the tensor.
+        name: what errors call the tensor; with `rounding_seed`, draws depend on it.
+        draws: how often random numbers were drawn, where there is a `rounding_seed`.
         progress: share of training that has passed, for gradients and penalties that change with it (`anneals`); a
             tensor, so that a compiled or captured step reads it anew.
         plain: few operations can do it (`qat.plain`).
@@ -53,6 +57,7 @@ class FakeQuantize(nn.Module):
     """
 
     progress: Tensor
+    draws: Tensor
 
     def __init__(
         self,
@@ -71,6 +76,8 @@ class FakeQuantize(nn.Module):
         self.activation, self.bounds = None if activation is None else list(activation), bounds
         self.mode, self.watched, self.name, self.kept = Mode.float, False, "tensor", True
         self.register_buffer("progress", torch.zeros((), dtype=torch.float32), persistent=False)
+        if scheme.rounding_seed is not None:
+            self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         weight = shape is not None
         self.signed = scheme.takes_sign(nonnegative or relu)
         self.layout = Layout(
@@ -108,7 +115,7 @@ class FakeQuantize(nn.Module):
                 decay=scheme.range_decay,
             )
         )
-        if shape is not None and scheme.rounding == "adaptive":
+        if shape is not None and self.adapts:
             self.logits = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32))
         self.plain = plain.is_plain(self)
 
@@ -137,6 +144,15 @@ class FakeQuantize(nn.Module):
         groups = self.scale_shape[-1] if len(self.scale_shape) == 2 else 1
         rule, scheme = RANGES[self.scheme.range], self.scheme
         return FITTED[self.format.fitted](rows, groups, scheme.bits, rule.learned, scheme.refresh, scheme.subspaces)
+
+    @property
+    def name(self) -> str:
+        """What errors call the tensor."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._name, self._seed = name, ((self.scheme.rounding_seed or 0) << 32) + zlib.crc32(name.encode())
 
     @property
     def format(self) -> Format:
@@ -168,12 +184,12 @@ class FakeQuantize(nn.Module):
     @property
     def adapts(self) -> bool:
         """Whether rounding is learned, weight by weight."""
-        return self.scheme.rounding == "adaptive"
+        return ROUNDING[self.scheme.rounding].learned
 
     @property
     def anneals(self) -> bool:
         """Whether the share of training that has passed makes a difference."""
-        first, last = self.scheme.gradient_strength or GRADIENTS[self.scheme.gradient].strengths
+        first, last = self.scheme.gradient_strength or GRADIENTS[self.scheme.gradient].strengths or (1.0, 1.0)
         return self.adapts or first != last
 
     @property
@@ -192,12 +208,12 @@ class FakeQuantize(nn.Module):
 
     @property
     def rounding_in_use(self) -> str:
-        """Key of ROUNDING: the scheme's; what stands in for it (SETTLED) once `frozen`, or in eval mode.
+        """Key of ROUNDING: the scheme's; what stands in for it (`settled`) once `frozen`, or in eval mode.
 
         So what is evaluated is what `fold` exports, although a random rounding never gives the same integers twice.
         """
-        rounding, settled = self.scheme.rounding, self.mode is Mode.frozen or not self.training
-        return SETTLED.get(rounding, rounding) if settled else rounding
+        rounding = self.scheme.rounding
+        return settled(rounding) if self.mode is Mode.frozen or not self.training else rounding
 
     def rows(self, x: Tensor) -> Tensor:
         """View `x` with one row a scale, shape [rows, values]."""
@@ -326,7 +342,8 @@ class FakeQuantize(nn.Module):
         by_rows = self.layout.by_rows or self.adapts or (self.grid is not None and self.scheme.format == "int")
         values = self.range.transform(self.rows(x)) if by_rows else x
         layout = dataclasses.replace(self.layout, kind="rows") if by_rows else self.layout
-        y = self._quantize(values, layout.broadcast(scale, x), layout.broadcast(zero_point, x), moves)
+        with self._drawing(moves):
+            y = self._quantize(values, layout.broadcast(scale, x), layout.broadcast(zero_point, x), moves)
         return in_order_of(x, self.layout.restore(y.to(x.dtype), x.shape)) if by_rows else y
 
     def grad_scale(self, x: Tensor, scale: Tensor) -> float:
@@ -344,7 +361,7 @@ class FakeQuantize(nn.Module):
             return ((q.clamp(self.quant_min, self.quant_max) - zero_point) * scale).to(x.dtype)
         grad_scale = self.grad_scale(x, scale)
         learned = scale.requires_grad
-        plain = scheme.gradient in ("clipped_ste", "lsq") and self.range.residual and not zero_point.requires_grad
+        plain = gradient.plain and self.range.residual and not zero_point.requires_grad
         if grid is None and plain:
             return fake_quantize(
                 x, scale, zero_point, int(self.quant_min), int(self.quant_max), relu=self.relu,
@@ -363,6 +380,14 @@ class FakeQuantize(nn.Module):
             residual=self.range.residual,
         )
         return fake_quantize_by(x, scale, zero_point, staircase, grad_scale)
+
+    def _drawing(self, moves: bool) -> AbstractContextManager[None]:
+        """Where random numbers come from: of the scheme's seed, the next ones; a repeated forward has the same again."""
+        if self.scheme.rounding_seed is None or not moves:
+            return nullcontext()
+        if not recomputing():
+            self.draws += 1
+        return seeded(self._seed, self.draws)
 
     def _rounding_logits(self, moves: bool) -> Tensor:
         """What adaptive rounding has learned, as rows; in training with the gradient that makes it decide."""

@@ -5,7 +5,7 @@ stored is indices and a table (`codes`), or integers and a scale.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,13 @@ class Fitted(nn.Module):
 
 
 class Mean(Fitted):
-    """Signs or signs and zeros, times a mean of magnitudes: `binary` and `ternary`."""
+    """Signs or signs and zeros, times a mean of magnitudes: `binary` and `ternary`.
+
+    Attributes:
+        levels: the integers, ascending, at equal distances.
+    """
+
+    levels: ClassVar[tuple[int, ...]] = (-1, 0, 1)
 
     def integers(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(-1, 0 or 1, shape of `rows`; scale, shape [rows])."""
@@ -64,6 +70,8 @@ class Mean(Fitted):
 
 class Binary(Mean):
     """`sign(w) mean |w|`. Source: Rastegari et al. 2016, "XNOR-Net", equation 6."""
+
+    levels = (-1, 1)
 
     def integers(self, rows: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         return binary(rows.detach().float())

@@ -15,6 +15,7 @@ from qat import processes
 from qat.mode import Mode
 from qat.numerics import fast
 from qat.numerics.codes import LEVELS
+from qat.numerics.gradients import GRADIENTS
 from qat.observers import Ema, Extremes
 
 FakeQuantize = Any
@@ -26,7 +27,7 @@ def is_plain(node: FakeQuantize) -> bool:
     scheme = node.scheme
     return (
         scheme.format == "int" and node.grid is None and node.fitted is None and not node.adapts
-        and not node.layout.by_rows and scheme.gradient in ("clipped_ste", "lsq")
+        and not node.layout.by_rows and GRADIENTS[scheme.gradient].plain
         and (node.range.kept or node.range.dynamic)
     )  # fmt: skip
 

@@ -50,6 +50,8 @@ class Range(nn.Module):
         affine: it needs a zero point (true), cannot have one (false), or takes either (None).
         formats: the kinds of format that it is defined for: "any", or "int".
         roles: the tensors that it is made for.
+        tables: it also says what becomes of a table of fitted levels: it stays, or is learned.
+        odd: weights are squashed as a whole onto odd integers, without zero (`transform`, `weight_grid`: DoReFa).
     """
 
     learned: ClassVar[bool] = False
@@ -61,6 +63,8 @@ class Range(nn.Module):
     affine: ClassVar[bool | None] = None
     formats: ClassVar[str] = "any"
     roles: ClassVar[tuple[str, ...]] = ("weight", "activation")
+    tables: ClassVar[bool] = False
+    odd: ClassVar[bool] = False
 
     def __init__(self, options: RangeOptions) -> None:
         super().__init__()
@@ -97,9 +101,14 @@ class Range(nn.Module):
 
 
 class Fixed(Range):
-    """Set by calibration; stays."""
+    """Set by calibration; stays.
+
+    Source: Wu et al. 2020, "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation",
+    section 3.3 (calibration).
+    """
 
     kept = True
+    tables = True
     scale: Tensor
     zero_point: Tensor
 
@@ -123,10 +132,15 @@ class Running(Fixed):
     """
 
     follows = True
+    tables = False
 
 
 class Dynamic(Range):
-    """Computed from the tensor at hand at every use. The natural choice for weights, whose values are all known."""
+    """Computed from the tensor at hand at every use. The natural choice for weights, whose values are all known.
+
+    Source: Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference: A whitepaper",
+    section 3 (weights); Yao et al. 2022, "ZeroQuant", section 4.1 (activations, a scale a token).
+    """
 
     dynamic = True
 
@@ -146,7 +160,7 @@ class Lsq(Fixed):
     Source: Esser et al. 2020, "Learned Step Size Quantization", equation 3 and section 2.2.
     """
 
-    learned = scaled = True
+    learned = scaled = tables = True
 
     def __init__(self, options: RangeOptions) -> None:
         super().__init__(options)
@@ -259,6 +273,7 @@ class Dorefa(Range):
 
     affine = False
     formats = "int"
+    odd = True
 
     def __init__(self, options: RangeOptions) -> None:
         super().__init__(options)

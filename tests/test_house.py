@@ -15,6 +15,7 @@ ORDER = [
     "qat.processes",
     "qat.recompute",
     "qat.stopping",
+    "qat.numerics.draws",
     "qat.numerics.rounding",
     "qat.numerics.fixed_point",
     "qat.numerics.affine",

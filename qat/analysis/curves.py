@@ -14,7 +14,8 @@ from qat.mode import Mode
 from qat.numerics.codebook import assign
 from qat.numerics.formats.fitted import THRESHOLD
 from qat.numerics.gradients import GRADIENTS
-from qat.numerics.rounding import SETTLED
+from qat.numerics.rounding import ROUNDING
+from qat.ranges import RANGES
 from qat.scheme import Granularity, TensorScheme
 
 WEIGHT = (256, 64, 3, 3)
@@ -101,14 +102,14 @@ def words(scheme: TensorScheme) -> str:
     text = scheme.describe()
     if scheme.rounding != "nearest":
         text += f", {scheme.rounding}"
-    return text if scheme.gradient in ("clipped_ste", "lsq") else f"{text}, {scheme.gradient}"
+    return text if GRADIENTS[scheme.gradient].plain else f"{text}, {scheme.gradient}"
 
 
 def _measure(scheme: TensorScheme, part: str, points: int) -> Curve:
     sample = torch.randn(WEIGHT)
     batches = [sample] if part == "weight" else list(sample.reshape(-1, *BATCH))
     text, notes = words(scheme), []
-    if scheme.rounding == "adaptive":
+    if ROUNDING[scheme.rounding].learned:
         notes.append("adaptive rounding has learned nothing yet: drawn as nearest")
         scheme = dataclasses.replace(scheme, rounding="nearest")
     if scheme.signed is False and scheme.symmetric:
@@ -118,7 +119,7 @@ def _measure(scheme: TensorScheme, part: str, points: int) -> Curve:
     with torch.no_grad():
         stored = torch.stack([quantizer(batch) for batch in batches])
         target = torch.stack([_target(quantizer, batch) for batch in batches])
-        random = scheme.rounding in SETTLED or GRADIENTS[scheme.gradient].noisy
+        random = ROUNDING[scheme.rounding].settled is not None or GRADIENTS[scheme.gradient].noisy
         if random:
             settled = torch.stack([quantizer.eval()(batch) for batch in batches])
             notes.append(f"as in training; evaluation rounds to nearest, SQNR {sqnr_db(target, settled):.2f} dB")
@@ -147,7 +148,7 @@ def _measure(scheme: TensorScheme, part: str, points: int) -> Curve:
 
 def _calibrated(scheme: TensorScheme, part: str, batches: Sequence[Tensor]) -> FakeQuantize:
     """A quantizer of the scheme in training mode, calibrated; its range is not moved by what is measured."""
-    scheme = dataclasses.replace(scheme, range="fixed") if scheme.range == "running" else scheme
+    scheme = dataclasses.replace(scheme, range="fixed") if RANGES[scheme.range].follows else scheme
     if part == "weight":
         quantizer = FakeQuantize(scheme, batches[0].shape)
         quantizer.set_range_from(batches[0])
@@ -190,7 +191,7 @@ def _staircase(quantizer: FakeQuantize, part: str, batches: Sequence[Tensor], po
     middle = scale.argsort()[len(scale) // 2]
     one = dataclasses.replace(
         quantizer.scheme, granularity=Granularity.tensor, axis=None, group_size=None, block_size=None,
-        range="dorefa" if quantizer.scheme.range == "dorefa" else "fixed",
+        range=quantizer.scheme.range if RANGES[quantizer.scheme.range].odd else "fixed",
     )  # fmt: skip
     step = 2 * REACH / (points - 1)
     x = torch.linspace(-REACH - step, REACH + step, points + 2)  # the ends carry what squashing owes to the largest
@@ -198,15 +199,16 @@ def _staircase(quantizer: FakeQuantize, part: str, batches: Sequence[Tensor], po
     drawn.range.set(scale[middle], zero_point[middle])
     drawn.mode = Mode.quantize
     gradients = {}
-    first, last = one.gradient_strength or GRADIENTS[one.gradient].strengths
+    rule = GRADIENTS[one.gradient]
+    first, last = one.gradient_strength or rule.strengths or (1.0, 1.0)
     for progress, strength in [(0.0, first), (1.0, last)][: 1 + (first != last)]:
         drawn.progress.fill_(progress)
-        for sign in (1, -1) if one.gradient == "ewgs" else (1,):
+        for sign in (1, -1) if rule.by_sign else (1,):
             leaf = x.clone().requires_grad_()
             y = drawn(leaf)
             (gradient,) = torch.autograd.grad(y, leaf, torch.full_like(y, sign))
-            label = f"delta = {strength:g}, g {'>' if sign > 0 else '<'} 0" if one.gradient == "ewgs" else ""
-            label = f"k = {strength:g}" if one.gradient == "dsq" else label
+            label = f"{rule.symbol} = {strength:g}" if rule.symbol else ""
+            label += f", g {'>' if sign > 0 else '<'} 0" if rule.by_sign else ""
             if label and first != last:
                 label += f" ({'first' if progress == 0 else 'last'} step)"
             gradients[label] = sign * gradient[1:-1]

@@ -77,10 +77,10 @@ def _usual(name: str, bits: int) -> dict[str, Any]:
     kind = FORMATS[name]
     if kind.block:
         return _blocks(name, kind.block)
-    if kind.fitted == "product":
+    if kind.vectors:
         return {"format": name, "bits": bits, "granularity": "group", "group_size": 4, "range": "learned"}
-    if kind.fitted == "codebook":
-        return {**_TABLE, "bits": bits}
+    if kind.fitted and kind.grid is None:
+        return {**_TABLE, "format": name, "bits": bits}
     if kind.unit_scale:
         return {"format": name, "bits": bits, "granularity": "tensor", "range": "fixed"}
     return {"format": name, "bits": bits, **_CHANNEL}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.fake_quant import FakeQuantize
-from qat.fitted import Table
+from qat.fitted import Mean, Table
 from qat.layers import weights_of
 from qat.modes import eval_mode, quantizers
 from qat.numerics.formats.base import LISTED_BITS
@@ -198,8 +198,8 @@ def levels_used(seen: Seen) -> tuple[int, int] | None:
     quantizer = seen.quantizer
     if isinstance(quantizer.fitted, Table):
         return None
-    if quantizer.fitted is not None:
-        return len(torch.sign(seen.stored).unique()), 3 if quantizer.scheme.format == "ternary" else 2
+    if isinstance(quantizer.fitted, Mean):
+        return len(torch.sign(seen.stored).unique()), len(quantizer.fitted.levels)
     if (quantizer.scheme.bits or 32) > 8:
         return None
     codes = seen.stored / seen.scale + seen.zero_point

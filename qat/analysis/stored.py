@@ -64,7 +64,7 @@ def fitted_bits(quantizer: FakeQuantize) -> int:
 def _integers(quantizer: FakeQuantize, count: int) -> int:
     """Bytes of integers."""
     low, high = int(quantizer.quant_min), int(quantizer.quant_max)
-    step = 2 if quantizer.scheme.format == "binary" else 1
+    step = quantizer.fitted.levels[1] - quantizer.fitted.levels[0] if isinstance(quantizer.fitted, Mean) else 1
     odd = not isinstance(quantizer.fitted, Mean) and quantizer.grid is not None  # DoReFa's integers are odd
     bits = quantizer.scheme.bits or 0 if odd else ((high - low) // step).bit_length()
     return _packed(count, bits) if bits <= 8 else count * storage_dtype(low, high).itemsize

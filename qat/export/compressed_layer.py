@@ -10,6 +10,7 @@ from qat.fake_quant import FakeQuantize
 from qat.numerics.formats.block import nvfp4_parts
 from qat.numerics.formats.minifloat import E2M1
 from qat.numerics.packing import pack_bits
+from qat.ranges import RANGES
 from qat.scheme import Granularity, TensorScheme
 
 FP4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
@@ -113,7 +114,7 @@ def _is_symmetric(quantizer: FakeQuantize) -> bool:
 
 def _bits(weight: TensorScheme) -> int:
     """Width of the codes: DoReFa's are odd integers of one bit more."""
-    return (weight.bits or 0) + (weight.range == "dorefa")
+    return (weight.bits or 0) + RANGES[weight.range].odd
 
 
 def settings_of(layer: Any, form: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qat.numerics.rounding import uniform
+from qat.numerics.draws import uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,33 @@ class Gradient:
     Attributes:
         slope: dq/dv.
         noisy: whether training adds noise in place of rounding; evaluation rounds.
-        strengths: settings at the first and the last step of training, between which the strength moves geometrically.
+        clipped: values outside the range get no gradient.
+        soft: the slope is that of a soft staircase, whose steps lie between neighbouring levels.
+        of_scale: made for a scale that is learned by LSQ.
+        by_sign: the slope depends on the sign of the gradient.
+        strengths: settings at the first and the last step of training, between which the strength moves geometrically;
+            None for an entry that has no setting.
+        symbol: what the setting is called in plots.
     """
 
     slope: Callable[[Step], Tensor]
     noisy: bool = False
-    strengths: tuple[float, float] = (1.0, 1.0)
+    clipped: bool = True
+    soft: bool = False
+    of_scale: bool = False
+    by_sign: bool = False
+    strengths: tuple[float, float] | None = None
+    symbol: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the clipped straight-through gradient, which kernels have."""
+        return self.slope is clipped_ste and not self.noisy
+
+    @property
+    def straight(self) -> bool:
+        """Whether it passes straight through whatever the levels are."""
+        return self.slope in (ste, clipped_ste) and not self.noisy and not self.of_scale
 
     def strength_at(self, progress: Tensor, strengths: tuple[float, float] | None = None) -> Tensor | float:
         """The strength at a share of training in [0, 1].
@@ -74,7 +95,7 @@ class Gradient:
         >>> GRADIENTS["dsq"].strength_at(torch.tensor(0.5), (1.0, 16.0))
         tensor(4.)
         """
-        first, last = strengths or self.strengths
+        first, last = strengths or self.strengths or (1.0, 1.0)
         return first if first == last else first * (last / first) ** progress.clamp(0.0, 1.0)
 
 
@@ -111,10 +132,10 @@ def dsq(step: Step) -> Tensor:
 
 GRADIENTS: dict[str, Gradient] = {
     "clipped_ste": Gradient(slope=clipped_ste),
-    "ste": Gradient(slope=ste),
-    "lsq": Gradient(slope=clipped_ste),  # Esser et al. 2020, equations 3 and 5: of the value and of a learned scale
-    "ewgs": Gradient(slope=ewgs, strengths=(0.02, 0.02)),
-    "dsq": Gradient(slope=dsq, strengths=(1.0, 10.0)),
+    "ste": Gradient(slope=ste, clipped=False),
+    "lsq": Gradient(slope=clipped_ste, of_scale=True),  # Esser et al. 2020, equations 3 and 5: value and learned scale
+    "ewgs": Gradient(slope=ewgs, by_sign=True, strengths=(0.02, 0.02), symbol="delta"),
+    "dsq": Gradient(slope=dsq, soft=True, strengths=(1.0, 10.0), symbol="k"),
     "noise": Gradient(slope=clipped_ste, noisy=True),
 }
 

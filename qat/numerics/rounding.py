@@ -13,26 +13,12 @@ weight whether it goes up or down.
 """
 
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-_GOLDEN = 0.6180339887498949
-_generator: torch.Generator | None = None
-
-
-def use_generator(generator: torch.Generator | None) -> None:
-    """Set what `stochastic` draws from.
-
-    Args:
-        generator: on the device of the tensors; every process that gives an equal one rounds equally. None, the
-            default, for torch's own generator of each device, which `torch.manual_seed` and Lightning's
-            `seed_everything` seed and checkpoints can restore. Processes then round differently, also where all
-            were given the same seed.
-    """
-    global _generator
-    _generator = generator
+from qat.numerics.draws import uniform
 
 
 def stochastic(x: Tensor) -> Tensor:
@@ -46,22 +32,6 @@ def stochastic(x: Tensor) -> Tensor:
     u = uniform(x)
     low = torch.floor(x)
     return low + (u < x - low).to(x.dtype)
-
-
-def uniform(x: Tensor) -> Tensor:
-    """Uniform random numbers in [0, 1), float32, of the shape of `x`, from the generator in use."""
-    u = torch.rand(x.shape, generator=_generator, device=x.device, dtype=torch.float32)
-    rank = _rank() if _generator is None else 0
-    if rank:  # equal seeds on all ranks: shifted copies of one uniform variable are uniform, and differ
-        u = torch.frac(u + rank * _GOLDEN % 1)
-    return u
-
-
-def _rank() -> int:
-    with suppress(ValueError, RuntimeError):
-        if distributed.is_available() and distributed.is_initialized():
-            return distributed.get_rank()
-    return 0
 
 
 def logarithmic(x: Tensor) -> Tensor:
@@ -151,18 +121,44 @@ def adaptive(v: Tensor, logits: Tensor, soft: bool) -> Tensor:
     return round_ste(v, "floor") + up
 
 
-ROUNDING: dict[str, Callable[[Tensor], Tensor]] = {
-    "nearest": torch.round,  # ties to even, as ONNX's QuantizeLinear and IEEE 754 do
-    "floor": torch.floor,
-    "ceil": torch.ceil,
-    "truncate": torch.trunc,
-    "stochastic": stochastic,
-    "logarithmic": logarithmic,
-    "adaptive": torch.round,  # where learning starts; FakeQuantize holds what is learned and calls `adaptive`
+@dataclass(frozen=True)
+class Rounding:
+    """One entry; called, it rounds.
+
+    Attributes:
+        function: real numbers -> integers, float32 of any shape.
+        settled: key of what stands in for it in evaluation and export, for a rounding that is for training only.
+        powers: it gives powers of two, not one of the two neighbouring integers.
+        learned: a parameter a value decides, which FakeQuantize holds (`adaptive`); `function` is where that starts.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    settled: str | None = None
+    powers: bool = False
+    learned: bool = False
+
+    def __call__(self, x: Tensor) -> Tensor:  # noqa: D102
+        return self.function(x)
+
+
+ROUNDING: dict[str, Rounding] = {
+    "nearest": Rounding(torch.round),  # ties to even, as ONNX's QuantizeLinear and IEEE 754's roundTiesToEven do
+    "floor": Rounding(torch.floor),  # IEEE 754-2019, section 4.3.2: roundTowardNegative
+    "ceil": Rounding(torch.ceil),  # roundTowardPositive
+    "truncate": Rounding(torch.trunc),  # roundTowardZero
+    "stochastic": Rounding(stochastic, settled="nearest"),
+    "logarithmic": Rounding(logarithmic, powers=True),
+    "adaptive": Rounding(torch.round, learned=True),
 }
 
-SETTLED = {"stochastic": "nearest"}
-"""Roundings that are for training only -> what stands in for them in evaluation and export."""
+
+def settled(name: str) -> str:
+    """Key of ROUNDING: what `name` is in evaluation and export.
+
+    >>> settled("stochastic"), settled("floor")
+    ('nearest', 'floor')
+    """
+    return ROUNDING[name].settled or name
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -6,8 +6,6 @@ what both saw, and `reduce` says how each state takes part in that. OBSERVERS is
 from; a new one is a class in this folder and a line there.
 """
 
-from collections.abc import Callable
-
 from qat.observers.base import Observer, ObserverOptions
 from qat.observers.entropy import Entropy
 from qat.observers.extremes import AbsMax, Ema, Extremes, MinMax
@@ -15,7 +13,7 @@ from qat.observers.histogram import BINS, Histogram, Percentile
 from qat.observers.moments import Sigma
 from qat.observers.search import Lp, Mse
 
-OBSERVERS: dict[str, Callable[[ObserverOptions], Observer]] = {
+OBSERVERS: dict[str, type[Observer]] = {
     "minmax": MinMax,
     "ema": Ema,
     "percentile": Percentile,

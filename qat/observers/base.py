@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qat import processes
 from qat.numerics.formats import Grid
+from qat.numerics.formats.base import LISTED_BITS
 
 REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "min": torch.minimum,
@@ -47,7 +48,15 @@ class ObserverOptions:
     norm: float = 2.4
     sigmas: float = 3.0
     grid: Grid | None = field(default=None, compare=False)
-    scales: Callable[[Tensor, Grid], Tensor] | None = field(default=None, compare=False)
+    scales: Callable[[Tensor, Grid], Tensor] | None = None
+
+    def same(self, other: "ObserverOptions") -> bool:
+        """Whether all of it is equal; grids are where their levels are, since their functions cannot be compared."""
+        a, b = self.grid, other.grid
+        if a is None or b is None:
+            return self == other and a is b
+        ends = (a.low, a.high, a.bits) == (b.low, b.high, b.bits)
+        return self == other and ends and (a is b or a.bits > LISTED_BITS or torch.equal(a.values(), b.values()))
 
 
 def row_range(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,10 +76,12 @@ class Observer(nn.Module):
         reduce: state -> how the states of several observers become one: a key of REDUCE, element by element and in this
             order, or `joint`: the class's own `merge` needs several states together.
         ordered: the range depends on the order of the batches, so that processes have to take in each batch together.
+        integers: it counts the levels of integers, and knows no other format.
     """
 
     reduce: ClassVar[dict[str, str]] = {}
     ordered: ClassVar[bool] = False
+    integers: ClassVar[bool] = False
 
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__()
@@ -143,10 +154,10 @@ class Observer(nn.Module):
             getattr(self, name).copy_(getattr(everyone[0], name))
 
     def _same(self, other: "Observer") -> Self:
-        if type(other) is not type(self) or other.options != self.options:
+        if type(other) is not type(self) or not other.options.same(self.options):
             raise ValueError(
                 f"{type(self).__name__} with {self.options} cannot merge {type(other).__name__} with {other.options}: "
-                f"give an observer of the same class and options"
+                f"give an observer of the same class and options, for the same grid"
             )
         return other
 

@@ -33,6 +33,7 @@ class Entropy(Histogram):
     Source: Migacz 2017, "8-bit Inference with TensorRT", GTC (pages 36 to 39: entropy calibration).
     """
 
+    integers = True
     CANDIDATES = 256
     SLACK = 1e-9  # among equals the widest clip wins
 

@@ -80,7 +80,7 @@ def _numbers(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
         yield Refusal("range_decay", "negative", advice="give a number from 0 up, for example 0.0002")
     if scheme.refresh < 1:
         yield Refusal("refresh", "not positive", advice="give a number of steps, for example 10")
-    if scheme.subspaces < 1 or (scheme.subspaces > 1 and scheme.format != "product"):
+    if scheme.subspaces < 1 or (scheme.subspaces > 1 and not FORMATS[scheme.format].vectors):
         yield Refusal("subspaces", "it divides the inputs of format=product", "subspaces=1")
     strength = scheme.gradient_strength
     if strength is not None and (len(strength) != 2 or not all(0 < s < math.inf for s in strength)):
@@ -115,34 +115,34 @@ def _sign(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
 
 
 def _fitted(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
-    kind, granularity = FORMATS[scheme.format].fitted, scheme.granularity
-    if kind is None:
+    kind, granularity, rule = FORMATS[scheme.format], scheme.granularity, RANGES[scheme.range]
+    if kind.fitted is None:
         return
     if role == "activation":
         yield Refusal("format", "a format of weights: its levels are fitted to values that are all known", "format=int")
-    if kind in ("binary", "ternary"):
-        if scheme.range != "dynamic":
-            yield Refusal("range", f"the scale of {kind} weights is a mean of theirs", "range=dynamic")
+    if kind.grid is not None:
+        if not rule.dynamic:
+            yield Refusal("range", f"the scale of {scheme.format} weights is a mean of theirs", "range=dynamic")
         if granularity is Granularity.block:
-            yield Refusal("granularity", f"{kind} weights have a scale a tensor, channel or group",
+            yield Refusal("granularity", f"{scheme.format} weights have a scale a tensor, channel or group",
                           "granularity=channel block_size=null")  # fmt: skip
         if granularity is Granularity.group and scheme.allow_padding:
             yield Refusal("allow_padding", "a mean over a short group would count what fills it", "allow_padding=false")
-    elif scheme.range not in ("fixed", "learned", "lsq"):
+    elif not rule.tables:
         yield Refusal("range", "a table of entries is learned, or stays as calibrated", "range=learned", "range=fixed")
-    if kind == "codebook" and granularity is Granularity.group:
+    if kind.grid is None and not kind.vectors and granularity is Granularity.group:
         yield Refusal("granularity", "a table a group would be larger than its weights",
                       "granularity=block block_size=[16,-1] group_size=null", "granularity=channel")  # fmt: skip
-    if kind == "product" and granularity is not Granularity.group:
+    if kind.vectors and granularity is not Granularity.group:
         yield Refusal("granularity", "product quantization encodes vectors of group_size weights",
                       "granularity=group group_size=4 block_size=null")  # fmt: skip
-    if scheme.gradient not in ("ste", "clipped_ste"):
+    if not GRADIENTS[scheme.gradient].straight:
         yield Refusal("gradient", "levels that are fitted to the values pass gradients straight through",
                       "gradient=ste")  # fmt: skip
 
 
 def _granularity(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
-    kind, granularity = FORMATS[scheme.format], scheme.granularity
+    kind, granularity, dynamic = FORMATS[scheme.format], scheme.granularity, RANGES[scheme.range].dynamic
     no_effect = f"it has no effect with granularity={granularity.value}"
     if granularity is Granularity.block and role == "activation":
         yield Refusal("granularity", "blocks are tiles of a weight's matrix",
@@ -168,7 +168,7 @@ def _granularity(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     if kind.unit_scale and granularity not in (Granularity.tensor, Granularity.channel):
         yield Refusal("granularity", f"{scheme.format} has no scale",
                       "granularity=tensor group_size=null block_size=null")  # fmt: skip
-    if role == "activation" and granularity in (Granularity.token, Granularity.group) and scheme.range != "dynamic":
+    if role == "activation" and granularity in (Granularity.token, Granularity.group) and not dynamic:
         yield Refusal("granularity", f"{granularity.value}s differ from batch to batch, so their ranges are not kept",
                       "range=dynamic", "granularity=tensor")  # fmt: skip
 
@@ -183,42 +183,47 @@ def _ranges(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
         yield Refusal("range", f"{name} learns a zero point", "symmetric=false", "range=lsq")
     if rule.affine is False and not scheme.symmetric:
         yield Refusal("range", f"{name} has no zero point", "symmetric=true", "range=lsq_plus")
-    if name == "dorefa" and role == "weight":
+    if rule.odd and role == "weight":
         if scheme.bits == 1:
             yield Refusal("range", "DoReFa's weights of 1 bit are sign(w) mean|w|", "format=binary range=dynamic")
         if scheme.bits is not None and scheme.bits > 7:
             yield Refusal("bits", "DoReFa's levels are odd integers of one bit more, which have to fit in 8",
                           "bits=7", "range=dynamic")  # fmt: skip
         if scheme.granularity not in (Granularity.tensor, Granularity.channel):
-            yield Refusal("granularity", "range=dorefa squashes a whole layer or channel",
+            yield Refusal("granularity", f"range={name} squashes a whole layer or channel",
                           "granularity=tensor group_size=null block_size=null")  # fmt: skip
-    if kind.unit_scale and name not in ("fixed", "dynamic"):
+    if kind.unit_scale and (rule.learned or rule.follows):
         yield Refusal("range", f"{scheme.format} has no scale to choose", "range=fixed")
     grouped = scheme.granularity is Granularity.group and scheme.group_size == kind.block
-    if kind.block is not None and (name != "dynamic" or not grouped):
+    if kind.block is not None and (not rule.dynamic or not grouped):
         yield Refusal("format", f"blocks of {kind.block} values have scales of their own, computed from them",
                       f"granularity=group group_size={kind.block} block_size=null range=dynamic")  # fmt: skip
-    if scheme.observer == "entropy" and scheme.format != "int":
-        yield Refusal("observer", "entropy counts the levels of integers", "observer=mse")
+    if OBSERVERS[scheme.observer].integers and scheme.format != "int":
+        yield Refusal("observer", f"{scheme.observer} counts the levels of integers", "observer=mse")
     if scheme.observer != "minmax" and (kind.unit_scale or kind.fitted):
         yield Refusal("observer", f"the format {scheme.format} observes no range", "observer=minmax")
 
 
 def _rounding(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
-    kind, rounding = FORMATS[scheme.format], scheme.rounding
+    kind, rounding, rule = FORMATS[scheme.format], scheme.rounding, RANGES[scheme.range]
     if role == "activation" and rounding != "nearest":
         yield Refusal("rounding", "activations are rounded by the runtime, and runtimes (ONNX QuantizeLinear) round to "
                       "'nearest' (did you mean quant.weight.rounding?)", "rounding=nearest")  # fmt: skip
     if kind.fitted and rounding != "nearest":
         yield Refusal("rounding", f"{scheme.format} takes the nearest entry", "rounding=nearest")
-    if rounding == "logarithmic":
-        if RANGES[scheme.range].learned:
+    if ROUNDING[rounding].powers:
+        if rule.learned:
             yield Refusal("rounding", "the gradient of a learned scale holds only for rounding to a neighbouring level",
                           "range=dynamic symmetric=true", "rounding=nearest")  # fmt: skip
-        if scheme.format not in ("int", "pow2") or scheme.range == "dorefa":
+        if not kind.powers or rule.odd:
             yield Refusal("rounding", "powers of two are not levels of this scheme", "rounding=nearest", "format=pow2")
-    if rounding == "adaptive":
-        if scheme.format != "int" or scheme.range not in ("fixed", "dynamic"):
+    seed, random = scheme.rounding_seed, ROUNDING[rounding].settled or GRADIENTS[scheme.gradient].noisy
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31):
+        yield Refusal("rounding_seed", "not a seed", advice="give an integer from 0 to 2147483647, or null")
+    if seed is not None and not random:
+        yield Refusal("rounding_seed", f"rounding={rounding} draws nothing", "rounding_seed=null")
+    if ROUNDING[rounding].learned:
+        if scheme.format != "int" or rule.learned or rule.follows or rule.odd:
             yield Refusal("rounding", "it is learned on integers of a range that stays", "rounding=nearest",
                           "format=int range=fixed")  # fmt: skip
         if scheme.gradient != "clipped_ste":
@@ -226,17 +231,17 @@ def _rounding(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
 
 
 def _gradient(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
-    gradient, rule = scheme.gradient, RANGES[scheme.range]
-    if gradient == "lsq" and not rule.scaled:
+    gradient, rule, kind = scheme.gradient, RANGES[scheme.range], GRADIENTS[scheme.gradient]
+    if kind.of_scale and not rule.scaled:
         yield Refusal("gradient", f"it is that of a scale learned by LSQ, and range={scheme.range}",
                       "gradient=clipped_ste", "range=lsq")  # fmt: skip
-    if GRADIENTS[gradient].noisy and scheme.rounding != "nearest":
+    if kind.noisy and scheme.rounding != "nearest":
         yield Refusal("gradient", "noise takes the place of rounding", "rounding=nearest", "gradient=clipped_ste")
-    if gradient == "dsq" and scheme.rounding == "logarithmic":
+    if kind.soft and ROUNDING[scheme.rounding].powers:
         yield Refusal("gradient", "a soft staircase needs steps between neighbouring levels", "gradient=clipped_ste")
-    if gradient == "ste" and not rule.residual:
+    if not kind.clipped and not rule.residual:
         yield Refusal("gradient", f"range={scheme.range} learns from clipped values", "gradient=clipped_ste")
-    if scheme.gradient_strength is not None and gradient not in ("ewgs", "dsq"):
+    if scheme.gradient_strength is not None and kind.strengths is None:
         yield Refusal("gradient_strength", f"gradient={gradient} has none", "gradient_strength=null", "gradient=dsq")
 
 

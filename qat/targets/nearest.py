@@ -115,7 +115,7 @@ def breaches(limits: Limits, scheme: TensorScheme, role: str) -> Iterator[Change
 
 def _bits(limits: Limits, scheme: TensorScheme, role: str) -> Iterator[Change]:
     valid = limits.formats[scheme.format]
-    if role == "weight" and scheme.range == "dorefa":
+    if role == "weight" and RANGES[scheme.range].odd:
         valid = tuple(bits - 1 for bits in valid if bits > 1)  # its levels are odd integers of one bit more
     if scheme.bits is None:
         yield Change("bits", valid[-1], f"does not take {role}s in float")

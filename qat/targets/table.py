@@ -1,5 +1,6 @@
 """TARGETS: the engines that configurations choose from, one entry each."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,22 @@ _UP_TO_8 = tuple(range(1, 9))  # fewer bits are integers of 8 bits, too
 
 # ---- generic: everything that the project computes -------------------------------------------------------------------
 
+
+class _EveryFormat(Mapping[str, tuple[int, ...]]):
+    """Format -> bits, of FORMATS as it is when asked: an entry may be added to it later."""
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return FORMATS[name].bits
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FORMATS)
+
+    def __len__(self) -> int:
+        return len(FORMATS)
+
+
 _ANYTHING = Limits(
-    formats={name: kind.bits for name, kind in FORMATS.items()},
+    formats=_EveryFormat(),
     granularities=("channel", "tensor", "group", "block", "token"),
 )
 _GENERIC = Target(

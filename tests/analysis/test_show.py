@@ -13,6 +13,8 @@ from qat.analysis.curves import Curve, measure
 from qat.analysis.show import configure
 from qat.numerics.formats import FORMATS
 from qat.numerics.gradients import GRADIENTS
+from qat.numerics.rounding import ROUNDING
+from qat.observers import OBSERVERS
 from qat.presets import PRESETS
 from qat.ranges import RANGES
 from tests import zygote
@@ -251,6 +253,57 @@ def test_every_granularity_of_weights_is_drawn(settings: list[str]) -> None:
 @pytest.mark.parametrize("settings", [["granularity=token"], ["granularity=group", "group_size=32"], ["axis=-1", "granularity=channel"]])  # fmt: skip # noqa: E501
 def test_every_granularity_of_activations_is_drawn(settings: list[str]) -> None:
     assert 13 < activation("bits=4", "range=dynamic", *settings).sqnr_db < 30
+
+
+GRIDS = {  # what a format needs besides its bits, which of them are valid, and whether activations have it
+    name: (
+        ["granularity=group", f"group_size={kind.block}", "range=dynamic"] if kind.block
+        else ["granularity=group", "group_size=4", "range=learned"] if kind.vectors
+        else ["granularity=channel", "range=learned"] if kind.fitted and kind.grid is None
+        else ["granularity=channel", "range=dynamic"] if kind.fitted
+        else ["granularity=tensor", "range=fixed"],
+        kind.bits[len(kind.bits) // 2],
+        not kind.fitted,
+    )
+    for name, kind in FORMATS.items()
+}  # fmt: skip
+VOCABULARY = [
+    *((f"format={name}", f"bits={bits}", *rest) for name, (rest, bits, _) in GRIDS.items()),
+    *((f"rounding={name}", "bits=3", "range=fixed") for name in ROUNDING),
+    *((f"observer={name}", "bits=4", "range=fixed") for name in OBSERVERS),
+]
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("fields", VOCABULARY, ids=lambda fields: fields[0])
+def test_every_name_is_drawn(fields: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command, as a picture: every format, rounding and observer, of weights and, where it has any, activations."""
+    name, _, value = fields[0].partition("=")
+    parts = ["weight"] + (["activation"] if name == "observer" or (name == "format" and GRIDS[value][2]) else [])
+    out = tmp_path / "scheme.svg"
+    settings = [f"quant.{part}.{field}" for part in parts for field in fields]
+    assert main(["show", *settings, "--out", str(out)]) == 0
+    svg, said = out.read_text(encoding="utf-8"), capsys.readouterr().out.splitlines()
+    lines = [line for line in said if "SQNR" in line and line.startswith("quant.")]
+    assert len(lines) == len(parts)
+    for part, line in zip(parts, lines, strict=True):
+        assert line.startswith(f"quant.{part}: ")
+        assert value in line or value == "nearest"
+        assert line.split(", SQNR")[0] in svg  # the title of its row
+        assert float(line.split()[-2]) > 1
+    assert svg.count('id="axes_') >= 3 * len(parts)
+
+
+def test_three_bits_of_sums_of_powers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Li et al. 2020: of 3 bits one is the sign, and two are one term: 0, 1, 1/2, 1/4."""
+    settings = ["quant.weight.bits=3", "quant.weight.format=apot"]
+    out = tmp_path / "scheme.png"
+    assert main(["show", *settings, "--out", str(out)]) == 0
+    assert "quant.weight: 3-bit apot channel, dynamic (minmax), SQNR" in capsys.readouterr().out
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    curve = measure(configure(settings).weight, "weight")
+    levels = curve.levels / curve.levels.max()
+    assert levels.tolist() == pytest.approx([-1, -0.5, -0.25, 0, 0.25, 0.5, 1])
 
 
 # ---- the gallery -----------------------------------------------------------------------------------------------------

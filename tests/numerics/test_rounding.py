@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qat.numerics import rounding
-from qat.numerics.rounding import ROUNDING, SETTLED, logarithmic, round_ste, stochastic, use_generator
+from qat.numerics import draws
+from qat.numerics.draws import seeded, splitmix, use_generator
+from qat.numerics.rounding import ROUNDING, logarithmic, round_ste, settled, stochastic
 
 # The truth table of IEEE 754's roundings, by hand.
 VALUES = [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 2.4, -2.6]
@@ -83,7 +84,7 @@ def test_stochastic_is_reproducible_from_the_seed_and_from_a_generator() -> None
 
 def test_processes_round_differently_unless_given_a_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_rank(rank: int, generator: torch.Generator | None) -> torch.Tensor:
-        monkeypatch.setattr(rounding, "_rank", lambda: rank)
+        monkeypatch.setattr(draws, "_rank", lambda: rank)
         use_generator(generator)
         torch.manual_seed(0)
         try:
@@ -99,8 +100,45 @@ def test_processes_round_differently_unless_given_a_generator(monkeypatch: pytes
     assert torch.equal(*equal)
 
 
+def test_splitmix_is_the_published_generator() -> None:
+    """The first numbers of seed 1234567, as many implementations of it have them, and a plain one for other seeds."""
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert [t % 2**64 for t in splitmix(torch.tensor(1234567), 5).tolist()] == known
+
+    def plain(seed: int, n: int) -> list[int]:
+        result = []
+        for _ in range(n):
+            seed = (seed + 0x9E3779B97F4A7C15) % 2**64
+            z = seed
+            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+            result.append(z ^ z >> 31)
+        return result
+
+    for seed in (0, -1, 2**63 - 1, 42 << 32):
+        assert [t % 2**64 for t in splitmix(torch.tensor(seed), 20).tolist()] == plain(seed % 2**64, 20)
+
+
+def test_seeded_draws_are_uniform_and_independent_from_draw_to_draw() -> None:
+    x = torch.empty(100, 1000)
+    drawn = []
+    for seed, count in ((1, 1), (1, 2), (2, 1)):
+        with seeded(seed << 32, torch.tensor(count)):
+            drawn.append(draws.uniform(x).flatten())
+            assert torch.equal(draws.uniform(x).flatten(), drawn[-1])
+    for u in drawn:
+        assert 0 <= u.min() < 1e-3
+        assert 1 - 1e-3 < u.max() < 1
+        counts = torch.histc(u, 64, 0, 1)
+        assert float(((counts - len(u) / 64) ** 2 / (len(u) / 64)).sum()) < 104  # chi-square, 63 degrees: p = 0.001
+        assert abs(float(torch.corrcoef(torch.stack([u[:-1], u[1:]]))[0, 1])) < 0.012
+    assert torch.corrcoef(torch.stack(drawn)).triu(1).abs().max() < 0.012  # four standard deviations
+    torch.manual_seed(0)
+    assert draws._seeded is None
+
+
 def test_what_stands_in_for_training_only_roundings() -> None:
-    assert SETTLED == {"stochastic": "nearest"}
+    assert {name: settled(name) for name in ROUNDING if settled(name) != name} == {"stochastic": "nearest"}
 
 
 # ---- logarithmic -----------------------------------------------------------------------------------------------------

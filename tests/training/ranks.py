@@ -20,12 +20,17 @@ SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fixed minmax": ({}, {}),
     "fixed percentile": ({}, {"observer": "percentile", "percentiles": [5.0, 95.0]}),
     "fixed sigma": ({}, {"observer": "sigma"}),
+    "fixed absmax": ({}, {"observer": "absmax"}),
+    "fixed mse": ({}, {"observer": "mse"}),
+    "fixed lp": ({}, {"observer": "lp"}),
+    "fixed entropy": ({}, {"observer": "entropy", "bits": 4}),
     "running minmax": ({}, {"range": "running"}),
     "running ema": ({}, {"range": "running", "observer": "ema", "momentum": 0.3}),
     "running percentile": ({}, {"range": "running", "observer": "percentile", "percentiles": [5.0, 95.0]}),
     "learned": ({"range": "learned", "granularity": CHANNEL}, {"range": "learned"}),
     "pact": ({}, {"range": "pact"}),
     "codebook": ({"format": "codebook", "bits": 3, "range": "learned", "granularity": CHANNEL, "refresh": 2}, {}),
+    "seeded": ({"rounding": "stochastic", "bits": 3, "rounding_seed": 5}, {}),
     "adaptive": ({"rounding": "adaptive", "range": "fixed"}, {}),
 }
 """Name -> changes to the weight's and to the activation's scheme."""
@@ -140,6 +145,17 @@ def unused_branch(rank: int, find: bool) -> str:
     return "trained"
 
 
+def draws(seed: int | None) -> list[Tensor]:
+    """What stochastic rounding makes of a weight in two steps of training."""
+    torch.manual_seed(0)
+    weight = {"bits": 3, "range": "dynamic", "rounding": "stochastic", "rounding_seed": seed}
+    layer = qat.prepare(nn.Sequential(nn.Linear(32, 32)), QuantConfig.from_dict({"weight": weight}), torch.randn(2, 32))
+    qat.calibrate(layer, [torch.randn(2, 32)])
+    layer.train()
+    torch.randn(1 if not distributed.is_initialized() else 1 + distributed.get_rank())  # processes are never in step
+    return [layer.get_submodule("0").quantized_weight().detach() for _ in range(2)]
+
+
 def lone(rank: int) -> float:
     """One process calibrates while the other does something else."""
     if rank != 0:
@@ -156,6 +172,7 @@ def main(rank: int, folder: Path) -> None:
     result: dict[str, Any] = {name: phases(name, rank) for name in SCHEMES}
     result["unequal shares"] = unequal_shares(rank)
     result["refusals"] = refusals(rank)
+    result["draws"] = {"own": draws(None), "asked": draws(5)}
     result["alone"] = lone(rank)
     result["unused"] = unused_branch(rank, True)
     result["unused, not looked for"] = message(RuntimeError, unused_branch, rank, False)

@@ -29,6 +29,7 @@ SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dsq": ({"gradient": "dsq"}, {"gradient": "dsq"}),
     "adaptive": ({"rounding": "adaptive", "range": "fixed"}, {}),
     "stochastic": ({"rounding": "stochastic"}, {}),
+    "seeded": ({"rounding": "stochastic", "rounding_seed": 3}, {"gradient": "noise", "rounding_seed": 3}),
     "float8": ({"format": "e4m3fn", "bits": 8}, {"format": "e4m3fn"}),
     "codebook": ({"format": "codebook", "range": "learned", "granularity": CHANNEL, "refresh": 2}, {}),
     "product": (

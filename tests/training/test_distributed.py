@@ -61,6 +61,18 @@ def test_all_processes_are_told_when_one_fails(both: list[dict[str, Any]]) -> No
     assert first["none"] == second["none"] == "calibration needs at least one batch of inputs, got none"
 
 
+def test_processes_draw_differently_unless_a_seed_is_given(both: list[dict[str, Any]]) -> None:
+    first, second = (result["draws"] for result in both)
+    for a, b in zip(first["own"], second["own"], strict=True):
+        assert not torch.equal(a, b)
+    alone, other = ranks.draws(5), ranks.draws(6)
+    for a, b, c, d in zip(first["asked"], second["asked"], alone, other, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        assert not torch.equal(a, d)
+    assert not torch.equal(alone[0], alone[1])
+
+
 def test_one_process_calibrates_by_itself(both: list[dict[str, Any]]) -> None:
     assert both[0]["alone"] == ranks.lone(0)
 

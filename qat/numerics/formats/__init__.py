@@ -30,7 +30,7 @@ def _mx_float(element: Minifloat, description: str) -> Format:
 
 
 FORMATS: dict[str, Format] = {
-    "int": Format(description="integers (ONNX QuantizeLinear)", bits=BITS, grid=integers, unsigned=True),
+    "int": Format(description="integers (ONNX QuantizeLinear)", bits=BITS, grid=integers, unsigned=True, powers=True),
     "e4m3fn": _float(E4M3FN, "float8, largest 448 (OCP OFP8)"),
     "e5m2": _float(E5M2, "float8, largest 57344 (OCP OFP8)"),
     "e3m2": _float(E3M2, "float6, largest 28 (OCP MX v1.0)"),
@@ -52,10 +52,12 @@ FORMATS: dict[str, Format] = {
         block=NVFP4_BLOCK,
         scales=nvfp4_scales,
     ),
-    "pow2": Format(description="powers of two and 0 (Miyashita 2016)", bits=POWER_BITS, grid=pow2, unsigned=True),
+    "pow2": Format(
+        description="powers of two and 0 (Miyashita 2016)", bits=POWER_BITS, grid=pow2, unsigned=True, powers=True
+    ),
     "apot": Format(description="sums of powers of two (Li et al. 2020)", bits=POWER_BITS, grid=apot, unsigned=True),
     "binary": Format(description="signs (XNOR-Net, Rastegari 2016)", bits=(1,), grid=signs, fitted="binary"),
     "ternary": Format(description="-1, 0, 1 (TWN, Li 2016)", bits=(2,), grid=trits, fitted="ternary"),
     "codebook": _fitted(description="levels by k-means on the tensor (Han 2016)", fitted="codebook"),
-    "product": _fitted(description="vectors by k-means on pieces of rows (Stock 2020)", fitted="product"),
+    "product": _fitted(description="vectors by k-means on pieces of rows (Stock 2020)", fitted="product", vectors=True),
 }

@@ -60,22 +60,26 @@ class Format:
             to the tensor.
         unsigned: whether the unsigned grid uses the sign's bit for more values. Elsewhere it is the half of the signed
             one from 0 up.
+        powers: every power of two up to the largest level is a level, as `logarithmic` rounding needs.
         unit_scale: values stand for themselves, the scale is 1.
         block: elements that share a scale; None for what granularity says.
         scales: (largest magnitudes, float32, shape [rows, blocks]; grid) -> scales, float32, > 0, same shape. None for
             `amax / grid.high`.
-        fitted: "binary", "ternary", "codebook", "product": the rule by which scale and levels come from the tensor,
-            instead of from an observed range.
+        fitted: key of `qat.fitted.FITTED`: the rule by which scale and levels come from the tensor, instead of from an
+            observed range. With a `grid` the rule chooses a scale (binary, ternary), without one a table of levels.
+        vectors: the entries of that table are vectors of `group_size` values.
     """
 
     description: str
     bits: tuple[int, ...]
     grid: Callable[[int, bool, bool], Grid] | None
     unsigned: bool = False
+    powers: bool = False
     unit_scale: bool = False
     block: int | None = None
     scales: Callable[[Tensor, Grid], Tensor] | None = None
     fitted: str | None = None
+    vectors: bool = False
 
 
 def binade(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qat.numerics.formats.base import Grid, Round
 from qat.numerics.formats.minifloat import float_grid
-from qat.numerics.rounding import ROUNDING
+from qat.numerics.rounding import Rounding
 
 BITS = tuple(range(2, 9))
 """Widths of both formats."""
@@ -98,7 +98,7 @@ def snap_table(v: Tensor, round: Round, *, magnitudes: tuple[float, ...], low: f
     table = torch.tensor(magnitudes, dtype=torch.float32, device=v.device)
     clipped = torch.nan_to_num(v, nan=0.0).clamp_(low, magnitudes[-1])
     size = clipped.abs().contiguous()  # bucketize warns of other layouts
-    if round is ROUNDING["logarithmic"]:
+    if isinstance(round, Rounding) and round.powers:
         middles = [math.sqrt(a * b) if a else b * 0.5**0.5 for a, b in pairwise(magnitudes)]
         index = torch.bucketize(size, torch.tensor(middles, dtype=torch.float32, device=v.device), right=True)
     else:
