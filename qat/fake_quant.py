@@ -229,7 +229,13 @@ class FakeQuantize(nn.Module):
         if self.dynamic or self.fitted is not None or recomputing():
             return
         together = self.training or self.observer.ordered
-        self.observer.update(self.rows(x), site, relu=self.relu, together=together)
+        self.observer.update(self.rows(x), site, relu=self.relu, together=together, real=self.layout.real(x))
+
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of this one tensor (after the absorbed ReLU), shape [rows] each; observers keep what they saw."""
+        rows = self.rows(x)
+        return self.observer.measure(rows.relu() if self.relu else rows, self.layout.real(x))
 
     @property
     def follows(self) -> bool:
@@ -249,12 +255,11 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def set_range_from(self, x: Tensor) -> None:
         """Take scale and zero point (tables, roundings) from this one tensor; observers keep what they saw."""
-        rows = self.rows(x)
         if self.fitted is not None:
-            self.fitted.fit(rows)
+            self.fitted.fit(self.rows(x), self.layout.real(x))
             return
         if not self.dynamic:
-            self.range.set(*self._choose(*self.observer.measure(rows), self.scale_shape))
+            self.range.set(*self._choose(*self.measure(x), self.scale_shape))
         self.start_rounding(x)
 
     @torch.no_grad()
@@ -298,12 +303,10 @@ class FakeQuantize(nn.Module):
         if x is None:
             raise ValueError("a dynamic range has no scale of its own: pass the tensor")
         with torch.no_grad():
-            rows = self.rows(x.detach())
-            if rows.numel() == 0:
+            if x.numel() == 0:
                 one = torch.ones(self.layout.scale_shape(x.shape), dtype=torch.float32, device=x.device)
                 return one, torch.zeros_like(one)
-            low, high = self.observer.measure(rows.relu() if self.relu else rows)
-            return self._choose(low, high, self.layout.scale_shape(x.shape))
+            return self._choose(*self.measure(x), self.layout.scale_shape(x.shape))
 
     @torch.no_grad()
     def scales(self, x: Tensor | None = None) -> Tensor:
@@ -330,7 +333,7 @@ class FakeQuantize(nn.Module):
             return torch.relu(x) if self.relu else x
         moves = self.training and self.mode is Mode.quantize
         if self.fitted is not None:
-            return in_order_of(x, self.layout.restore(self.fitted(self.rows(x), moves), x.shape))
+            return in_order_of(x, self.layout.restore(self.fitted(self.rows(x), moves, self.layout.real(x)), x.shape))
         if self.plain and (taken := plain.plan(self, x)) is not None:
             return plain.quantize(self, x, taken, site, looks)
         if looks and self.follows:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from qat.numerics.codebook import assign, codebook_ste, fit_codebook
 from qat.numerics.formats import binary, ternary
-from qat.numerics.product import ProductCodebook, encode, fit_product, product_ste
+from qat.numerics.product import ProductCodebook, encode, fit_product, part_means, product_ste
 from qat.numerics.rounding import straight_through
 from qat.recompute import recomputing
+
+REFITS = 100
+"""Most steps of k-means in which short vectors take part; ten are many."""
 
 
 class Fitted(nn.Module):
@@ -38,15 +41,15 @@ class Fitted(nn.Module):
         """Whether the levels are known."""
         return True
 
-    def fit(self, rows: Tensor) -> None:
-        """Fit the levels to a weight."""
+    def fit(self, rows: Tensor, real: Tensor | None = None) -> None:
+        """Fit the levels to a weight; where it is `real`, if zeros fill short rows (`Layout.real`)."""
 
     def values(self) -> Tensor:
         """The entries of the table, [tables, entries, ...]."""
         raise NotImplementedError
 
-    def forward(self, rows: Tensor, moves: bool) -> Tensor:
-        """The weight on its levels; `moves`: this is a training step, and tables may learn."""
+    def forward(self, rows: Tensor, moves: bool, real: Tensor | None = None) -> Tensor:
+        """The weight on its levels; `moves`: this is a training step, and tables may learn. `real` as of `fit`."""
         raise NotImplementedError
 
 
@@ -63,7 +66,7 @@ class Mean(Fitted):
         """(-1, 0 or 1, shape of `rows`; scale, shape [rows])."""
         raise NotImplementedError
 
-    def forward(self, rows: Tensor, moves: bool) -> Tensor:  # noqa: D102
+    def forward(self, rows: Tensor, moves: bool, real: Tensor | None = None) -> Tensor:  # noqa: D102
         q, scale = self.integers(rows)
         return straight_through(rows, (q * scale.unsqueeze(1)).to(rows.dtype))
 
@@ -108,27 +111,27 @@ class Table(Fitted):
     def calibrated(self) -> bool:  # noqa: D102
         return not bool(self.entries.isnan().any())
 
-    def forward(self, rows: Tensor, moves: bool) -> Tensor:  # noqa: D102
+    def forward(self, rows: Tensor, moves: bool, real: Tensor | None = None) -> Tensor:  # noqa: D102
         if moves and not recomputing():
             self.steps += 1
-            self._refresh(rows.detach())
+            self._refresh(rows.detach(), real)
         return self.look_up(rows, self.entries if moves and self.learned else self.entries.detach())
 
     @torch.no_grad()
-    def _refresh(self, rows: Tensor) -> None:
+    def _refresh(self, rows: Tensor, real: Tensor | None) -> None:
         """Assign anew if it is time to."""
         due = self.steps % self.refresh == 0
         if torch.compiler.is_compiling():  # one graph for all steps, in which the branch is taken on the device
-            now, before = lambda rows, _: self.assign(rows), lambda _, indices: indices.clone()
+            now, before = lambda rows, _: self.assign(rows, real), lambda _, indices: indices.clone()
             self.indices.copy_(torch.cond(due, now, before, (rows, self.indices.clone())))
         elif bool(due):
-            self.indices.copy_(self.assign(rows))
+            self.indices.copy_(self.assign(rows, real))
 
     def values(self) -> Tensor:  # noqa: D102
         return self.entries.detach()
 
-    def assign(self, rows: Tensor) -> Tensor:
-        """Index of the nearest entry."""
+    def assign(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
+        """Index of the nearest entry. `real` as of `fit`."""
         raise NotImplementedError
 
     def look_up(self, rows: Tensor, entries: Tensor) -> Tensor:
@@ -144,13 +147,13 @@ class Codebook(Table):
         self.register((shape[0], 2**self.bits), shape)
 
     @torch.no_grad()
-    def fit(self, rows: Tensor) -> None:  # noqa: D102
+    def fit(self, rows: Tensor, real: Tensor | None = None) -> None:  # noqa: D102
         # the linear start of the paper leaves many entries in the empty tails: 1 dB at 4 bits, 4 dB at 8
         start: Literal["linear", "k-means++"] = "linear" if self.bits < 3 else "k-means++"
-        self.entries.copy_(fit_codebook(rows, 2**self.bits, start=start))
+        self.entries.copy_(fit_codebook(rows, 2**self.bits, start=start, real=real))
         self.indices.copy_(assign(rows, self.entries))
 
-    def assign(self, rows: Tensor) -> Tensor:  # noqa: D102
+    def assign(self, rows: Tensor, real: Tensor | None = None) -> Tensor:  # noqa: D102
         return assign(rows, self.entries)
 
     def look_up(self, rows: Tensor, entries: Tensor) -> Tensor:  # noqa: D102
@@ -181,13 +184,32 @@ class Product(Table):
         return cut.transpose(1, 2).reshape(-1, width)
 
     @torch.no_grad()
-    def fit(self, rows: Tensor) -> None:  # noqa: D102
-        codebook = fit_product(self.vectors(rows), self.parts, 2**self.bits)
-        self.entries.copy_(codebook.prototypes)
-        self.indices.copy_(self.assign(rows))
+    def fit(self, rows: Tensor, real: Tensor | None = None) -> None:  # noqa: D102
+        x, counted = self.vectors(rows), None if real is None else self.vectors(real)
+        whole = slice(None) if counted is None or self.groups == self.parts else counted.all(dim=1)
+        self.entries.copy_(fit_product(x[whole], self.parts, 2**self.bits).prototypes)
+        self.indices.copy_(self.assign(rows, real))
+        if counted is None:
+            return
+        for _ in range(REFITS):  # k-means goes on with the short vectors, without what fills them
+            self.entries.copy_(part_means(x, counted, self.indices, self.codebook).prototypes)
+            if torch.equal(indices := self.assign(rows, real), self.indices):
+                break
+            self.indices.copy_(indices)
 
-    def assign(self, rows: Tensor) -> Tensor:  # noqa: D102
-        return encode(self.vectors(rows), ProductCodebook(self.entries.detach()))
+    @property
+    def codebook(self) -> ProductCodebook:
+        """The entries."""
+        return ProductCodebook(self.entries.detach())
+
+    def assign(self, rows: Tensor, real: Tensor | None = None) -> Tensor:  # noqa: D102
+        x = self.vectors(rows)
+        codes = encode(x, self.codebook)
+        if real is not None:  # the last vector of an output channel is short: what fills it makes no distance
+            last = slice(self.groups // self.parts - 1, None, self.groups // self.parts)
+            real = self.vectors(real)[last][0].reshape(self.parts, 1, -1)
+            codes[last] = encode(x[last], ProductCodebook(self.entries.detach() * real))
+        return codes
 
     def look_up(self, rows: Tensor, entries: Tensor) -> Tensor:  # noqa: D102
         return self.rows(product_ste(self.vectors(rows), entries, self.indices))

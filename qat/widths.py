@@ -80,7 +80,7 @@ def _regrid(quantizer: FakeQuantize, bits: int) -> None:
 def _observed_scale(quantizer: FakeQuantize, weight: Tensor | None) -> Tensor | None:
     """The scale that calibration would give now; None for an activation that was never observed."""
     if weight is not None:
-        ends = quantizer.observer.measure(quantizer.rows(weight.detach()))
+        ends = quantizer.measure(weight)
     else:
         try:
             ends = quantizer.observer.range()

@@ -94,6 +94,21 @@ def test_groups_have_scales_of_their_own(range_mode: str) -> None:
     assert torch.allclose(y.reshape(4, 12), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("fields", [
+    {"format": "codebook", "granularity": "block", "block_size": [1, 2]},
+    {"format": "product", "granularity": "group", "group_size": 2, "allow_padding": True},
+    {"format": "product", "granularity": "group", "group_size": 2, "allow_padding": True, "subspaces": 2},
+])  # fmt: skip
+def test_what_fills_a_short_row_takes_no_entry(fields: dict[str, Any]) -> None:
+    """With one bit, what fills would pull an entry from 3 or 5 halfway to zero."""
+    w = torch.tensor([[5.0, 5, 5], [3, 3, 3], [5, 5, 3], [3, 3, 5]])
+    quantizer = FakeQuantize(override(TensorScheme(bits=1, range="learned"), fields, ""), w.shape)
+    quantizer.set_range_from(w)
+    quantizer.mode = Mode.quantize
+    assert torch.equal(quantizer(w), w)
+    assert torch.equal(quantizer.eval()(w), w)
+
+
 def test_dynamic_ranges_follow_the_tensor() -> None:
     quantizer = FakeQuantize(TensorScheme(bits=8, range="dynamic", **CHANNEL), shape=torch.Size([3, 5]))
     quantizer.mode = Mode.quantize

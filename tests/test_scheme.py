@@ -41,6 +41,12 @@ def test_one_bit_integers() -> None:
         config(weight={"bits": 1})
     with pytest.raises(ValueError, match=r"quant\.activation\.bits=1: .*use quant\.activation\.signed=false"):
         config(activation={"bits": 1})
+    for part in ("weight", "activation", "input"):  # [-1, 0], or with the narrow range nothing but 0
+        for narrow in (True, False):
+            data = {"bits": 1, "symmetric": False, "signed": True, "narrow_range": narrow, "range": "lsq"}
+            with pytest.raises(ValueError, match=rf"quant\.{part}\.bits=1: .*use quant\.{part}\.signed=false"):
+                config(**{part: data})
+            assert config(**{part: data | {"signed": False}})
     assert config(activation={"bits": 1, "signed": False}).activation.bounds() == (0, 1)
     assert config(weight={"bits": 1, "symmetric": False}).weight.bounds() == (0, 1)
 

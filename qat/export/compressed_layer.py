@@ -88,7 +88,7 @@ def pack_e2m1(values: Tensor) -> Tensor:
 
 def _nvfp4_scales(quantizer: FakeQuantize, matrix: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """The float8 of each block, and what they are divided by."""
-    low, high = quantizer.observer.measure(quantizer.rows(matrix))
+    low, high = quantizer.measure(matrix)
     assert quantizer.grid is not None
     blocks, tensor_scale = nvfp4_parts(torch.maximum(-low, high).clamp(min=0).reshape(scale.shape), quantizer.grid)
     assert torch.equal(blocks * tensor_scale, scale)

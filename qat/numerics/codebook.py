@@ -26,8 +26,9 @@ Floats = NDArray[np.float64]
 
 
 def fit_codebook(
-    rows: Tensor, entries: int, *, seed: int = 0, start: Literal["linear", "k-means++"] = "linear"
-) -> Tensor:
+    rows: Tensor, entries: int, *, seed: int = 0, start: Literal["linear", "k-means++"] = "linear",
+    real: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """k-means of the values of each row, starting from entries evenly spaced between the row's ends.
 
     The linear start keeps entries for the few large weights, which matter most (Han et al. 2016, section 3.2). With
@@ -43,6 +44,7 @@ def fit_codebook(
         entries: values a row may take, 1 to 256.
         seed: of the random start; the result is the same for the same seed, on any number of threads.
         start: first entries, `linear` or at random among the values (Arthur & Vassilvitskii 2007).
+        real: which values count, bool, shape of `rows`; the others fill a short row. None for all.
 
     Returns:
         float32, shape [rows, entries], ascending. A row of at most `entries` distinct values gets exactly these, the
@@ -61,6 +63,7 @@ def fit_codebook(
         return codebook.to(rows.device)
     with one_thread():
         for i, row in enumerate(rows.detach().float().cpu().numpy().astype(np.float64)):
+            row = row if real is None else row[real[i].cpu().numpy()]
             values, counts = _histogram(*np.unique(row, return_counts=True))
             linear = np.linspace(values[0], values[-1], entries)[:, None]
             centres = k_means(values[:, None], counts, entries, linear if start == "linear" else start, seed)

@@ -106,6 +106,25 @@ class Layout:
             return x.reshape(x.shape[0], math.prod(x.shape[1:])) if x.dim() >= 4 else x.reshape(-1, x.shape[-1])
         return x.reshape(1, x.numel())
 
+    def real(self, x: Tensor) -> Tensor | None:
+        """Where `rows(x)` holds values of `x`, bool; None where it holds nothing else.
+
+        Zeros that fill a row are no values: whoever counts, sorts or averages a row has to leave them out.
+
+        >>> Layout(kind="group", group_size=2).real(torch.ones(1, 3)).tolist()
+        [[True, True], [True, False]]
+        """
+        values = math.prod(x.shape)
+        if self.kind == "group":
+            across = x.shape[self.axis] if not self.weight else values // max(x.shape[0], 1)
+            filled = across % self._group() > 0
+        elif self.kind == "block":
+            matrix = x.shape[0], math.prod(x.shape[1:])
+            filled = any(n % size for n, size in zip(matrix, self._block(matrix), strict=True))
+        else:
+            filled = False
+        return self.rows(torch.ones(x.shape, dtype=torch.bool, device=x.device)) if filled else None
+
     def restore(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """Inverse of `rows`: values in the shape `shape`, padding dropped."""
         if self.kind == "channel":

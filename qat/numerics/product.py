@@ -122,6 +122,28 @@ def decode(codes: Tensor, codebook: ProductCodebook) -> Tensor:
     return F.embedding(_flat(codes, prototypes.shape[1]), prototypes.flatten(0, 1)).flatten(1)
 
 
+def part_means(x: Tensor, real: Tensor, codes: Tensor, codebook: ProductCodebook) -> ProductCodebook:
+    """A step of k-means: each prototype becomes the mean of what it stands for, number by number, of what is `real`.
+
+    Args:
+        x: float, shape [vectors, inputs]; 0 where it is not `real`.
+        real: which numbers count, bool, shape of `x`: the others fill short vectors.
+        codes: uint8 of `encode`, shape [vectors, subspaces].
+        codebook: keeps what stands for nothing.
+
+    >>> x, real = torch.tensor([[1.0, 4.0], [2.0, 0.0]]), torch.tensor([[True, True], [True, False]])
+    >>> one = ProductCodebook(torch.zeros(1, 1, 2))
+    >>> part_means(x, real, torch.zeros(2, 1, dtype=torch.uint8), one).prototypes.tolist()
+    [[[1.5, 4.0]]]
+    """
+    subspaces, entries, width = codebook.prototypes.shape
+    index = _flat(codes, entries).flatten()
+    empty = torch.zeros(subspaces * entries, width, dtype=torch.float64, device=x.device)
+    total, count = (empty.index_add(0, index, t.double().reshape(-1, width)) for t in (x, real))
+    means = (total / count.clamp(min=1)).float().reshape(codebook.prototypes.shape)
+    return ProductCodebook(torch.where(count.reshape(means.shape) > 0, means, codebook.prototypes))
+
+
 def build_tables(weight: Tensor, codebook: ProductCodebook) -> Tensor:
     """Dot product of every prototype with the part of every output's weights that it stands in front of.
 

@@ -59,8 +59,10 @@ class ObserverOptions:
         return self == other and ends and (a is b or a.bits > LISTED_BITS or torch.equal(a.values(), b.values()))
 
 
-def row_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each row, shape [rows] each."""
+def row_range(x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each row, shape [rows] each; of those that are `real`."""
+    if real is not None:
+        return x.masked_fill(~real, torch.inf).amin(dim=1), x.masked_fill(~real, -torch.inf).amax(dim=1)
     if x.shape[0] == 1:  # ATen's reduction of a whole tensor is forty times as fast as that of its one row
         low, high = torch.aminmax(x)
         return low.reshape(1), high.reshape(1)
@@ -92,7 +94,9 @@ class Observer(nn.Module):
         """Forget everything seen."""
         self._checked = False
 
-    def update(self, x: Tensor, site: int = 0, relu: bool = False, together: bool = False) -> None:
+    def update(
+        self, x: Tensor, site: int = 0, relu: bool = False, together: bool = False, real: Tensor | None = None
+    ) -> None:
         """Take in one batch: `x` has shape [rows, values].
 
         Args:
@@ -101,28 +105,29 @@ class Observer(nn.Module):
             relu: take in `relu(x)`. Observers of extremes do so without a copy of the values.
             together: take in what all processes of a distributed run have here, each its part of the batch. All of them
                 must call this.
+            real: which values count, bool, shape of `x`; the others fill a short row (`Layout.real`). None for all.
         """
         x = x.clamp(min=0) if relu else x
         if not (together and processes.several()):
             if x.numel():
-                self._update(x, site)
+                self._update(x, site, real)
             return
         batch = copy.deepcopy(self)
         batch.reset()
         if x.numel():
-            batch._update(x, site)
+            batch._update(x, site, real)
         batch.synchronize()
         self.merge(batch)
 
-    def _update(self, x: Tensor, site: int) -> None:
+    def _update(self, x: Tensor, site: int, real: Tensor | None) -> None:
         raise NotImplementedError
 
     def range(self) -> tuple[Tensor, Tensor]:
         """(low, high), shape [rows] each. Raises RuntimeError when nothing was seen."""
         raise NotImplementedError
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The range of this one tensor alone, shape [rows] each; state is not touched."""
+    def measure(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The range of this one tensor alone, shape [rows] each; state is not touched. `real` as of `update`."""
         raise NotImplementedError
 
     def merge(self, other: "Observer") -> None:

@@ -57,9 +57,9 @@ class Entropy(Histogram):
         best = torch.nonzero(cost <= cost.min() + self.SLACK).flatten()[-1]
         return clip_low[best], clip_high[best]
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def measure(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: D102
         histogram = type(self)(replace(self.options, rows=len(x), sites=1)).to(x.device)
-        histogram.update(x)
+        histogram.update(x, real=real)
         return histogram.range()
 
     def _candidates(self, bins: int, device: torch.device) -> Tensor:

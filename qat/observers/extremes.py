@@ -10,10 +10,12 @@ from qat.observers.base import Observer, ObserverOptions, row_range
 class Extremes(Observer):
     """Base of observers that need no more of a batch than its range."""
 
-    def update(self, x: Tensor, site: int = 0, relu: bool = False, together: bool = False) -> None:  # noqa: D102
+    def update(  # noqa: D102
+        self, x: Tensor, site: int = 0, relu: bool = False, together: bool = False, real: Tensor | None = None
+    ) -> None:
         together = together and processes.several()
         if x.numel():
-            low, high = Extremes.measure(self, x)
+            low, high = Extremes.measure(self, x, real)
         elif together:  # the other processes wait
             low, high = (x.new_full(x.shape[:1], end, dtype=torch.float32) for end in (torch.inf, -torch.inf))
         else:
@@ -30,8 +32,8 @@ class Extremes(Observer):
     def _take(self, low: Tensor, high: Tensor, site: int) -> None:
         raise NotImplementedError
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        low, high = row_range(x)
+    def measure(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        low, high = row_range(x, real)
         return low.float(), high.float()
 
 
@@ -92,8 +94,8 @@ class AbsMax(Extremes):
         self._require(lambda: (self.largest >= 0).all())
         return -self.largest, self.largest.clone()
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        low, high = super().measure(x)
+    def measure(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        low, high = super().measure(x, real)
         largest = torch.maximum(-low, high)
         return -largest, largest
 

@@ -33,7 +33,7 @@ class Histogram(Observer):
         self.counts.zero_()
         self.limit.zero_()
 
-    def _update(self, x: Tensor, site: int) -> None:
+    def _update(self, x: Tensor, site: int, real: Tensor | None) -> None:
         x = x.float()
         largest = x.abs().amax(dim=1)
         sound = torch.isfinite(largest).all()  # else nothing counts: whoever trains is told by the loss
@@ -43,7 +43,8 @@ class Histogram(Observer):
         span = torch.where(self.limit > 0, self.limit, 1.0).unsqueeze(1)
         # floor before the shift: x / span + 1 would round small values into a neighbour's bin
         index = (torch.floor(x / span * (BINS // 2)).long() + BINS // 2).clamp_(0, BINS - 1)
-        self.counts.scatter_add_(1, index, sound.to(self.counts.dtype).expand(x.shape))
+        counted = sound if real is None else real & sound
+        self.counts.scatter_add_(1, index, counted.to(self.counts.dtype).expand(x.shape))
 
     def merge(self, other: Observer) -> None:  # noqa: D102
         theirs = copy.deepcopy(self._same(other))
@@ -94,10 +95,12 @@ class Percentile(Histogram):
         inside = ((target - (total.gather(1, i) - held)) / held.clamp(min=1)).clamp(0, 1)
         return ((i - BINS // 2 + inside) / (BINS // 2) * self.limit.unsqueeze(1)).squeeze(1).float()
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        ordered = x.float().sort(dim=1).values
-        position = torch.tensor(self.options.percentiles, dtype=torch.float32, device=x.device) / 100 * (x.shape[1] - 1)
+    def measure(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        x = x.float()
+        ordered = (x if real is None else x.masked_fill(~real, torch.inf)).sort(dim=1).values
+        count = torch.full_like(x[:, :1], x.shape[1]) if real is None else real.sum(dim=1, keepdim=True)
+        position = torch.tensor(self.options.percentiles, dtype=torch.float32, device=x.device) / 100 * (count - 1)
         below = position.floor().long()
         above = position.ceil().long()
-        low, high = torch.lerp(ordered[:, below], ordered[:, above], (position - below).float()).unbind(dim=1)
+        low, high = torch.lerp(ordered.gather(1, below), ordered.gather(1, above), position - below).unbind(dim=1)
         return low, high

@@ -32,9 +32,8 @@ class Sigma(Observer):
         for state in (self.count, self.mean, self.m2):
             state.zero_()
 
-    def _update(self, x: Tensor, site: int) -> None:
-        mean, m2 = self._moments(x)
-        count = torch.full_like(mean, x.shape[1])
+    def _update(self, x: Tensor, site: int, real: Tensor | None) -> None:
+        count, mean, m2 = self._moments(x, real)
         sound = m2.isfinite()  # a row with NaN or infinity is passed over
         self._add(torch.where(sound, count, 0), torch.where(sound, mean, 0), torch.where(sound, m2, 0))
 
@@ -42,9 +41,9 @@ class Sigma(Observer):
         self._require(lambda: (self.count > 0).all())
         return self._around(self.mean, self.m2 / self.count)
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        mean, m2 = self._moments(x)
-        return self._around(mean, m2 / x.shape[1])
+    def measure(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: D102
+        count, mean, m2 = self._moments(x, real)
+        return self._around(mean, m2 / count)
 
     def merge(self, other: Observer) -> None:  # noqa: D102
         theirs = self._same(other)
@@ -62,8 +61,10 @@ class Sigma(Observer):
         return (mean - reach).float(), (mean + reach).float()
 
     @staticmethod
-    def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and sum of squared deviations of each row, float64."""
+    def _moments(x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, mean and sum of squared deviations of each row, float64."""
         x = x.double()
-        mean = x.mean(dim=1)
-        return mean, (x - mean.unsqueeze(1)).square().sum(dim=1)
+        count = torch.full_like(x[:, 0], x.shape[1]) if real is None else real.sum(dim=1).double()
+        mean = x.sum(dim=1) / count  # what fills a row is zeros
+        deviation = x - mean.unsqueeze(1)
+        return count, mean, (deviation if real is None else deviation * real).square().sum(dim=1)

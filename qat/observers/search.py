@@ -35,10 +35,10 @@ class Lp(Histogram):
         low, high = self._search(((left + right) / 2).float().unsqueeze(0), counts.float().unsqueeze(0), first, last)
         return low[0], high[0]
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+    def measure(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:  # noqa: D102
         x = x.float()
-        low, high = row_range(x)
-        return self._search(x, torch.ones(1, 1, dtype=torch.float32, device=x.device), low, high)
+        weight = torch.ones(1, 1, dtype=torch.float32, device=x.device) if real is None else real.float()
+        return self._search(x, weight, *row_range(x, real))
 
     def _search(self, x: Tensor, weight: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         best = (low, high)

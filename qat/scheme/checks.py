@@ -95,12 +95,10 @@ def _bits(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
         words = str(valid[0]) if len(valid) == 1 else f"{valid[0]} to {valid[-1]}"
         near = min(valid, key=lambda b: abs(b - bits)) if isinstance(bits, int) else valid[-1]
         yield Refusal("bits", f"{scheme.format} {role}s have {words} bits, null leaves them float", f"bits={near}")
-    if scheme.format == "int" and bits == 1:
-        if role == "weight" and scheme.symmetric:
-            yield Refusal("bits", "a symmetric integer of 1 bit has no positive level",
-                          "format=binary range=dynamic granularity=channel", "bits=2")  # fmt: skip
-        if role == "activation" and scheme.symmetric and scheme.signed is not False:
-            yield Refusal("bits", "a symmetric signed integer of 1 bit has no positive level", "signed=false", "bits=2")
+    if scheme.format == "int" and bits == 1 and scheme.takes_sign():
+        binary = "format=binary range=dynamic granularity=channel"
+        instead = binary if role == "weight" and scheme.symmetric else "signed=false"
+        yield Refusal("bits", "a signed integer of 1 bit has no positive level", instead, "bits=2")
 
 
 def _sign(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
