@@ -1,6 +1,7 @@
 """A recording run on the example: the shapes of its tensors, which of them share memory, what writes into them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Trial(fx.Interpreter):
         self._constants: dict[str, Any] = {}
         given = map_tensors(torch.clone, call.bound(traced))  # operations in place must not change the example
         names = [(str(node.target), node.args) for node in traced.graph.nodes if node.op == "placeholder"]
-        with eval_mode(traced):
+        with eval_mode(traced), _same_draws(call):
             self.returned = self.run(*(given.get(name, *default) for name, default in names))
 
     def run_node(self, n: fx.Node) -> Any:
@@ -58,11 +59,21 @@ class Trial(fx.Interpreter):
         return [t._version for t in self.values[node] if not t.is_inference()]
 
 
+@contextmanager
+def _same_draws(call: Call) -> Iterator[None]:
+    """The same random numbers in every run: some poolings draw in evaluation, too. The user's generators are kept."""
+    devices = sorted({t.device.index for t in tensors((call.args, call.kwargs)) if t.is_cuda})
+    with torch.random.fork_rng(devices):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+            generator.manual_seed(0)
+        yield
+
+
 @torch.no_grad()
 def float_output(net: nn.Module, call: Call, fixed: Mapping[str, Any]) -> list[Tensor]:
     """What a float network returns for the example."""
     args, kwargs = map_tensors(torch.clone, (call.args, call.kwargs))
-    with eval_mode(net), without_fast_path():
+    with eval_mode(net), without_fast_path(), _same_draws(call):
         return list(tensors(net(*args, **kwargs, **fixed)))
 
 
