@@ -108,7 +108,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("where", "select", "condition input other", (torch.where,)),
     ("interpolate", "other",
      "input size=None scale_factor=None mode='nearest' align_corners=None recompute_scale_factor=None antialias=False",
-     (F.interpolate, nn.Upsample)),
+     (F.interpolate, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)),
     # ---- functions of one tensor ------------------------------------------------------------------------------------
     ("relu6", "other", "input", (nn.ReLU6, F.relu6)),
     ("sigmoid", "other", "input", (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid")),

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from qat.attention import add_mask, causal, matmul
 from qat.graph import Graph
+from qat.kinds import WITH_PLACES
 from qat.tracing import MODES, ByMode
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -95,22 +96,27 @@ def _repeated(
 
 
 def decompose_extremes(prepared: fx.GraphModule) -> bool:
-    """Replace max and min along a dimension by what is read of them: the values, which are moved, or their places.
+    """Replace maxima and minima that come with their places by what is read of them.
+
+    Along a dimension, the values, which are moved, or their places; of a pooling, the values if nothing else is read.
 
     Returns:
         Whether there was one.
     """
     graph, found = Graph(prepared), False
     for node in graph.nodes:
-        function = _EXTREMES.get(node.target) if node.op in ("call_function", "call_method") else None
-        given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
-        readers = list(node.users)
-        if function is None or not isinstance(given.get("dim"), int) or any(_part(r) is None for r in readers):
+        for reader in [user for user in node.users if _part(user) is not None and not user.users]:
+            if node.target in _EXTREMES or graph.has_places(node):
+                prepared.graph.erase_node(reader)
+        parts = [_part(user) for user in node.users]
+        known = _along_dimension(node) if None not in parts else None
+        known = known or (_pooling(graph, node) if set(parts) == {0} else None)
+        if known is None:
             continue
-        arguments = (given["input"], given["dim"], given.get("keepdim", False))
-        for reader in readers:
+        functions, args, kwargs = known
+        for reader in list(node.users):
             with prepared.graph.inserting_before(reader):
-                result = prepared.graph.call_function(function[_part(reader) or 0], arguments)
+                result = prepared.graph.call_function(functions[_part(reader) or 0], args, kwargs)
             result.meta = dict(node.meta)
             reader.replace_all_uses_with(result)
             prepared.graph.erase_node(reader)
@@ -120,10 +126,39 @@ def decompose_extremes(prepared: fx.GraphModule) -> bool:
     return found
 
 
+_Known = tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]
 _EXTREMES: dict[Any, tuple[Any, Any]] = {
     **dict.fromkeys((torch.max, "max"), (torch.amax, torch.argmax)),
     **dict.fromkeys((torch.min, "min"), (torch.amin, torch.argmin)),
 }
+
+
+def _along_dimension(node: fx.Node) -> _Known | None:
+    """The functions of values and places, and their arguments, of a maximum or minimum along a dimension."""
+    functions = _EXTREMES.get(node.target) if node.op in ("call_function", "call_method") else None
+    given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+    if functions is None or not isinstance(given.get("dim"), int):
+        return None
+    return functions, (given["input"], given["dim"], given.get("keepdim", False)), {}
+
+
+def _pooling(graph: Graph, node: fx.Node) -> _Known | None:
+    """The function of values alone, and its arguments, of a pooling that has places; None where there is none."""
+    module, key = graph.submodule(node), graph.key(node)
+    if not graph.has_places(node):
+        return None
+    kwargs: dict[str, Any]
+    if isinstance(module, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d):
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+        kwargs = {name: getattr(module, name) for name in names}
+    elif isinstance(module, nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d | nn.AdaptiveMaxPool3d):
+        kwargs = {"output_size": module.output_size}
+    else:
+        function = WITH_PLACES.get(key)
+        kwargs = {name: value for name, value in node.kwargs.items() if name != "return_indices"}
+        return None if function is None else ((function,), node.args, kwargs)
+    dims, kind = key.__name__[-2:], "adaptive_max_pool" if "Adaptive" in key.__name__ else "max_pool"
+    return (getattr(F, kind + dims),), (node.all_input_nodes[0],), kwargs
 
 
 def _part(reader: fx.Node) -> int | None:

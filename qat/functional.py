@@ -1,5 +1,6 @@
 """Layers called as functions in a traced network, made modules; what no module can stand for, made a product."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -89,15 +90,17 @@ def _replace(prepared: fx.GraphModule, node: fx.Node) -> None:
 def _bound(node: fx.Node, function: str) -> tuple[list[Any], Any, Any, dict[str, Any]]:
     """Activations, weight, bias and settings of a call."""
     form = FORMS[function]
-    tensors = [*form.inputs, "weight"] + (["bias"] if function != "embedding" else [])
+    tensors = [*form.inputs, "weight"] + (["bias"] if "embedding" not in function else [])
     names = [*tensors, *form.settings]
+    if function == "embedding_bag":
+        names = list(inspect.signature(F.embedding_bag).parameters)
     if node.target is torch.embedding:
         names = ["weight", "input", "padding_idx", "scale_grad_by_freq", "sparse"]
     given = form.settings | dict(zip(names, node.args, strict=False)) | node.kwargs
     given["input"] = given.pop("indices", given.get("input"))
     if node.target is torch.embedding and given["padding_idx"] == -1:  # its default, that no row is padding
         given["padding_idx"] = None
-    return [given[k] for k in form.inputs], given["weight"], given.get("bias"), {k: given[k] for k in form.settings}
+    return [given.get(k) for k in form.inputs], given["weight"], given.get("bias"), {k: given[k] for k in form.settings}
 
 
 def _is_part(net: fx.GraphModule, node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_packed_sequence
 
 from qat.calls import CALLS, SIZE_ATTRIBUTES, values_of
 from qat.fake_quant import FakeQuantize
-from qat.kinds import AVERAGED, KEEPS_SIGN, KINDS, NEAREST, NONNEGATIVE, SIZE_METHODS, Kind
+from qat.kinds import AVERAGED, KEEPS_SIGN, KINDS, NEAREST, NONNEGATIVE, SIZE_METHODS, WITH_PLACES, Kind
 from qat.layers import Functional, Quantized, QuantizedLayer, QuantizedRecurrent, float_type
 from qat.prepared import is_fixed
 from qat.results import RECURRENT, Result, given_grid, is_padded, result_of, takes_result
@@ -119,6 +119,8 @@ class Graph:
             return Kind.layer
         if isinstance(module, FakeQuantize):
             return Kind.quantizer
+        if self.has_places(node) or (node.target is operator.getitem and self.has_places(node.args[0])):
+            return Kind.other
         kind = KINDS.get(self.key(node), Kind.other)
         if str(node.target) in self.module.meta.get("identity_in_eval", ()):
             return Kind.passes
@@ -138,6 +140,18 @@ class Graph:
         if kind is Kind.relu and node in self.passing_relus:
             return Kind.passes
         return kind
+
+    def why_float(self, node: fx.Node) -> str | None:
+        """Why a pooling has no integer form; None for others."""
+        if "ractional" in getattr(self.key(node), "__name__", ""):
+            return "its regions are drawn at random with every call"
+        return "the places of its maxima are read" if self.has_places(node) else None
+
+    def has_places(self, node: Any) -> bool:
+        """Whether a node is a pooling that returns the places of its maxima, too."""
+        if not isinstance(node, fx.Node):
+            return False
+        return self.key(node) in WITH_PLACES or getattr(self.submodule(node), "return_indices", False) is True
 
     def _is_plain(self, node: fx.Node, kind: Kind) -> bool:
         """Whether an operation has the form that its kind stands for: two tensors, no factor; the filling is zero."""

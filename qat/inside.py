@@ -1,4 +1,4 @@
-"""What torch's own attention modules compute, in steps that a trace can record.
+"""What torch's own attention modules compute, in steps that a trace can record; and its circular padding.
 
 They live in torch.nn and choose between kernels by what they find in their inputs, so a trace takes each as one
 operation. The functions here compute the same of a module's own parameters and submodules. They make no use of sizes:
@@ -6,7 +6,7 @@ inputs may have a batch dimension or none.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -193,6 +193,12 @@ def transformer(
     return result
 
 
+def circular_pad(m: "CircularPad", input: Tensor) -> Tensor:
+    """Its `forward`, which also checks the number of dimensions."""
+    return F.pad(input, m.padding, "circular")
+
+
+CircularPad = nn.CircularPad1d | nn.CircularPad2d | nn.CircularPad3d
 INSIDE: dict[type[nn.Module], Callable[..., Any]] = {
     nn.MultiheadAttention: multihead_attention,
     nn.TransformerEncoderLayer: encoder_layer,
@@ -200,6 +206,7 @@ INSIDE: dict[type[nn.Module], Callable[..., Any]] = {
     nn.TransformerEncoder: encoder,
     nn.TransformerDecoder: decoder,
     nn.Transformer: transformer,
+    **dict.fromkeys(get_args(CircularPad), circular_pad),
 }
 """Type of torch.nn -> what computes the same."""
 

@@ -49,6 +49,7 @@ KINDS: dict[Any, Kind] = {
     **dict.fromkeys((torch.mean, "mean"), Kind.average),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), Kind.passes),
     **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), Kind.passes),
+    **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), Kind.passes),
     **dict.fromkeys((torch.reshape, torch.permute, operator.getitem, F.pad), Kind.passes),
     **dict.fromkeys((pack_padded_sequence, pad_packed_sequence), Kind.passes),
     **dict.fromkeys((pack_sequence,), Kind.concat),
@@ -62,6 +63,16 @@ IDENTITIES = {
 """Operations that hand their input on when the network is evaluated."""
 
 KINDS |= dict.fromkeys(IDENTITIES, Kind.passes)
+
+WITH_PLACES: dict[Any, Any] = {
+    F.max_pool1d_with_indices: F.max_pool1d, F.max_pool2d_with_indices: F.max_pool2d,
+    F.max_pool3d_with_indices: F.max_pool3d, torch.max_pool1d_with_indices: F.max_pool1d,
+    F.adaptive_max_pool1d_with_indices: F.adaptive_max_pool1d, torch.adaptive_max_pool1d: F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d_with_indices: F.adaptive_max_pool2d,
+    F.adaptive_max_pool3d_with_indices: F.adaptive_max_pool3d,
+    F.fractional_max_pool2d_with_indices: None, F.fractional_max_pool3d_with_indices: None,
+}  # fmt: skip
+"""Poolings that return (maxima, their places) -> the one that returns the maxima; modules have `return_indices`."""
 
 SIZE_METHODS = ("size", "dim", "numel", "new_zeros", "new_ones")
 """Methods whose result depends on nothing but the size of the tensor."""

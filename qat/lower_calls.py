@@ -29,6 +29,8 @@ def function(graph: Graph, sizes: Sizes, node: fx.Node) -> tuple[ops.Function, l
         ValueError: a form of the function that the runtime does not have.
     """
     key = graph.key(node)
+    if why := graph.why_float(node):
+        raise unsupported(graph, node, why)
     if key not in CALLS:
         names = ", ".join(sorted({operation.name for operation in CALLS.values()}))
         raise unsupported(graph, node, f"no such operation in the runtime; it has {names}")
@@ -99,8 +101,6 @@ def move(graph: Graph, sizes: Sizes, node: fx.Node, zero_point: int) -> tuple[An
         return ops.Move(name=name.removesuffix("_as"), sizes=entries), [source, *like]
     if name == "masked_fill":
         return ops.Move(name=name, value=zero_point), [source, bound["mask"]]
-    if name == "adaptive_max_pool" and (bound["return_indices"] or getattr(graph.submodule(node), "return_indices", 0)):
-        raise unsupported(graph, node, "the indices of a maximum")
     settings = {k: plain(graph, sizes, node, v) for k, v in bound.items() if k not in UNUSED}
     if name == "adaptive_max_pool":
         settings["output_size"] = spatial_sizes(key, settings["output_size"])

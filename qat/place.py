@@ -1,14 +1,11 @@
 """Quantizers into a recorded network: layers swapped, a FakeQuantize on every edge that a quantized operation reads."""
 
-import copy
-import inspect
 import itertools
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from qat.attention import matmul
 from qat.calls import CALLS
@@ -18,17 +15,17 @@ from qat.fake_quant import FakeQuantize
 from qat.function_inputs import function_inputs
 from qat.functional import insert_functional
 from qat.graph import Graph
+from qat.in_place import drop_in_place
 from qat.inside import INSIDE
 from qat.kinds import Kind
 from qat.layers import SWAPS, Functional, type_name
 from qat.layers.tied import share_weight_quantizers
-from qat.modes import eval_mode
 from qat.prepared import bind_functional
-from qat.record import Call, without_fast_path
+from qat.record import Call
 from qat.scheme import Granularity, QuantConfig, TensorScheme
 from qat.scheme.config import BOUNDS
-from qat.structures import map_tensors, tensors
 from qat.targets import TARGETS, Target
+from qat.trial import Trial, check_same, float_output
 
 QUANTIZERS = "quantizers"
 """Where activation quantizers live in a prepared network."""
@@ -49,14 +46,20 @@ def normalize(
         The shape of every tensor of real numbers.
 
     Raises:
-        ValueError: the two compute different results.
+        ValueError: the two compute different results, before or after that.
+        UntraceableError: an operation in place whose effect cannot be followed.
     """
-    shapes = _check_same(net, traced, call, fixed)
-    if decompose_attention(traced, shapes) | decompose_extremes(traced) | insert_functional(traced):
+    trial, expected = Trial(traced, call), float_output(net, call, fixed)
+    tolerance = 1e-4 if any(type(module) in INSIDE for module in net.modules()) else 0.0  # sums in another order
+    check_same(net, trial, expected, tolerance)
+    if drop_in_place(traced, trial):
+        trial = Trial(traced, call)
+        check_same(net, trial, expected, tolerance)
+    if decompose_attention(traced, trial.shapes) | decompose_extremes(traced) | insert_functional(traced):
         bind_functional(traced)
-        shapes = _shapes(traced, call)
-    _drop_in_place(traced)
-    return shapes
+        trial = Trial(traced, call)
+        check_same(net, trial, expected, 1e-4)
+    return trial.shapes
 
 
 def quantizable(traced: fx.GraphModule) -> dict[str, Quantizable]:
@@ -226,55 +229,6 @@ def _relus_behind_quantizers(graph: Graph, requests: list[tuple[list[fx.Node], T
     }
 
 
-_OUT_OF_PLACE: dict[Any, Any] = {
-    torch.relu_: torch.relu,
-    nn.functional.relu_: nn.functional.relu,
-    "relu_": "relu",
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    **{f"{key}_": key for key in CALLS if isinstance(key, str)},
-    **{getattr(torch, f"{key}_"): getattr(torch, key) for key in CALLS
-       if isinstance(key, str) and hasattr(torch, f"{key}_") and hasattr(torch, key)},
-    **{getattr(nn.functional, f"{key}_"): getattr(nn.functional, key)
-       for key in ("leaky_relu", "elu", "hardtanh") if hasattr(nn.functional, f"{key}_")},
-}  # fmt: skip
-
-
-_POSITIONAL: dict[Any, tuple[str, ...]] = {
-    function: tuple(inspect.signature(function).parameters)
-    for function in (nn.functional.leaky_relu, nn.functional.elu, nn.functional.silu, nn.functional.mish,
-                     nn.functional.hardswish, nn.functional.hardsigmoid, nn.functional.hardtanh, nn.functional.relu6)
-}  # fmt: skip
-
-
-def _drop_in_place(prepared: fx.GraphModule) -> None:
-    """Make in-place operations return a new tensor, and let later readers of the overwritten tensor read that one."""
-    graph = Graph(prepared)
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        module = graph.submodule(node)
-        in_place = node.target in _OUT_OF_PLACE or node.kwargs.get("inplace") or getattr(module, "inplace", False)
-        if node.target is operator.iadd:
-            node.target = operator.add  # the traced result is what later code reads
-        names = _POSITIONAL.get(node.target, ())
-        if "inplace" in names and len(node.args) > names.index("inplace"):
-            in_place = in_place or bool(node.args[names.index("inplace")])
-            node.args = node.args[: names.index("inplace")]
-        if not in_place:
-            continue
-        node.target = _OUT_OF_PLACE.get(node.target, node.target)
-        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-        if module is not None:
-            module = copy.copy(module)  # the original keeps its setting
-            setattr(module, "inplace", False)  # noqa: B010 (nn.Module types attributes as tensors)
-            prepared.set_submodule(str(node.target), module)
-        overwritten = node.all_input_nodes[0]
-        for reader in [user for user in overwritten.users if position[user] > position[node]]:
-            reader.replace_input_with(overwritten, node)
-    prepared.recompile()
-
-
 def _check_axis(graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes: dict[fx.Node, torch.Size]) -> None:
     """Refuse channels and groups that an activation does not have, or that its edges do not share."""
     if scheme.granularity not in (Granularity.channel, Granularity.group):
@@ -300,53 +254,3 @@ def _check_axis(graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes
             f"quant.activation.granularity=channel: {names} share a scale, because they are concatenated, and have "
             f"{sorted(sizes)} channels; use granularity=tensor there, by a rule"
         )
-
-
-class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of every tensor of real numbers."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[fx.Node, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one operation."""
-        result = super().run_node(n)
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.shapes[n] = result.shape
-        return result
-
-
-@torch.no_grad()
-def _shapes(traced: fx.GraphModule, call: Call) -> dict[fx.Node, torch.Size]:
-    """The shape of every tensor."""
-    return _run(traced, call)[1]
-
-
-def _run(traced: fx.GraphModule, call: Call) -> tuple[Any, dict[fx.Node, torch.Size]]:
-    given = map_tensors(torch.clone, call.bound(traced))  # operations in place must not change the example
-    interpreter = _Shapes(traced)
-    names = [(str(node.target), node.args) for node in traced.graph.nodes if node.op == "placeholder"]
-    with eval_mode(traced):
-        output = interpreter.run(*(given.get(name, *default) for name, default in names))
-    return output, interpreter.shapes
-
-
-@torch.no_grad()
-def _check_same(
-    net: nn.Module, traced: fx.GraphModule, call: Call, fixed: Mapping[str, Any]
-) -> dict[fx.Node, torch.Size]:
-    """Run both on the example; returns the shape of every tensor."""
-    args, kwargs = map_tensors(torch.clone, (call.args, call.kwargs))
-    with eval_mode(net), without_fast_path():
-        expected = list(tensors(net(*args, **kwargs, **fixed)))
-    output, shapes = _run(traced, call)
-    in_steps = any(type(module) in INSIDE for module in net.modules())
-    tolerance = 1e-4 if in_steps else 0.0  # sums in another order
-    try:
-        torch.testing.assert_close(list(tensors(output)), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-    except AssertionError as error:
-        raise ValueError(
-            f"the traced {type(net).__name__} does not compute what the network computes: {error}"
-        ) from None
-    return shapes

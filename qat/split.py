@@ -136,17 +136,18 @@ def _recorded(module: nn.Module, call: Call, graph: str, root: bool) -> Part:
     torchs = _is_torchs(module)
     fixed = _fixed(module, call, every=graph == "required" or torchs, given=root or torchs)
     called_with_fixed = not root and bool(fixed.keys() & call.bound(module).keys())
+    call = Call((), {k: v for k, v in call.bound(module).items() if k not in fixed}, call.from_outside, call.output)
     opaque: list[str] = []
     while True:
         try:
             traced = trace(module, opaque, fixed, PreparedPart if called_with_fixed else PreparedNetwork)
+            shapes = normalize(traced, module, call, fixed)
             break
         except UntraceableError as error:
             if graph == "required" or not error.culprit or error.culprit in opaque:
                 raise
             opaque.append(error.culprit)
-    call = Call((), {k: v for k, v in call.bound(module).items() if k not in fixed}, call.from_outside, call.output)
-    return Part(module, call, traced, normalize(traced, module, call, fixed), opaque)
+    return Part(module, call, traced, shapes, opaque)
 
 
 def _is_torchs(module: nn.Module) -> bool:

@@ -7,10 +7,10 @@ branch is refused.
 """
 
 import inspect
-import re
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, partialmethod
 from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.proxy import Attribute, TracerBase
 from torch.nn.modules import padding
 
+from qat.advice import advice, last_user_line, line_of
 from qat.fake_quant import FakeQuantize
 from qat.inside import INSIDE, erase_unread
 from qat.layers import Quantized
@@ -67,6 +69,33 @@ class UntraceableError(ValueError):
         self.culprit = culprit
 
 
+class _InPlace:
+    """Symbols that record `y += x` and `y[part] = x` as such: another name of `y` sees them, too."""
+
+    tracer: TracerBase
+
+    def _call(self, function: Any, *args: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, *args), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._call(operator.setitem, index, value)
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor"):
+    setattr(_InPlace, f"__{_name}__", partialmethod(_InPlace._call, getattr(operator, _name)))
+
+
+class Symbol(_InPlace, fx.Proxy):
+    """What stands for a tensor, or a size, while a network is recorded."""
+
+    def __getattr__(self, k: str) -> Any:
+        return SymbolAttribute(self, k)
+
+
+class SymbolAttribute(_InPlace, Attribute):
+    """An attribute of a symbol, or a method that is about to be called."""
+
+
 class _Tracer(fx.Tracer):
     """Records, and takes quantized layers, quantizers and the modules in `whole` as single operations."""
 
@@ -77,6 +106,10 @@ class _Tracer(fx.Tracer):
         self._autowrap_search.append(torch.nn.utils.rnn)  # where `nn.utils.rnn.pack_padded_sequence(...)` finds them
         self.whole = whole or set()
         self.culprit: str | None = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The symbol that stands for the result of a node."""
+        return Symbol(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         single = isinstance(m, Quantized | FakeQuantize) or module_qualified_name in self.whole
@@ -178,23 +211,36 @@ def _restore_lists(net: nn.Module, traced: fx.GraphModule) -> None:
 
 
 def _record(net: nn.Module, training: bool, whole: set[str], fixed: Mapping[str, Any]) -> fx.Graph:
-    tracer = _Tracer(whole)
+    tracer, before = _Tracer(whole), _versions(net)
     try:
         with _mode(net, training):
             graph = tracer.trace(net, dict(fixed) or None)
     except Exception as error:  # whatever the network's own code raises when it meets a symbolic tensor
-        where = _last_user_line(error)
+        where = last_user_line(error)
         raise UntraceableError(
-            f"qat cannot trace {type(net).__name__}{where}: {error}. Control flow that depends on the values of "
-            f"tensors cannot be recorded; move it out of forward, into a submodule of its own.",
+            f"qat cannot trace {type(net).__name__}{where}: {str(error).rstrip('.')}. {advice(error)}",
             tracer.culprit or "",
         ) from error
+    for name, version in _versions(net).items():
+        if version != before.get(name, version):
+            path, _, own = name.rpartition(".")
+            raise UntraceableError(
+                f"{type(net).__name__} writes into its own tensor '{name}' in forward; a recording would not. Write "
+                f"into it outside of forward, or in a submodule of its own",
+                path if own else "",
+            )
     for node in graph.nodes:  # else the generated code asks for a wrapping that later traces trip over
         node.meta.pop("is_wrapped", None)
     for node in graph.nodes:  # fx leaves of a fixed parameter an input that only assertions read
         if node.op == "placeholder" and str(node.target).rpartition("_")[0] in fixed:
             _erase_with_readers(graph, node)
     return graph
+
+
+def _versions(net: nn.Module) -> dict[str, int]:
+    """How often each tensor of a network was written into, but for BatchNorm's counts, which little depends on."""
+    held = (*net.named_parameters(), *net.named_buffers())
+    return {name: t._version for name, t in held if not t.is_inference() and "num_batches_tracked" not in name}
 
 
 def _erase_with_readers(graph: fx.Graph, node: fx.Node) -> None:
@@ -219,7 +265,8 @@ def _branch(train: fx.Graph, evaluation: fx.Graph) -> tuple[fx.Node | None, fx.N
     """The first operations in which two recordings differ, numbers apart; None when the operations are the same."""
     same: dict[Any, Any] = {}
     for a, b in zip_longest(train.nodes, evaluation.nodes):
-        if a is None or b is None or a.op != b.op or (a.target != b.target and not _is_constant(a, b)):
+        constants = all(n is not None and n.op == "get_attr" and is_constant(n.target) for n in (a, b))
+        if a is None or b is None or a.op != b.op or (a.target != b.target and not constants):
             return a, b
         if not _same_form((a.args, a.kwargs), (b.args, b.kwargs), same):
             return a, b
@@ -227,9 +274,9 @@ def _branch(train: fx.Graph, evaluation: fx.Graph) -> tuple[fx.Node | None, fx.N
     return None
 
 
-def _is_constant(*nodes: fx.Node) -> bool:
-    """Whether both read a tensor that forward makes anew each time."""
-    return all(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in nodes)
+def is_constant(name: Any) -> bool:
+    """Whether an attribute of a recording is a tensor that forward makes anew each time."""
+    return str(name).startswith("_tensor_constant")
 
 
 def _same_form(a: Any, b: Any, same: dict[Any, Any]) -> bool:
@@ -255,7 +302,7 @@ def _passing_scope(net: nn.Module, a: fx.Node | None, b: fx.Node | None) -> str:
         for path, _ in reversed(list(stack)):
             if path and _is_identity_in_eval(net.get_submodule(path)):
                 return str(path)
-    where = next((line for line in map(_line_of, (a, b)) if line), "")
+    where = next((line for line in map(line_of, (a, b)) if line), "")
     raise UntraceableError(
         f"{type(net).__name__} takes another path in training than in evaluation{where}. A trace holds one path: put "
         f"the branch into an nn.Module of its own that returns its input when it is not training (as nn.Dropout does), "
@@ -284,10 +331,11 @@ def _insert_modes(traced: fx.GraphModule, train: fx.Graph) -> None:
             train_p, eval_p = (_dropout_share(n) for n in (other, node))
             if eval_p:
                 raise ValueError(
-                    f"{traced._get_name()} drops values in evaluation, too ('{node.name}'{_line_of(node)}); pass "
+                    f"{traced._get_name()} drops values in evaluation, too ('{node.name}'{line_of(node)}); pass "
                     f"training=self.training"
                 )
-            _dropout_module(traced, node, DROPOUTS[node.target](train_p))
+            in_place = node.target is torch.dropout_ or bool(node.kwargs.get("inplace") or node.args[3:])
+            _dropout_module(traced, node, DROPOUTS[node.target](train_p, in_place))
             continue
         node.args = _merged(traced, node, other.args, node.args)
         node.kwargs = {k: _merged(traced, node, other.kwargs[k], v) for k, v in node.kwargs.items()}
@@ -338,25 +386,3 @@ def has(net: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _is_own(filename: str) -> bool:
-    return "/torch/" not in filename and not filename.endswith(("qat/tracing.py", "contextlib.py"))
-
-
-def _last_user_line(error: BaseException) -> str:
-    frames = []
-    tb = error.__traceback__
-    while tb is not None:
-        filename = tb.tb_frame.f_code.co_filename
-        if _is_own(filename):
-            frames.append(f" at {filename}:{tb.tb_lineno}")
-        tb = tb.tb_next
-    return frames[-1] if frames else ""
-
-
-def _line_of(node: fx.Node | None) -> str:
-    """The line of the network's code that made a call, as " at FILE:LINE"."""
-    found = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "") if node is not None else []
-    lines = [f" at {file}:{line}" for file, line in found if _is_own(file)]
-    return lines[-1] if lines else ""

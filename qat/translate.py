@@ -16,6 +16,10 @@ from qat.sizes import Sizes
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 LOOK_UPS = nn.Embedding | nn.EmbeddingBag
 TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+MAX_POOLS = (
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
+)  # fmt: skip
 
 
 def geometry(layer: nn.Module) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def passing_layer(graph: Graph, node: fx.Node, zero_point: int) -> RuntimeLayer:
         ValueError: a form of it that the runtime does not have.
     """
     module, args, key = graph.submodule(node), _Arguments(node), graph.key(node)
-    if key in (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d):
+    if key in MAX_POOLS:
         dims = int(key.__name__[-2])
         kernel, stride, padding, dilation, ceil_mode = (
             (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)

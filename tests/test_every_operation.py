@@ -75,6 +75,8 @@ OWN: dict[str, Own] = {
     "ConstantPad1d": op(lambda: nn.ConstantPad1d(2, 0.0), shape=(3, 9)),
     "ReflectionPad2d": op(lambda: nn.ReflectionPad2d(1)),
     "ReplicationPad3d": op(lambda: nn.ReplicationPad3d(1), shape=(3, 4, 4, 4)),
+    **{f"CircularPad{i}d": op(make, shape=(3, *(5,) * i)) for i, make in enumerate(
+        (lambda: nn.CircularPad1d(2), lambda: nn.CircularPad2d((1, 0, 2, 1)), lambda: nn.CircularPad3d(1)), 1)},
     "PixelUnshuffle": op(lambda: nn.PixelUnshuffle(2), channels=16),
     "LPPool2d": op(lambda: nn.LPPool2d(2, 2)),
     "BatchNorm1d in front": Own(lambda s, x: s.a(F.relu(s.n(x))),
@@ -169,7 +171,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "ELU", "GELU", "SiLU", "Mish", "Hardswish", "Hardsigmoid", "Hardtanh", "ReLU6", "Sigmoid", "Tanh", "Softmax",
         "LogSoftmax", "Softplus", "Unflatten", "MaxPool1d", "MaxPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d",
         "AdaptiveMaxPool3d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "LPPool1d",
-        "LPPool3d", "Upsample")},
+        "LPPool3d", "Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d")},
+    "poolings with places": of("operations", "MaxPool2d, values", "F.max_pool1d, values", "AdaptiveMaxPool3d, values",
+                               "torch.adaptive_max_pool1d"),
     "PixelShuffle": of("operations", "pixel shuffle"),
     "interpolation": of("operations", "nearest", "nearest-exact", "linear", "bilinear", "bilinear, corners",
                         "trilinear", "bicubic", "area"),
@@ -179,7 +183,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "Flatten, Identity": of("lower", "dropout_identity"),
     **{name: of("own", name) for name in (
         "ReLU", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "ZeroPad2d",
-        "ConstantPad1d", "ReflectionPad2d", "ReplicationPad3d", "PixelUnshuffle", "LPPool2d")},
+        "ConstantPad1d", "ReflectionPad2d", "ReplicationPad3d", "CircularPad1d", "CircularPad2d", "CircularPad3d",
+        "PixelUnshuffle", "LPPool2d")},
 }  # fmt: skip
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "+": of("lower", "add", "add_twice_the_same"), "-": of("operations", "sub"), "*": of("operations", "mul"),
@@ -197,7 +202,8 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "permute, reshape": (*of("lower", "permute", "reshape", "view_shape", "flatten"),
                          *of("operations", "transpose", "sizes")),
     "padding": (*of("lower", "pad", "pad_channels"), *of("family", "pad_functions")),
-    "pooling": (*of("lower", "max_pool", "adaptive_pool", "mean"), *of("operations", "F.avg_pool3d", "F.lp_pool2d")),
+    "pooling": (*of("lower", "max_pool", "adaptive_pool", "mean"),
+                *of("operations", "F.avg_pool3d", "F.lp_pool2d", "torch.max_pool2d")),
     "max, min along a dimension": of("operations", "max", "min of torch, named", "amax"),
     "expand": of("operations", "expand", "expand_as"),
     "torch.where": of("operations", "where", "where with a number", "masks"),

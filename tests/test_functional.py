@@ -76,6 +76,13 @@ CASES: dict[str, Case] = {
     "conv_transpose3d": Case(lambda s, x: F.conv_transpose3d(x, s.w), {"w": (2, 4, 2, 1, 2)}, (2, 3, 3, 3)),
     "embedding": Case(lambda s, x: s.head(F.embedding(x, s.w, 2)), {"w": (11, 6)}, (4,), head(6)),
     "torch.embedding": Case(lambda s, x: s.head(torch.embedding(s.w, x)), {"w": (11, 6)}, (4,), head(6)),
+    "embedding_bag": Case(lambda s, x: s.head(F.embedding_bag(x, s.w, mode="sum")), {"w": (11, 6)}, (4,), head(6)),
+    "embedding_bag, in order": Case(lambda s, x: s.head(F.embedding_bag(x, s.w, None, None, 2.0, False, "mean")),
+                                    {"w": (11, 6)}, (4,), head(6)),
+    "embedding_bag, weighted": Case(
+        lambda s, x: s.head(F.embedding_bag(
+            x, s.w, mode="sum", per_sample_weights=s.v.expand(x.shape[0], -1), padding_idx=3)),
+        {"w": (11, 6), "v": (1, 4)}, (4,), head(6)),
     "standardized weight": Case(
         lambda s, x: F.conv2d(F.relu(F.conv2d(x, (s.w - s.w.mean((1, 2, 3), True)) / s.w.std((1, 2, 3), keepdim=True))),
                               s.g * F.normalize(s.v, dim=1)),
@@ -107,6 +114,29 @@ def test_the_whole_way(name: str, tmp_path: Path) -> None:
     if name != "bilinear":
         assert isinstance(network.layers[f"functional/{functional[0].path}"], integer)
     assert {name.split("/")[0] for name in network.state_dict()}.isdisjoint(net.state_dict())  # no float weight
+
+
+def test_bags_of_a_function_have_offsets() -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.randn(11, 6)), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+            y: Tensor = self.head(F.embedding_bag(x, self.w, starts, mode="max"))
+            return y
+
+    torch.manual_seed(0)
+    net, inputs = Bags(), (torch.randint(11, (24,)), torch.tensor([0, 5, 6, 13]))
+    prepared = qat.prepare(net, config(8), inputs)
+    assert torch.equal(prepared(*inputs), net(*inputs))
+    qat.calibrate(prepared, [inputs])
+    prepared(*inputs).sum().backward()
+    assert net.w.grad is not None
+    network = qat.lower(prepared.eval())
+    with torch.no_grad():
+        torch.testing.assert_close(network(*inputs), prepared(*inputs), atol=1e-2, rtol=0)
+    assert isinstance(network.layers["functional/w"], LookUp)
 
 
 BIASES = ["linear", "linear, parts", "linear, no bias", "conv2d", "conv_transpose2d", "bilinear"]

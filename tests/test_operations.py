@@ -233,10 +233,26 @@ MOVING: dict[str, Case] = {
         "nearest to a size": (lambda s, y: F.interpolate(y, size=(5, 9)), Move, IMAGE, dict),
         "nearest-exact": (lambda s, y: F.interpolate(y, size=(5, 4), mode="nearest-exact"), Move, IMAGE, dict),
         "nn.Upsample": (lambda s, y: s.op(y), Move, IMAGE, part(lambda: nn.Upsample(scale_factor=2))),
+        "nn.UpsamplingNearest2d": (
+            lambda s, y: s.op(y), Move, IMAGE, part(lambda: nn.UpsamplingNearest2d(scale_factor=2))),
+        "MaxPool2d, values": (
+            lambda s, y: s.op(y)[0], MaxPool, IMAGE, part(lambda: nn.MaxPool2d(2, return_indices=True))),
+        "F.max_pool1d, values": (
+            lambda s, y: _values(F.max_pool1d(y, 3, 2, 1, return_indices=True)), MaxPool, SIGNAL, dict),
+        "AdaptiveMaxPool3d, values": (
+            lambda s, y: _values(s.op(y)), Move, CLIP, part(lambda: nn.AdaptiveMaxPool3d(2, return_indices=True))),
+        "torch.adaptive_max_pool1d": (lambda s, y: torch.adaptive_max_pool1d(y, 5)[0], Move, SIGNAL, dict),
+        "torch.max_pool2d": (lambda s, y: torch.max_pool2d(y, 3, 2, 1), MaxPool, IMAGE, dict),
         "masked_fill with zero": (lambda s, y: y.masked_fill(s.w > 0, 0.0), Move, IMAGE, buffer(8, 8)),
         "clone": (lambda s, y: y.clone().transpose(2, 3), Move, IMAGE, dict),
     }.items()
 }  # fmt: skip
+
+
+def _values(pooled: tuple[Tensor, Tensor]) -> Tensor:
+    values, _ = pooled
+    return values
+
 
 JOINING: dict[str, Case] = {
     "stack": Case(lambda s, y: torch.stack([y, s.b(y)], dim=2), Move, integers=True, parts=other),
@@ -310,6 +326,7 @@ POOLS: dict[str, tuple[Callable[..., Tensor], type, tuple[int, ...], Callable[[]
         part(lambda: nn.MaxPool2d(2))),
     "linear": (lambda s, y: F.interpolate(y, size=7, mode="linear"), Function, SIGNAL, dict),
     "trilinear": (lambda s, y: s.op(y), Function, CLIP, part(lambda: nn.Upsample(scale_factor=2, mode="trilinear"))),
+    "nn.UpsamplingBilinear2d": (lambda s, y: s.op(y), Function, ODD, part(lambda: nn.UpsamplingBilinear2d((9, 6)))),
     "bicubic": (lambda s, y: F.interpolate(y, size=(11, 6), mode="bicubic"), Function, IMAGE, dict),
     "area": (lambda s, y: F.interpolate(y, size=(3, 5), mode="area"), Function, ODD, dict),
 }  # fmt: skip
@@ -615,6 +632,56 @@ def test_report_says_what_is_computed_in_float() -> None:
         "float: 7.sigmoid: no integer form: sigmoid is computed in float",
         "float: 7.cumsum: the runtime has no cumsum: it cannot be lowered",
     ]
+
+
+def unpooled(s: Any, y: Tensor) -> Tensor:
+    values, places = s.op(y)
+    return s.up(values * 2, places, output_size=y.shape)
+
+
+def pooled(dims: int, **settings: Any) -> nn.Module:
+    return getattr(nn, f"FractionalMaxPool{dims}d")(2, output_ratio=0.6, **settings)
+
+
+PLACES, RANDOM = "the places of its maxima are read", "its regions are drawn at random with every call"
+ISLANDS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], dict[str, nn.Module], str]] = {
+    **{f"MaxUnpool{i}d": (unpooled, shape, {
+        "op": getattr(nn, f"MaxPool{i}d")(2, return_indices=True), "up": getattr(nn, f"MaxUnpool{i}d")(2)}, PLACES)
+       for i, shape in ((1, (3, 9)), (2, (3, 7, 6)), (3, (3, 4, 4, 5)))},
+    "F.max_unpool2d": (lambda s, y: F.max_unpool2d(*_both(F.max_pool2d(y, 2, return_indices=True)), 2), IMAGE, {},
+                       PLACES),
+    "FractionalMaxPool2d": (lambda s, y: s.op(y), IMAGE, {"op": pooled(2)}, RANDOM),
+    "FractionalMaxPool3d, values": (lambda s, y: s.op(y)[0], (3, 5, 6, 6), {"op": pooled(3, return_indices=True)},
+                                    RANDOM),
+    "F.fractional_max_pool2d": (lambda s, y: F.fractional_max_pool2d(y, 2, (3, 4)), IMAGE, {}, RANDOM),
+}  # fmt: skip
+
+
+def _both(pooled: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    values, places = pooled
+    return values, places
+
+
+@pytest.mark.parametrize("name", ISLANDS)
+def test_poolings_that_stay_float_train_and_are_named(name: str) -> None:
+    run, shape, parts, why = ISLANDS[name]
+    torch.manual_seed(1)
+    conv: Any = {2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}[len(shape)]
+    net, x = Net(lambda s, x: s.b(run(s, s.a(x))), a=conv(3, 4, 1), b=conv(4, 2, 1), **parts), torch.randn(4, *shape)
+    prepared = qat.prepare(net, dataclasses.replace(config(8), graph="required"), x)
+    results = []
+    for each in (net.eval(), prepared.eval()):
+        torch.manual_seed(5)
+        results.append(each(x))
+    assert torch.equal(*results)
+    qat.calibrate(prepared, [x])
+    prepared.train()(x).square().mean().backward()
+    assert net.a.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+    read = [node.args[0] for node in prepared.graph.nodes if node.target == "b"]
+    assert all(str(source.target).startswith("quantizers.") for source in read)  # what the pooling makes is quantized
+    assert f": {why}: it stays float, and cannot be lowered" in qat.report(prepared)
+    with pytest.raises(ValueError, match=why):
+        qat.lower(prepared.eval())
 
 
 def test_report_of_layers_alone_has_no_float() -> None:

@@ -1,5 +1,6 @@
 """Operations that the integer network computes in float, and why."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,7 +76,11 @@ def _islands(graph: Graph, opaque: Sequence[str]) -> list[dict[str, str]]:
         known = CALLS.get(key)
         operation = getattr(key, "__name__", str(key)) if known is None else known.name
         reason = f"no integer form: {operation} is computed in float"
-        if kind is Kind.other:
+        if why := graph.why_float(node):
+            reason = f"{why}: it stays float, and cannot be lowered"
+        elif node.target is operator.getitem and graph.has_places(node.args[0]):
+            continue
+        elif kind is Kind.other:
             unknown = computed_weight(node) or f"the runtime has no {operation}: it cannot be lowered"
             reason = reason if known is not None else unknown
         elif kind is Kind.batch_norm:

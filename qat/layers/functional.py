@@ -16,7 +16,7 @@ from qat.layers.bilinear import QuantBilinear
 from qat.layers.conv import QuantConv1d, QuantConv2d, QuantConv3d
 from qat.layers.conv_transpose import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
 from qat.layers.linear import QuantLinear
-from qat.layers.lookup import QuantEmbedding, check_settings
+from qat.layers.lookup import QuantEmbedding, QuantEmbeddingBag, check_settings
 from qat.numerics.granularity import swap_channels
 from qat.scheme import TensorScheme
 
@@ -29,7 +29,7 @@ class Form:
 
     Attributes:
         layer, quantized: the layer that computes the same, float and quantized.
-        inputs: names of its activations.
+        inputs: names of its activations, and of what else it reads beside weight and bias.
         settings: its other parameters in torch's order (behind input, weight and bias), with their defaults.
     """
 
@@ -42,6 +42,9 @@ class Form:
 _CONV = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 _TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 _TABLE = {"padding_idx": None, "max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False}
+_BAG = {"max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "mode": "mean", "sparse": False,
+        "include_last_offset": False, "padding_idx": None}  # fmt: skip
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 FORMS: dict[str, Form] = {
     "linear": Form(nn.Linear, QuantLinear, ("input",), {}),
@@ -53,6 +56,7 @@ FORMS: dict[str, Form] = {
     "conv_transpose2d": Form(nn.ConvTranspose2d, QuantConvTranspose2d, ("input",), _TRANSPOSED),
     "conv_transpose3d": Form(nn.ConvTranspose3d, QuantConvTranspose3d, ("input",), _TRANSPOSED),
     "embedding": Form(nn.Embedding, QuantEmbedding, ("input",), _TABLE),
+    "embedding_bag": Form(nn.EmbeddingBag, QuantEmbeddingBag, ("input", "offsets", "per_sample_weights"), _BAG),
 }
 """Name of a function of torch.nn.functional -> its form."""
 
@@ -106,22 +110,24 @@ class Functional(nn.Module):
 
     def activations(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The activations among what a call is given."""
-        return tensors[: len(self.form.inputs)]
+        behind = 1 if self.form.layer in _TABLES else 1 + (self._given()[1] is not None)  # weight and bias
+        return tensors[: len(tensors) - behind]
 
     def compute(self, *inputs: Tensor) -> Tensor:
         """The function of activations, with weight and bias as they are; without hooks."""
         weight, bias = self._given()
-        return type(self).forward(self, *inputs, weight, bias)
+        left_out = [None] * (len(self.form.inputs) - len(inputs))
+        return type(self).forward(self, *inputs, *left_out, weight, bias)
 
     def forward(self, *tensors: Tensor | None) -> Tensor:
         """Compute the function.
 
         Args:
-            tensors: activations, weight, bias.
+            tensors: activations (None for those that the call leaves out), weight, bias.
         """
         *inputs, weight, bias = tensors
         named = dict(zip(self.form.inputs, inputs, strict=True)) | {"weight": self.transformed(weight)}
-        if self.function != "embedding":
+        if self.form.layer not in _TABLES:
             named["bias"] = self.own_bias if bias is None else bias
         result: Tensor = getattr(F, self.function)(**named, **self.settings)
         return result
@@ -138,7 +144,7 @@ class Functional(nn.Module):
         kind: Any = self.form.layer
         shape, settings = list(weight.shape), dict(self.settings)
         layer: nn.Module
-        if kind is nn.Embedding:
+        if kind in _TABLES:
             layer = kind(shape[0], shape[1], **settings, device="meta")
         elif kind is nn.Linear:
             layer = kind(shape[1], shape[0], device="meta")
@@ -149,7 +155,7 @@ class Functional(nn.Module):
             channels = [shape[0], inner] if self._transposed else [inner, shape[0]]
             layer = kind(*channels, tuple(shape[2:]), **settings, device="meta")
         layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        if kind is not nn.Embedding:
+        if kind not in _TABLES:
             layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         return layer
 
@@ -169,8 +175,8 @@ class QuantFunctional(Functional, QuantizedLayer):  # type: ignore[misc]
         cls, module: nn.Module, scheme: TensorScheme, name: str, activation: TensorScheme | None = None
     ) -> Self:
         assert isinstance(module, Functional)
-        if module.function == "embedding":
-            check_settings("F.embedding", module.settings, name)
+        if module.form.layer in _TABLES:
+            check_settings(f"F.{module.function}", module.settings, name)
         layer = super().from_float(module, scheme, name, activation)
         layer.multiplies, layer.biased = module.form.quantized.multiplies, module.form.quantized.biased
         return layer
