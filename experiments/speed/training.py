@@ -148,29 +148,48 @@ FIELDS = (
 
 def show(rows: list[dict[str, Any]], earlier: list[dict[str, str]]) -> Any:
     """The table that people read; with what was measured before, where there is something."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     before = {(row["work"], row["variant"], row["way"]): row["ratio"] for row in earlier}
     table = Table(
-        "work", "quantized training", "way", "time (min to max)", "reach", "memory", "preparation", "first step, s",
-        title="a step / a float step",
+        "", "time", "least", "most", "aim", "memory", "prepare", "first",
+        title="a step / a float step", box=SIMPLE, padding=(0, 1, 0, 0),
+        caption=f"prepare: in float steps; first: the first step, s. Aims: memory {WANTED['memory']}, "
+        f"prepare {WANTED['preparation']}.",
     )  # fmt: skip
     if earlier:
         table.add_column("committed")
-    for row in rows:
-        variant, way = row["variant"], row["way"]
-        bound = None if variant not in OURS else WANTED["compiled"] if way == "compiled" else WANTED[variant]
-        if "failed" in row:
-            time_ = f"[red]failed[/red]: {row['failed'][:60]}"
-        else:
-            colour = "" if bound is None else "[green]" if row["ratio"] <= bound else "[yellow]"
-            spread = f"({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
-            time_ = f"{colour}{row['ratio']:.2f}{'[/]' if colour else ''} {spread}"
-        memory = f"{row['memory_ratio']:.2f}" if row.get("memory_ratio") else ""
-        once = [f"{row[key]:.1f}" if key in row else "" for key in ("preparation_steps", "first_step_s")]
-        line = [row["work"], VARIANTS[variant].title, way, time_, f"{bound:.2f}" if bound else "", memory, *once]
-        table.add_row(*line, *([before.get((row["work"], variant, way), "")] if earlier else []))
+    for work in dict.fromkeys(row["work"] for row in rows):
+        table.add_section()
+        table.add_row(f"[bold]{work}[/]")
+        for row in (row for row in rows if row["work"] == work):
+            variant, way, ours = row["variant"], row["way"], row["variant"] in OURS
+            bound = (WANTED["compiled"] if way == "compiled" else WANTED[variant]) if ours else None
+            title = VARIANTS[variant].title + (", compiled" if way == "compiled" else "")
+            if "failed" in row:
+                line = [f"[red]failed[/red]: {row['failed'][:60]}"]
+            else:
+                line = [
+                    _coloured(row, "ratio", ".2f", bound),
+                    _coloured(row, "ratio_min", ".2f", None),
+                    _coloured(row, "ratio_max", ".2f", None),
+                    f"{bound:.2f}" if bound else "",
+                    _coloured(row, "memory_ratio", ".2f", WANTED["memory"] if ours else None),
+                    _coloured(row, "preparation_steps", ".1f", WANTED["preparation"] if ours else None),
+                    _coloured(row, "first_step_s", ".1f", None),
+                ]
+            line += [""] * (7 - len(line))
+            table.add_row(title, *line, *([before.get((work, variant, way), "")] if earlier else []))
     return table
+
+
+def _coloured(row: dict[str, Any], field: str, form: str, bound: float | None) -> str:
+    """A number, green where it is within its bound."""
+    if not row.get(field):
+        return ""
+    text = format(float(row[field]), form)
+    return text if bound is None else f"[{'green' if float(row[field]) <= bound else 'yellow'}]{text}[/]"
 
 
 def plot(rows: list[dict[str, Any]], path: Path, about: str) -> None:
