@@ -45,6 +45,7 @@ class FakeQuantize(nn.Module):
         range: scale and zero point, or where they come from (`qat.ranges`).
         grid: the levels of a format that has no zero point; None for integers, and where levels are fitted.
         name: what errors call the tensor.
+        reason: what chose the scheme of an activation, for reports.
         progress: share of training that has passed, for gradients and penalties that change with it (`anneals`); a
             tensor, so that a compiled or captured step reads it anew.
         plain: few operations can do it (`qat.plain`).
@@ -69,7 +70,8 @@ class FakeQuantize(nn.Module):
         assert scheme.bits is not None
         self.scheme, self.shape, self.relu, self.sites = scheme, shape, relu, sites
         self.activation, self.bounds = None if activation is None else list(activation), bounds
-        self.mode, self.watched, self.name, self.kept = Mode.float, False, "tensor", True
+        self.mode, self.watched, self.kept = Mode.float, False, True
+        self.name, self.reason = "tensor", ""
         self.register_buffer("progress", torch.zeros((), dtype=torch.float32), persistent=False)
         weight = shape is not None
         self.signed = scheme.takes_sign(nonnegative or relu)

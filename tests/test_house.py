@@ -56,6 +56,8 @@ ORDER = [
     "qat.record",
     "qat.choices",
     "qat.function_inputs",
+    "qat.reads",
+    "qat.requests",
     "qat.place",
     "qat.subclass",
     "qat.split",
