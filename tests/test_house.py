@@ -54,6 +54,7 @@ ORDER = [
     "qat.functional",
     "qat.structures",
     "qat.record",
+    "qat.adapters",
     "qat.choices",
     "qat.function_inputs",
     "qat.reads",

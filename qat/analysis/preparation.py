@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from qat.adapters import adapters, merged_text, without_adapters
 from qat.analysis.islands import float_islands
 from qat.analysis.layers import attention_table, layer_table, operation_table
 from qat.analysis.stored import rest
@@ -110,8 +111,14 @@ def report(prepared: nn.Module) -> str:
     weights               8 in 8 bits (100 %)
     multiply-accumulates  8 a sample: 8 w8a8 (100 %)
     """
+    adapted, prepared = len(adapters(prepared)), without_adapters(prepared, merge=False)
     rows, operations = layer_table(prepared), operation_table(prepared)
     text = _summary(prepared, _totals(prepared, rows, operations))
+    merged = vars(prepared)["meta"]["qat"].get("merged")
+    if merged:
+        text += ["", *textwrap.wrap(merged_text(**merged), WIDTH)]
+    elif adapted:
+        text += ["", f"{adapted} layers have adapters in float; qat.ptq.finalize and qat.lower merge them"]
     weights, edges = [row for row in rows if "layer" in row], [row for row in rows if "layer" not in row]
     if weights:
         text += ["", "Layers", *_layers(weights)]
