@@ -1,22 +1,47 @@
-"""Which schemes a layer gets, and why: the configuration's, or a rule's."""
+"""Which schemes a layer gets, and what else reads tensors from a grid; and why: the configuration's, or a rule's."""
 
 import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qat.scheme import QuantConfig, TensorScheme, override
+from qat.scheme import LayerRule, QuantConfig, TensorScheme, override
 from qat.targets import TARGETS
+
+
+class Ask(NamedTuple):
+    """How something wants to read a tensor.
+
+    Attributes:
+        scheme: of the tensor.
+        reason: what chose it.
+        by_rule: whether a rule for this reader did.
+    """
+
+    scheme: TensorScheme
+    reason: str
+    by_rule: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which schemes a layer got, and why."""
+    """Which schemes a layer got, and why.
+
+    Attributes:
+        weight: of its weights.
+        reads: of its inputs, with what chose that.
+        reason: what chose the layer's schemes.
+    """
 
     weight: TensorScheme
-    activation: TensorScheme
+    reads: Ask
     reason: str
+
+    @property
+    def activation(self) -> TensorScheme:
+        """The scheme of the layer's inputs."""
+        return self.reads.scheme
 
 
 class Quantizable(NamedTuple):
@@ -31,43 +56,76 @@ class Quantizable(NamedTuple):
     path: str
 
 
-def choose(layers: Mapping[str, Quantizable], config: QuantConfig) -> dict[str, Choice]:
-    """Decide the schemes of every quantizable layer.
+def choose(
+    layers: Mapping[str, Quantizable], reads: Iterable[str], config: QuantConfig
+) -> tuple[dict[str, Choice], dict[str, Ask]]:
+    """Decide the schemes of every quantizable layer, and of what other operations read.
 
     Args:
         layers: module path -> layer, in order of execution.
+        reads: names of what other operations read, from `qat.reads`.
         config: schemes and rules.
 
+    Returns:
+        Module path -> what a layer got; name -> what an operation reads.
+
     Raises:
-        ValueError: a rule that matches no layer; names it and the nearest module paths.
+        ValueError: a rule that matches nothing, with the nearest names; one for weights that matches no layer.
     """
-    order, paths = list(layers), [layer.path for layer in layers.values()]
-    used: set[int] = set()
-    choices = {}
+    order, reads, rules = list(layers), list(dict.fromkeys(reads)), config.rules
+    of_layers: set[int] = set()
+    of_reads: set[int] = set()
+    choices, asks = {}, {}
     for name, layer in layers.items():
         ends = name == order[0], name == order[-1]
-        matched = [i for i, rule in enumerate(config.rules) if matches(rule.match, layer, ends)]
-        used.update(matched)
-        weight, activation, reason = config.weight, config.activation, "default"
-        if not matched and any(matches(match, layer, ends) for match in TARGETS[config.target].float_layers):
-            weight, activation = TensorScheme(), TensorScheme()
+        found = [i for i, rule in enumerate(rules) if matches(rule.match, layer, ends)]
+        of_layers.update(found)
+        weight, ask, reason = config.weight, Ask(config.activation, "default"), "default"
+        if not found and any(matches(match, layer, ends) for match in TARGETS[config.target].float_layers):
             reason = f"float: target={config.target} leaves it so, and no rule says otherwise"
-        if matched:
-            rule = config.rules[matched[0]]
-            weight = override(weight, rule.weight, f"quant.rules[{matched[0]}].weight")
-            activation = override(activation, rule.activation, f"quant.rules[{matched[0]}].activation")
-            reason = f"rule '{rule.match}'"
-        choices[name] = Choice(weight=weight, activation=activation, reason=reason)
-    for i, rule in enumerate(config.rules):
-        if i not in used:
-            close = difflib.get_close_matches(rule.match, paths, n=3, cutoff=0.3)
-            types = sorted({layer.kind for layer in layers.values()})
+            weight, ask = TensorScheme(), Ask(TensorScheme(), reason)
+        if found:
+            weight = override(weight, rules[found[0]].weight, f"quant.rules[{found[0]}].weight")
+            ask, reason = _by_rule(config, found[0]), f"rule '{rules[found[0]].match}'"
+        choices[name] = Choice(weight=weight, reads=ask, reason=reason)
+    for name in reads:
+        found = [i for i, rule in enumerate(rules) if _matches_read(rule, name)]
+        of_reads.update(found)
+        asks[name] = _by_rule(config, found[0]) if found else Ask(config.activation, "default")
+    for i, rule in enumerate(rules):
+        if i not in of_layers | of_reads:
+            raise ValueError(_no_match(i, rule, layers, reads))
+        if rule.weight and i not in of_layers:
             raise ValueError(
-                f"quant.rules[{i}].match='{rule.match}' matches no layer. Nearest module paths: "
-                f"{', '.join(close) or ', '.join(paths[:5]) or 'none, the network has no quantizable layer'}; "
-                f"types: {', '.join('type:' + t for t in types)}; 'first' and 'last' are valid too"
+                f"quant.rules[{i}].weight={rule.weight}: '{rule.match}' matches no layer, only operations, which have "
+                f"no weight; give quant.rules[{i}].activation"
             )
-    return choices
+    return choices, asks
+
+
+def _by_rule(config: QuantConfig, i: int) -> Ask:
+    rule = config.rules[i]
+    if not rule.activation:
+        return Ask(config.activation, "default")
+    scheme = override(config.activation, rule.activation, f"quant.rules[{i}].activation")
+    return Ask(scheme, f"rule '{rule.match}'", by_rule=True)
+
+
+def _matches_read(rule: LayerRule, name: str) -> bool:
+    """Whether a rule is of a read. Scores are float unless they are asked for, so a rule has to name them."""
+    named = not name.endswith(".scores") or rule.match.endswith("scores")
+    return named and fnmatch.fnmatchcase(name, rule.match)
+
+
+def _no_match(i: int, rule: LayerRule, layers: Mapping[str, Quantizable], reads: list[str]) -> str:
+    paths = [layer.path for layer in layers.values()]
+    close = difflib.get_close_matches(rule.match, [*paths, *reads], n=3, cutoff=0.3)
+    types = sorted({layer.kind for layer in layers.values()})
+    return (
+        f"quant.rules[{i}].match='{rule.match}' matches no layer. Nearest module paths: "
+        f"{', '.join(close) or ', '.join(paths[:5]) or 'none, the network has no quantizable layer'}; "
+        f"types: {', '.join('type:' + t for t in types)}; 'first' and 'last' are valid too"
+    )
 
 
 def matches(match: str, layer: Quantizable, ends: tuple[bool, bool]) -> bool:

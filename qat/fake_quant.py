@@ -49,6 +49,7 @@ class FakeQuantize(nn.Module):
         grid: the levels of a format that has no zero point; None for integers, and where levels are fitted.
         name: what errors call the tensor; with `rounding_seed`, draws depend on it.
         draws: how often random numbers were drawn, where there is a `rounding_seed`.
+        reason: what chose the scheme of an activation, for reports.
         progress: share of training that has passed, for gradients and penalties that change with it (`anneals`); a
             tensor, so that a compiled or captured step reads it anew.
         plain: few operations can do it (`qat.plain`).
@@ -74,7 +75,8 @@ class FakeQuantize(nn.Module):
         assert scheme.bits is not None
         self.scheme, self.shape, self.relu, self.sites = scheme, shape, relu, sites
         self.activation, self.bounds = None if activation is None else list(activation), bounds
-        self.mode, self.watched, self.name, self.kept = Mode.float, False, "tensor", True
+        self.mode, self.watched, self.kept = Mode.float, False, True
+        self.name, self.reason = "tensor", ""
         self.register_buffer("progress", torch.zeros((), dtype=torch.float32), persistent=False)
         if scheme.rounding_seed is not None:
             self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
@@ -385,7 +387,7 @@ class FakeQuantize(nn.Module):
         return fake_quantize_by(x, scale, zero_point, staircase, grad_scale)
 
     def _drawing(self, moves: bool) -> AbstractContextManager[None]:
-        """Where random numbers come from: of the scheme's seed, the next ones; a repeated forward has the same again."""
+        """Where random numbers come from: of the scheme's seed, the next ones; a repeated forward has the same."""
         if self.scheme.rounding_seed is None or not moves:
             return nullcontext()
         if not recomputing():

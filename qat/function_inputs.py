@@ -27,12 +27,18 @@ def function_inputs(graph: Graph, node: fx.Node) -> list[fx.Node]:
     name = _name(graph, node)
     if graph.kind(node) is not Kind.other or name is None or _scales(graph, node) or limits(graph, node):
         return []
-    source = node.all_input_nodes[0]
-    while name == "softmax" and _name(graph, source) in MASKS:
-        source = source.all_input_nodes[0]
+    source = before_masks(graph, node) if name == "softmax" else node.all_input_nodes[0]
     if name in POINTWISE:
         return [] if all(_chained(graph, s) for s in graph.sources(source)) else [source]
     return [source] if name in ROW_WISE else []
+
+
+def before_masks(graph: Graph, softmax: fx.Node) -> fx.Node:
+    """What a softmax reads, before masks: minus infinity lies on no grid."""
+    source = softmax.all_input_nodes[0]
+    while _name(graph, source) in MASKS:
+        source = source.all_input_nodes[0]
+    return source
 
 
 def limits(graph: Graph, node: fx.Node) -> tuple[float, float] | None:

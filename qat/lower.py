@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from qat import lower_calls, lower_recurrent, translate
+from qat.adapters import without_adapters
 from qat.calls import CALLS
 from qat.fake_quant import FakeQuantize
 from qat.fold import BatchNorm, batch_norm_affine
@@ -51,7 +52,7 @@ def lower(prepared: nn.Module) -> nn.Module:
     """Build the integer network that computes what `prepared` simulates in eval mode.
 
     Args:
-        prepared: a calibrated network from `qat.prepare`. It is not changed.
+        prepared: a calibrated network from `qat.prepare`. It is not changed. Adapters (LoRA) are merged in a copy.
 
     Returns:
         An `IntegerNetwork`, sharing nothing with `prepared`. Of a network that was not recorded as a whole: a copy of
@@ -62,6 +63,7 @@ def lower(prepared: nn.Module) -> nn.Module:
         ValueError: an operation that the integer runtime does not have; names it and where it stands.
     """
     check_simulates(prepared)
+    prepared = without_adapters(prepared)
     return _lowered(prepared, "", graphs(prepared))
 
 

@@ -8,23 +8,20 @@ import torch
 from torch import fx, nn
 
 from qat.attention import matmul
-from qat.calls import CALLS
-from qat.choices import Choice, Quantizable
+from qat.choices import Ask, Choice, Quantizable
 from qat.decompose import decompose_attention, decompose_extremes
 from qat.fake_quant import FakeQuantize
-from qat.function_inputs import function_inputs
 from qat.functional import insert_functional
 from qat.graph import Graph
 from qat.in_place import drop_in_place
 from qat.inside import INSIDE
 from qat.kinds import Kind
-from qat.layers import SWAPS, Functional, type_name
+from qat.layers import SWAPS, Functional, Quantized, type_name
 from qat.layers.tied import share_weight_quantizers
 from qat.prepared import bind_functional
 from qat.record import Call
+from qat.requests import Request, known_ends, relus_behind_quantizers, requests
 from qat.scheme import Granularity, QuantConfig, TensorScheme
-from qat.scheme.config import BOUNDS
-from qat.targets import TARGETS, Target
 from qat.trial import Trial, check_same, float_output
 
 QUANTIZERS = "quantizers"
@@ -77,6 +74,7 @@ def place(
     traced: fx.GraphModule,
     config: QuantConfig,
     choices: Mapping[str, Choice],
+    reads: Mapping[str, Ask],
     shapes: dict[fx.Node, torch.Size],
     at: str,
 ) -> dict[str, str]:
@@ -86,6 +84,7 @@ def place(
         traced: from `normalize`.
         config: for the schemes of inputs and of what no layer reads.
         choices: path within `traced` -> schemes of a layer.
+        reads: name within `traced` (of `qat.reads`) -> how an operation wants to read a tensor.
         shapes: from `normalize`.
         at: the path of `traced` in the whole network, for messages: "" or with a dot at its end.
 
@@ -95,61 +94,80 @@ def place(
     traced.meta["ranks"] = {str(node.target): len(shape) for node, shape in shapes.items() if node.op == "call_module"}
     for name, choice in choices.items():
         if choice.weight.quantized:
-            module = traced.get_submodule(name)
-            traced.set_submodule(
-                name, SWAPS[type(module)].from_float(module, choice.weight, at + name, choice.activation)
-            )
+            traced.set_submodule(name, swapped(traced.get_submodule(name), choice, at + name))
     bind_functional(traced)
     ties = share_weight_quantizers((str(node.target), layer) for node, layer in Graph(traced).layers())
-    _insert(traced, config, choices, shapes, at)
+    graph = Graph(traced)
+    wanted = requests(graph, config, choices, reads, shapes)
+    while passing := relus_behind_quantizers(graph, wanted):
+        graph.passing_relus |= passing
+        wanted = requests(graph, config, choices, reads, shapes)
+    _insert(graph, wanted, config, shapes, at)
     _tell_recurrent_layers(Graph(traced))
     _tell_what_is_kept(Graph(traced))
     return ties
 
 
+def swapped(module: nn.Module, choice: Choice, path: str) -> Quantized:
+    """The quantized form of a float layer."""
+    layer: Quantized = SWAPS[type(module)].from_float(module, choice.weight, path, choice.activation)
+    for quantizer in layer.children():
+        if isinstance(quantizer, FakeQuantize) and quantizer.shape is None:  # of what it computes inside
+            quantizer.reason = choice.reads.reason
+    return layer
+
+
 def _insert(
-    prepared: fx.GraphModule,
-    config: QuantConfig,
-    choices: Mapping[str, Choice],
-    shapes: dict[fx.Node, torch.Size],
-    at: str,
+    graph: Graph, wanted: list[Request], config: QuantConfig, shapes: dict[fx.Node, torch.Size], at: str
 ) -> None:
-    """Insert activation quantizers."""
-    graph = Graph(prepared)
-    requests = _requests(graph, config, choices, shapes)
-    while passing := _relus_behind_quantizers(graph, requests):
-        graph.passing_relus |= passing
-        requests = _requests(graph, config, choices, shapes)
-    taken: set[str] = set()
-    placed: list[tuple[fx.Node, bool, int, str, FakeQuantize]] = []
-    for edges, scheme in requests:
-        relu = all(graph.kind(edge) is Kind.relu for edge in edges)
+    """Insert activation quantizers; those for all readers leave out whoever has one alone."""
+    prepared, taken = graph.module, set[str]()
+    placed: list[tuple[Request, int, bool, str, FakeQuantize]] = []
+    alone = {(request.edges[0], request.reader) for request in wanted if request.reader is not None}
+    spared = {(e, u) for request in wanted for e in request.edges for u in e.users if _leads_to(graph, e, u, alone)}
+    for request in wanted:
+        if not request.ask.scheme.quantized:
+            continue
+        edges, scheme = request.edges, request.ask.scheme
+        relu = request.reader is None and all(graph.kind(edge) is Kind.relu for edge in edges)
         nonnegative = all(graph.nonnegative(edge) for edge in edges)
         _check_axis(graph, edges, scheme, shapes)
-        ends = {graph.bounds(edge, known_ends(config, scheme)) for edge in edges}
+        bounds, why = known_ends(graph, request, config)
         quantizer = FakeQuantize(
-            scheme, nonnegative=nonnegative, relu=relu, sites=len(edges), activation=shapes[edges[0]],
-            bounds=ends.pop() if len(ends) == 1 else None,
-        )  # fmt: skip
-        quantizer.name = at + graph.name(edges[0])
-        base = graph.name(edges[0]).replace(".", "_")
+            scheme, nonnegative=nonnegative, relu=relu, sites=len(edges), activation=shapes[edges[0]], bounds=bounds
+        )
+        quantizer.name, quantizer.reason = at + request.name, ", ".join(filter(None, [request.ask.reason, why]))
+        base = request.name.replace(".", "_")
         names = (f"{QUANTIZERS}.{base}" if i == 1 else f"{QUANTIZERS}.{base}_{i}" for i in itertools.count(1))
         name = next(name for name in names if name not in taken)
         taken.add(name)
-        placed += [(edge, relu, site, name, quantizer) for site, edge in enumerate(edges)]
-    for edge, relu, site, name, quantizer in placed:
+        placed += [(request, site, relu, name, quantizer) for site in range(len(edges))]
+    for request, site, relu, name, quantizer in placed:
+        edge = request.edges[site]
         prepared.add_submodule(name, quantizer)
         with prepared.graph.inserting_after(edge):
             args = (edge, site) if quantizer.sites > 1 else (edge,)
             node = prepared.graph.call_module(name, args)
             node.meta = dict(edge.meta)
-        for reader in [user for user in edge.users if user is not node]:
+        readers = [user for user in edge.users if user is not node and (edge, user) not in spared]
+        for reader in readers if request.reader is None else [request.reader]:
             reader.replace_input_with(edge, node)
+        if request.reader is not None:
+            spared.add((edge, node))
         if relu:
             node.replace_input_with(edge, edge.all_input_nodes[0])
-            prepared.graph.erase_node(edge)
+            if not edge.users:
+                prepared.graph.erase_node(edge)
     prepared.graph.lint()
     prepared.recompile()
+
+
+def _leads_to(graph: Graph, edge: fx.Node, reader: fx.Node, alone: set[tuple[fx.Node, fx.Node]]) -> bool:
+    """Whether a reader of an edge does nothing but move it to those that read it alone."""
+    if (edge, reader) in alone:
+        return True
+    moves = bool(alone) and graph.kind(reader) is Kind.passes and bool(reader.users)
+    return moves and all(_leads_to(graph, reader, user, alone) for user in reader.users)
 
 
 def _tell_recurrent_layers(graph: Graph) -> None:
@@ -172,61 +190,6 @@ def _tell_what_is_kept(graph: Graph) -> None:
             quantizer.kept = quantizer in read
 
 
-def _requests(
-    graph: Graph, config: QuantConfig, choices: Mapping[str, Choice], shapes: dict[fx.Node, torch.Size]
-) -> list[tuple[list[fx.Node], TensorScheme]]:
-    """Which edges need a quantizer, edges that share one together, each with its scheme (the widest one asked for)."""
-    wanted: dict[fx.Node, TensorScheme] = {}
-    shared: dict[fx.Node, list[fx.Node]] = {}
-    weights = graph.held_for_layers()
-    for node in graph.nodes:
-        scheme = choices[str(node.target)].activation if graph.kind(node) is Kind.layer else config.activation
-        if not scheme.quantized or node in weights:
-            continue
-        for arg in _reads(graph, node, TARGETS[config.target]):
-            # numbers and masks have no grid; what a recurrent layer makes is on one already
-            sources = [s for s in graph.sources(arg) if s in shapes and graph.given_grid(s) is None]
-            group = list(dict.fromkeys(member for s in sources for member in shared.get(s, [s])))
-            shared |= dict.fromkeys(group, group)
-            for source in sources:
-                asked = config.input if graph.kind(source) is Kind.input else scheme
-                if asked.quantized and (source not in wanted or (asked.bits or 0) > (wanted[source].bits or 0)):
-                    wanted[source] = asked
-    result = []
-    for node in graph.nodes:
-        members = [member for member in shared.get(node, []) if member in wanted]
-        if members and members[0] is node:
-            result.append((members, max((wanted[m] for m in members), key=lambda s: s.bits or 0)))
-    return result
-
-
-def _reads(graph: Graph, node: fx.Node, target: Target) -> list[fx.Node]:
-    """What an operation reads from a grid: a layer, and whatever else the target computes with integers."""
-    kind, operation = graph.kind(node), CALLS.get(graph.key(node))
-    if kind in (Kind.add, Kind.arithmetic, Kind.average):
-        name = operation.name if operation is not None and kind is Kind.arithmetic else kind.name
-        return graph.operands(node) if name in target.operations else []
-    if kind is Kind.layer:
-        return graph.operands(node)
-    wanted = operation is not None and operation.name in target.function_inputs
-    return function_inputs(graph, node) if wanted or target.functions == "integer" else []
-
-
-def known_ends(config: QuantConfig, scheme: TensorScheme) -> dict[str, tuple[float, float]]:
-    """Function -> the ends of its results, as configured; at 8 bits as the target has them."""
-    ends = {name: BOUNDS[name] for name in config.bounded}
-    return {**ends, **TARGETS[config.target].bounds} if scheme.bits == 8 else ends
-
-
-def _relus_behind_quantizers(graph: Graph, requests: list[tuple[list[fx.Node], TensorScheme]]) -> set[fx.Node]:
-    """ReLUs whose input is quantized already (something else reads it too): they clamp integers and keep the scale."""
-    edges = {edge for members, _ in requests for edge in members}
-    return {
-        edge
-        for edge in edges
-        if graph.kind(edge) is Kind.relu
-        and all(s in edges or graph.given_grid(s) is not None for s in graph.sources(edge.all_input_nodes[0]))
-    }
 
 
 def _check_axis(graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes: dict[fx.Node, torch.Size]) -> None:

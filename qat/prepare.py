@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.choices import Choice, choose
-from qat.layers import SWAPS, QuantizedLayer
+from qat.choices import Ask, Choice, choose
+from qat.layers import QuantizedLayer
 from qat.layers.tied import share_weight_quantizers
 from qat.macs import count
 from qat.modes import quantizers
-from qat.place import place
+from qat.place import place, swapped
 from qat.record import Call, arguments, record
 from qat.scheme import QuantConfig
 from qat.split import Part, Parts, join, split
@@ -64,12 +64,12 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Any = None) -> 
             type(net).__name__, len(parts.untraced), f"'{path}'" if path else "its own", reason,
         )  # fmt: skip
     layers = {k: v for at, part in parts.found.items() for k, v in part.layers(at).items()}
-    choices = choose(layers, config)
+    choices, reads = choose(layers, [name for at, part in parts.found.items() for name in part.reads(at)], config)
     if config.enabled:
         check_layers(
             config, {layers[k].path: Asked(layers[k].kind, v.weight, v.activation) for k, v in choices.items()}
         )
-    build = _Build(net, config, parts, choices)
+    build = _Build(net, config, parts, choices, reads)
     prepared = build.module("")
     build.tie(prepared)
     if config.enabled and not any(True for _ in quantizers(prepared)):
@@ -111,6 +111,7 @@ class _Build:
     config: QuantConfig
     parts: Parts
     choices: dict[str, Choice]
+    reads: dict[str, Ask]
     made: dict[nn.Module, nn.Module] = dataclasses.field(default_factory=dict)  # float module -> prepared one
     notes: dict[str, str] = dataclasses.field(default_factory=dict)  # path of a layer -> more about its scheme
 
@@ -130,13 +131,14 @@ class _Build:
         choice = self.choices[path]
         if not choice.weight.quantized:
             return part.net
-        layer = SWAPS[type(part.net)].from_float(part.net, choice.weight, path, choice.activation)
-        scheme = self.config.input if part.call.from_outside and choice.reason == "default" else choice.activation
+        layer, ask = swapped(part.net, choice, path), choice.reads
+        scheme = self.config.input if part.call.from_outside and choice.reason == "default" else ask.scheme
         layer.called_with = _described(part.call, part.net)
         inputs = [t for t in tensors(part.call.bound(part.net)) if t.is_floating_point()]
         inputs = inputs if isinstance(part.net, nn.Bilinear) else inputs[:1]  # not states, nor factors of a bag
         if scheme.quantized and inputs:
             layer.quantize_input(scheme, inputs[0], path, len(inputs))
+            layer.input_quantizer.reason = ask.reason
         return layer
 
     def recorded(self, part: Part, path: str) -> nn.Module:
@@ -152,7 +154,8 @@ class _Build:
             "inputs": _described(part.call, part.net),
         }
         traced.meta["opaque"] = part.opaque
-        notes = place(traced, config, inside, part.shapes, f"{path}." if path else "")
+        reads = {name: self.reads[join(path, name)] for name in part.reads("")}
+        notes = place(traced, config, inside, reads, part.shapes, f"{path}." if path else "")
         self.notes |= {join(path, name): note for name, note in notes.items()}
         for name in part.opaque:
             traced.set_submodule(name, self.module(join(path, name)))

@@ -9,9 +9,11 @@ import torch
 from torch import fx, nn
 
 from qat.choices import Quantizable
+from qat.graph import Graph
 from qat.layers import SWAPS, type_name
 from qat.place import normalize, quantizable
 from qat.prepared import PreparedNetwork, PreparedPart
+from qat.reads import names
 from qat.record import Call
 from qat.structures import only_tensors
 from qat.subclass import is_lightning
@@ -45,6 +47,10 @@ class Part:
             return {at: Quantizable(type_name(self.net), at)}
         inside = quantizable(self.traced)
         return {join(at, name): Quantizable(layer.kind, join(at, layer.path)) for name, layer in inside.items()}
+
+    def reads(self, at: str) -> list[str]:
+        """What rules call the tensors that other operations read, by its path in the whole network."""
+        return [] if self.traced is None else [join(at, name) for name in names(Graph(self.traced)).values()]
 
 
 @dataclass

@@ -15,8 +15,11 @@ from qat.layers import Quantized, QuantizedRecurrent, Weight, type_name
 from qat.macs import Macs, calls, is_layer, weight_names, weight_path
 from qat.modes import quantizers
 from qat.parts import graphs
+from qat.reads import attention, names, operations
+from qat.requests import target_reads
+from qat.scheme.config import ATTENTION
 from qat.split import join
-from qat.targets import TARGETS
+from qat.targets import TARGETS, Target
 
 Grids = list[FakeQuantize | None]
 """Of the tensors that something reads; None for real numbers."""
@@ -34,7 +37,7 @@ def layer_table(prepared: nn.Module) -> list[dict[str, Any]]:
         (multiply-accumulates a sample), `input` (formats of what it multiplies) and `input_bits` (32 for float),
         `reads` (paths of the quantizers of that), `quantizer` (path of the weight's, or the edge's own),
         `bytes` (in the int8 checkpoint, scales included) and `codes` (without), `bias_bytes`, `calls`; of edges
-        `tensor`, `relu`, `sites`, `inside` (of a recurrent layer) and `readers`; once they are known `scale_min`,
+        `tensor`, `levels`, `relu`, `sites`, `inside` (of a recurrent layer) and `readers`; once known `scale_min`,
         `scale_max`, `sqnr_db` (signal to quantization noise of the weight). What does not apply is missing or None.
     """
     about: dict[str, Any] = vars(prepared)["meta"]["qat"]
@@ -83,11 +86,11 @@ def operation_table(prepared: nn.Module) -> list[dict[str, Any]]:
     rows = []
     for path, recorded in graphs(prepared).items():
         graph, nodes = Graph(recorded), calls(recorded)
-        names = _names(graph)
+        known = _names(graph)
         for key, number in macs.calls.get(path, {}).items():
             node, name, grids = nodes.get(key), key.partition(":")[0], Grids([None])
             if node is not None:
-                name = names[node]
+                name = known[node]
                 if graph.kind(node) in (Kind.arithmetic, Kind.add):
                     grids = [graph.quantizer_of(x) for x in graph.operands(node)]
             row = {"name": join(path, name), "kind": key.partition(":")[0], "macs": _a_sample(macs, number)}
@@ -95,6 +98,23 @@ def operation_table(prepared: nn.Module) -> list[dict[str, Any]]:
     for path, number in macs.code.items():
         row = {"name": path or type(prepared).__name__, "kind": "code", "macs": _a_sample(macs, number)}
         rows.append(row | _inputs([None]))
+    return rows
+
+
+def attention_table(prepared: nn.Module) -> list[dict[str, Any]]:
+    """One row for each call of attention that was recorded.
+
+    Returns:
+        Rows with `name`, and the format of each tensor that it reads (`query` and the others of
+        `qat.scheme.config.ATTENTION`): what rules call `NAME.query`.
+    """
+    rows = []
+    for path, recorded in graphs(prepared).items():
+        graph = Graph(recorded)
+        for call in attention(graph):
+            grids = [graph.quantizer_of(arg) for _, arg in call.reads(graph).values()]
+            formats = ["float" if grid is None else format_text(grid) for grid in grids]
+            rows.append({"name": join(path, call.name), **dict(zip(ATTENTION, formats, strict=True))})
     return rows
 
 
@@ -110,9 +130,10 @@ class Reads:
         self.layers: dict[str, Grids] = {}
         self.calls: Counter[str] = Counter()
         self._readers: dict[FakeQuantize, list[str]] = {}
+        target = TARGETS[vars(prepared)["meta"]["qat"]["config"].target]
         for path, recorded in graphs(prepared).items():
             single = isinstance(prepared.get_submodule(path), Quantized)
-            for node, name, grids in _readings(recorded):
+            for node, name, grids in _readings(recorded, target):
                 at = path if single else join(path, name)
                 if node.op == "call_module":
                     self.calls[at] += 1
@@ -138,29 +159,38 @@ class Reads:
         return self._readers
 
 
-def _readings(recorded: fx.GraphModule) -> Iterator[tuple[fx.Node, str, Grids]]:
+def _readings(recorded: fx.GraphModule, target: Target) -> Iterator[tuple[fx.Node, str, Grids]]:
+    """Who reads what, by the names that rules have for them."""
     graph = Graph(recorded)
-    held, names = graph.held_for_layers(), _names(graph)
+    held, named = graph.held_for_layers(), names(graph)
     for node in graph.nodes:
-        kind = graph.kind(node)
-        if node in held or kind not in (Kind.layer, Kind.float_layer, Kind.add, Kind.arithmetic, Kind.average):
+        if node in held:
             continue
-        grids: Grids = []
-        for operand in graph.operands(node):
+        of_layer = graph.kind(node) in (Kind.layer, Kind.float_layer)
+        operands = graph.operands(node) if of_layer else target_reads(graph, node, target)
+        operands = [*operands, *(arg for reader, arg in named if reader is node)]
+        by_name: dict[str, Grids] = {}
+        for operand in dict.fromkeys(operands):
             sources = [graph.given_grid(s) or graph.submodule(s) for s in graph.sources(operand)]
+            grids = by_name.setdefault(named.get((node, operand), _name(graph, node)), [])
             grids += [s if isinstance(s, FakeQuantize) else None for s in sources]
-        yield node, names[node], list(dict.fromkeys(grids))
+        for name, grids in by_name.items():
+            yield node, name, list(dict.fromkeys(grids))
+
+
+def _name(graph: Graph, node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else graph.name(node)
 
 
 def _names(graph: Graph) -> dict[fx.Node, str]:
-    """A name for every node: the path of the module that it calls, else a readable one, numbered where it repeats."""
-    names, taken = {}, Counter[str]()
+    """A name for every node: that of rules, the path of the module that it calls, or a readable one with a number."""
+    found, taken = operations(graph), Counter[str]()
     for node in graph.nodes:
-        names[node] = name = str(node.target) if node.op == "call_module" else graph.name(node)
-        if node.op in ("call_function", "call_method"):
-            taken[name] += 1
-            names[node] = name if taken[name] == 1 else f"{name}_{taken[name]}"
-    return names
+        if node not in found:
+            name = _name(graph, node)
+            taken[name] += node.op in ("call_function", "call_method")
+            found[node] = name if taken[name] <= 1 else f"{name}_{taken[name]}"
+    return found
 
 
 def _inputs(grids: Grids) -> dict[str, Any]:
@@ -224,7 +254,7 @@ def _edge_row(quantizer: FakeQuantize) -> dict[str, Any]:
     row: dict[str, Any] = {
         "kind": "edge", "scheme": quantizer.scheme.describe(), "bits": quantizer.scheme.bits,
         "tensor": quantizer.name, "relu": quantizer.relu, "sites": quantizer.sites,
-        "reason": f"[{quantizer.quant_min:g}, {quantizer.quant_max:g}]" + (", absorbs ReLU" if quantizer.relu else ""),
+        "levels": f"[{quantizer.quant_min:g}, {quantizer.quant_max:g}]", "reason": quantizer.reason,
     }  # fmt: skip
     if quantizer.calibrated and not quantizer.dynamic:
         scale, _ = quantizer.qparams()

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from qat.adapters import adapters, merged_text, without_adapters
 from qat.analysis.islands import float_islands
-from qat.analysis.layers import layer_table, operation_table
+from qat.analysis.layers import attention_table, layer_table, operation_table
 from qat.analysis.stored import rest
 from qat.analysis.summary import bytes_text, percent_text
 from qat.modes import quantizers
@@ -110,13 +111,22 @@ def report(prepared: nn.Module) -> str:
     weights               8 in 8 bits (100 %)
     multiply-accumulates  8 a sample: 8 w8a8 (100 %)
     """
+    adapted, prepared = len(adapters(prepared)), without_adapters(prepared, merge=False)
     rows, operations = layer_table(prepared), operation_table(prepared)
     text = _summary(prepared, _totals(prepared, rows, operations))
+    merged = vars(prepared)["meta"]["qat"].get("merged")
+    if merged:
+        text += ["", *textwrap.wrap(merged_text(**merged), WIDTH)]
+    elif adapted:
+        text += ["", f"{adapted} layers have adapters in float; qat.ptq.finalize and qat.lower merge them"]
     weights, edges = [row for row in rows if "layer" in row], [row for row in rows if "layer" not in row]
     if weights:
         text += ["", "Layers", *_layers(weights)]
     if operations:
         text += ["", "Other products", *_operations(operations)]
+    attention = attention_table(prepared)
+    if attention:
+        text += ["", "Attention: what it reads, by the names of rules (NAME.query)", *_attention(attention)]
     if edges:
         text += ["", "Edges", *_edges(edges)]
     text += _float(prepared, weights)
@@ -192,6 +202,10 @@ def _operations(operations: list[dict[str, Any]]) -> list[str]:
     return table(["name", "operation", "of", "MACs"], lines, right=("MACs",))
 
 
+def _attention(rows: list[dict[str, Any]]) -> list[str]:
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
 def _edges(edges: list[dict[str, Any]]) -> list[str]:
     taken = Counter[str]()
     lines = []
@@ -199,10 +213,9 @@ def _edges(edges: list[dict[str, Any]]) -> list[str]:
         name = row["name"] if row["inside"] else row["tensor"]
         taken[name] += 1
         name = name if taken[name] == 1 else f"{name}_{taken[name]}"
-        bounds = row["reason"].partition("]")[0] + "]"
         notes = ["absorbs ReLU"] * row["relu"] + [f"shared by {row['sites']} tensors"] * (row["sites"] > 1)
-        lines.append([name, row["scheme"], bounds, _list(row["readers"]), ", ".join(notes)])
-    return table(["tensor", "scheme", "levels", "read by", ""], lines)
+        lines.append([name, row["scheme"], row["reason"], row["levels"], _list(row["readers"]), ", ".join(notes)])
+    return table(["tensor", "scheme", "why", "levels", "read by", ""], lines)
 
 
 def _list(names: Sequence[str], most: int = 3) -> str:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from qat.adapters import without_adapters
 from qat.export.compressed_layer import FP4, settings_of, stored
 from qat.export.files import replaced_folder
 from qat.fake_quant import FakeQuantize
@@ -36,6 +37,7 @@ def save_compressed_tensors(model: nn.Module, folder: str | Path, tokenizer: Any
 
     Args:
         model: of `qat.prepare` with `graph="layers"`, finalized (`qat.ptq.finalize`); or a module that holds one.
+            Adapters (LoRA) are merged into its weights, in a copy.
         folder: written whole or not at all; files of an earlier export that this one does not write stay in it.
         tokenizer: of transformers, to be saved beside the model.
 
@@ -45,7 +47,7 @@ def save_compressed_tensors(model: nn.Module, folder: str | Path, tokenizer: Any
         RuntimeError: a quantizer has no range yet, or simulates nothing.
         OSError: the folder or the disk refuses.
     """
-    net: Any = language_model(model)
+    net: Any = language_model(without_adapters(model))
     check_simulates(net)
     layers = _layers(net)
     fp4 = any(form in FP4 for _, form in layers.values())
@@ -74,7 +76,7 @@ def check_network(prepared: nn.Module) -> None:
     Raises:
         ValueError: names the layer, the reason and what to do.
     """
-    net = language_model(prepared)
+    net = language_model(without_adapters(prepared, merge=False))
     _check_names(net, _float_tensors(net, _layers(net), torch.float32))
 
 
@@ -86,6 +88,7 @@ def simulated_as(prepared: nn.Module, folder: Path) -> nn.Module:
         `prepared` itself where the dtype is the same, else a copy.
     """
     dtype = getattr(torch, json.loads((folder / "config.json").read_text())["dtype"])
+    prepared = without_adapters(prepared)
     net = language_model(prepared)
     if next(net.parameters()).dtype == dtype:
         return prepared

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from qat.adapters import merge_adapters
 from qat.calibrate import calibrate
 from qat.mode import Mode
-from qat.modes import set_mode
+from qat.modes import get_mode, set_mode
 from qat.ptq.adaptive import learn_rounding
 from qat.ptq.batch_norm import reestimate_batch_norm
 from qat.ptq.bias import correct_bias, round_biases
@@ -42,12 +43,15 @@ class PTQConfig:
 def finalize(prepared: nn.Module, batches: Sequence[Any], config: PTQConfig, *, trained: bool) -> None:
     """Turn a network into what will be exported: its fake-quantized forward is from here on the integer network's.
 
+    Adapters (LoRA) are merged into the weights that they adapt first (`qat.adapters.merge_adapters`).
+
     Args:
         prepared: a prepared network: freshly prepared from float weights, or trained.
         batches: calibration inputs, each as `qat.calibrate` takes it.
         config: the steps.
         trained: whether quantization-aware training has run. Without it ranges are calibrated and biases corrected.
     """
+    merge_adapters(prepared, batches[:1] if get_mode(prepared) is not Mode.float else ())
     if not trained or config.reestimate_ranges:
         calibrate(prepared, batches)
     if config.adaptive_rounding_steps and (not trained or config.reestimate_ranges or config.relearn_rounding):

@@ -16,6 +16,9 @@ GRAPHS = ("auto", "required", "layers")
 BOUNDS = {"sigmoid": (0.0, 1.0), "hardsigmoid": (0.0, 1.0), "softmax": (0.0, 1.0), "tanh": (-1.0, 1.0)}
 """Functions whose results lie within known ends."""
 
+ATTENTION = ("query", "key", "value", "scores", "probabilities")
+"""Tensors of attention, by which rules name them (`self_attn.sdpa.query`)."""
+
 
 def _weight_default() -> TensorScheme:
     return TensorScheme(narrow_range=True, granularity=Granularity.channel, range="dynamic")
@@ -27,9 +30,13 @@ class LayerRule:
 
     Attributes:
         match: a glob on the module path (`layer1.*`, `*.conv2`), `type:NAME` (a glob on the class name, `type:Conv*`),
-            or `first` / `last` for the first and last quantizable layer in order of execution.
+            or `first` / `last` for the first and last quantizable layer in order of execution. A glob matches other
+            operations too, by the names that `qat.report` has for them: `block.add`, and of attention each tensor that
+            it reads (ATTENTION): `*.sdpa.query`. Scores stay float where no rule ends with their name
+            (`*.sdpa.scores`), unless the target computes softmax in integers.
         weight: fields to change in the configuration's weight scheme, `{bits: 8}`; `{bits: null}` leaves it float.
-        activation: fields to change in the scheme of the layer's input activations.
+        activation: fields to change in the scheme of what the layer or operation reads. Readers that ask for different
+            schemes of one tensor share the widest; in attention, each then gets its own.
     """
 
     match: str = "?"

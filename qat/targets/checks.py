@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 
 from qat.scheme import QuantConfig, TensorScheme, choice, override
 from qat.scheme.checks import shown
+from qat.scheme.config import ATTENTION
 from qat.targets.limits import FAMILIES, Kernel, Target
 from qat.targets.nearest import Way, breaches, changes, nearest
 from qat.targets.table import TARGETS
+
+OF_ATTENTION = tuple(f".{name}" for name in ATTENTION)
+"""What rules that name tensors of attention end with."""
 
 
 class Asked(NamedTuple):
@@ -67,6 +71,10 @@ def check_kernels(config: QuantConfig, engine: Engine) -> None:
         where = f"quant.rules[{i}]"
         weight = override(config.weight, rule.weight, f"{where}.weight")
         activation = override(config.activation, rule.activation, f"{where}.activation")
+        if rule.match.endswith(OF_ATTENTION):  # no layer's inputs: no kernel multiplies them by weights
+            if activation.quantized:
+                check_pair(engine, takes, config.weight, activation, where)
+            continue
         families = _families(rule.match, target)
         if not any(_runs(kernels, weight, activation) for kernels in families.values()):
             of, kernels = next(iter(families.items()))

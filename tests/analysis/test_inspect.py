@@ -275,7 +275,7 @@ def test_the_report_reads_from_totals_to_reasons() -> None:
     assert "0 QuantLinear int4 symmetric channel, dynamic (minmax) int8 rule 'first' 16x8 128 128 128" in lines
     assert "2 QuantLinear int8 symmetric channel, dynamic (minmax) uint8 default 16x16 256 256 320" in lines
     assert "4 Linear float float stays float: rule '4' 4x16 64 64 256" in lines
-    assert "0 int8 symmetric tensor, running (ema) [0, 255] 2 absorbs ReLU" in lines
+    assert "0 int8 symmetric tensor, running (ema) default [0, 255] 2 absorbs ReLU" in lines
     assert lines[-2:] == [
         "float: 3: no integer form: layer_norm is computed in float",
         "float: 4: stays float: rule '4'",
