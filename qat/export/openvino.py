@@ -21,6 +21,7 @@ from qat.export.files import replaced_folder
 from qat.export.onnx import save_onnx
 from qat.export.onnx_model import storage
 from qat.export.onnxruntime import Kernels
+from qat.export.sums import verify
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 
@@ -50,6 +51,7 @@ def _require_openvino() -> Any:
 
 def _read(openvino: Any, path: Path | str) -> Any:
     file = Path(path) / "model.xml" if Path(path).is_dir() else Path(path)
+    verify(file.parent if file.suffix == ".xml" else file)  # IR's numbers are in model.bin
     try:
         return openvino.Core().read_model(str(file))
     except RuntimeError as error:

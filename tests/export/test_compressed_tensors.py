@@ -256,12 +256,20 @@ def test_training_goes_into_the_file(ids: Tensor, tmp_path: Path) -> None:
 
 
 def test_two_exports_are_the_same_bytes(float_net: nn.Module, ids: Tensor, tmp_path: Path) -> None:
-    files = ["config.json", "generation_config.json", "model.safetensors"]
+    files = ["SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"]
     for folder in ("a", "b"):
         save_compressed_tensors(prepared(float_net, {"weight": group(4)}, ids), tmp_path / folder)
         assert sorted(file.name for file in (tmp_path / folder).iterdir()) == files
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    for file in files[1:]:
+        content = (tmp_path / "b" / file).read_bytes()
+        (tmp_path / "b" / file).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        with pytest.raises(ValueError, match=rf"{file}' was edited or damaged"):
+            open_compressed_tensors(tmp_path / "b")
+        (tmp_path / "b" / file).write_bytes(content)
+    (tmp_path / "b" / "tokenizer.json").write_text("{}")  # what is added later is nobody's damage
+    assert torch.equal(open_compressed_tensors(tmp_path / "b")(ids), open_compressed_tensors(tmp_path / "a")(ids))
 
 
 def test_the_earlier_folder_survives_a_failure_and_keeps_what_is_not_written(
