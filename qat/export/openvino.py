@@ -152,4 +152,7 @@ def save_openvino(network: IntegerNetwork, path: Path, example_inputs: tuple[Ten
         save_onnx(network, Path(folder) / "model.onnx", example_inputs)
         model = _read(openvino, Path(folder) / "model.onnx")
         with replaced_folder(path, lambda earlier: (earlier / "model.xml").is_file()) as new:
-            openvino.save_model(model, str(new / "model.xml"), compress_to_fp16=False)
+            try:
+                openvino.save_model(model, str(new / "model.xml"), compress_to_fp16=False)
+            except RuntimeError as error:  # of C++'s streams, when a disk is full
+                raise OSError(f"OpenVINO cannot write '{path}': {error}") from error

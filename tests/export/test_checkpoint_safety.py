@@ -160,6 +160,55 @@ def test_truncated_files_are_refused(small: Path, tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+def entry(**changes: Any) -> Callable[[dict[str, Any], int], None]:
+    return lambda header, size: header["small.float32"].update(changes)
+
+
+HEADERS: dict[str, Callable[[dict[str, Any], int], Any]] = {
+    "a huge shape": entry(shape=[2**60]),
+    "a shape whose product overflows": entry(shape=[2**40, 2**40]),
+    "a negative size": entry(shape=[-1]),
+    "a size that is no integer": entry(shape=[1.5]),
+    "a size of 70 bits": entry(shape=[2**70]),
+    "as many dimensions as bytes": entry(shape=[1] * 4000),
+    "a type that is none": entry(dtype="F1024"),
+    "a wider type": entry(dtype="F64"),
+    "offsets past the end": entry(data_offsets=[0, 2**50]),
+    "offsets of 70 bits": entry(data_offsets=[2**70, 2**71]),
+    "offsets that go back": entry(data_offsets=[8, 0]),
+    "negative offsets": entry(data_offsets=[-8, 0]),
+    "a part of an entry": lambda header, size: header["small.float32"].pop("shape"),
+    "a tensor over another": lambda header, size: header.update(more=dict(header["small.float32"])),
+    "empty tensors without end": lambda header, size: header.update(
+        {f"t{i}": {"dtype": "F32", "shape": [0, 2**40], "data_offsets": [size, size]} for i in range(2_000)}
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_an_absurd_header_is_refused_and_costs_nothing(what: str, small: Path, tmp_path: Path) -> None:
+    """safetensors' own header, which no checksum covers before it is read."""
+    header, data = header_of(small.read_bytes())
+    HEADERS[what](header, len(data))
+    refused_at_no_cost(with_header(header, data), tmp_path)
+
+
+@pytest.mark.parametrize("claimed", [0, 2**31, 2**63, 2**64 - 1])
+def test_a_header_of_an_absurd_length_is_refused(claimed: int, small: Path, tmp_path: Path) -> None:
+    refused_at_no_cost(struct.pack("<Q", claimed) + small.read_bytes()[8:], tmp_path)
+
+
+def refused_at_no_cost(content: bytes, folder: Path) -> None:
+    path = folder / "absurd.safetensors"
+    path.write_bytes(content)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(ValueError, match=r"truncated or not a safetensors file|edited or damaged") as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+    assert time.perf_counter() - start < 5
+
+
 def test_no_byte_of_the_tensors_is_unprotected(small: Path, tmp_path: Path) -> None:
     content, path = small.read_bytes(), tmp_path / "flipped.safetensors"
     start = 8 + struct.unpack("<Q", content[:8])[0]
