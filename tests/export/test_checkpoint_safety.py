@@ -428,3 +428,63 @@ def test_functions_are_of_the_table(small: Path, tmp_path: Path, name: str, sett
     path = forged(small, tmp_path / "forged.safetensors", node(layer=name, settings=settings))
     with pytest.raises(ValueError, match="name is 'system', not one of"):
         load_checkpoint(path)
+
+
+class Larger(nn.Module):
+    """Every way to make much of little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embed = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.conv(self.embed(x)), (1, 1, 0, 1)).repeat(1, 1, 2, 1)
+        return nn.functional.adaptive_avg_pool2d(nn.functional.interpolate(x, scale_factor=2), 4).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    prepared = qat.prepare(Larger().eval(), qat.preset("int8"), inputs())
+    qat.calibrate(prepared, [inputs()])
+    path = tmp_path_factory.mktemp("larger") / "model.safetensors"
+    save_checkpoint(qat.lower(prepared), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("where", "setting", "value"),
+    [("pad", "pads", [[0, 2**20], [2**20, 0]]), ("repeat", "sizes", [1, 1, 2**16, 2**16]),
+     ("interpolate", "scale_factor", 2.0**20), ("conv", "padding", [[2**20, 2**20]] * 2),
+     ("adaptive", "output_size", [2**20, 2**20])],
+)  # fmt: skip
+def test_a_setting_that_makes_much_of_little_is_refused_at_the_first_call(
+    larger: Path, tmp_path: Path, where: str, setting: str, value: Any
+) -> None:
+    changed: list[str] = []
+
+    def change(description: dict[str, Any]) -> None:
+        for node in description["network"]["nodes"]:
+            if where in node["name"] and setting in node["settings"]:
+                node["settings"][setting] = value
+                changed.append(node["name"])
+
+    network = load_checkpoint(forged(larger, tmp_path / "forged.safetensors", change))
+    assert len(changed) == 1
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    for _ in range(2):  # nor at the second
+        with pytest.raises(
+            ValueError, match=rf"node '{changed[0]}' makes a tensor of the shape .* settings are absurd"
+        ):
+            network(inputs())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+    assert time.perf_counter() - start < 5
+
+
+def test_what_is_not_absurd_is_tried_once(larger: Path, small: Path) -> None:
+    for path in (larger, small):
+        network = load_checkpoint(path)
+        first = network(inputs())
+        assert network.trial is None
+        assert torch.equal(network(inputs()), first)
+        assert torch.equal(copy.deepcopy(load_checkpoint(path))(inputs()), first)
