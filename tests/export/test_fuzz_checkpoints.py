@@ -31,7 +31,7 @@ from qat.zoo.models import SmallCNN
 from tests.export.test_checkpoint_safety import forged
 from tests.networks.recurrent import Forecaster
 
-SECONDS, MEMORY = 5, 3 * 2**30
+SECONDS, MEMORY = 20, 3 * 2**30
 """What one file may take to be loaded and run, beyond what the process has."""
 DEFAULT, LARGE = 15, 2000
 
