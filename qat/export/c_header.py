@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from qat.export.files import replaced_folder
-from qat.export.firmware.run import Model
+from qat.export.firmware.run import OPERATIONS, Model
 from qat.export.header_steps import STEPS, Step, refused
+from qat.export.sums import verify
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 from qat.runtime.operations import Dequantize, QuantizeInput
@@ -59,8 +60,26 @@ def save_c_header(network: IntegerNetwork, folder: str | Path, example_inputs: t
 
 
 def open_c_header(folder: str | Path, target: str = "") -> Callable[[Tensor], Tensor]:
-    """What `run.py` makes of a folder's `model.h`: float32 [samples, ...] -> float32."""
-    model = Model(Path(folder) / "model.h")
+    """What `run.py` makes of a folder's `model.h`: float32 [samples, ...] -> float32.
+
+    Raises:
+        FileNotFoundError: there is no model.h.
+        ValueError: it is truncated, edited, damaged, or of another program.
+    """
+    path = Path(folder) / "model.h"
+    if not path.is_file():
+        raise FileNotFoundError(f"no C header at '{path}'")
+    verify(path.parent)
+    try:
+        if not path.read_text(encoding="ascii").rstrip().endswith("#endif"):
+            raise ValueError("its last line is not #endif")
+        model = Model(path)
+        for kind, *names in model.steps:
+            unknown = [name for name in names if name != "NULL" and name not in model.arrays]
+            if kind not in OPERATIONS or len(names) != 5 or unknown:
+                raise ValueError(f"its step {kind} of {', '.join(names)} is none")
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"'{path}' is no header of ours, or is damaged ({error}); export again") from error
     return lambda x: torch.from_numpy(np.ascontiguousarray(model(x.numpy())))
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from qat.export.description import build
+from qat.export.description import build, try_out
 from qat.export.files import write_atomically
 from qat.export.storage import read_tensors, stored_bytes, write_tensors
 from qat.numerics.packing import unpack_bits
@@ -75,6 +75,7 @@ def load_checkpoint(path: str | Path) -> IntegerNetwork:
         raise ValueError(f"'{path}': the description in it does not fit its tensors ({error!r})") from error
     except ValueError as error:
         raise ValueError(f"'{path}' {error}") from error
+    network.trial = try_out
     return network.eval()
 
 

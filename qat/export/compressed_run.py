@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.export.sums import verify
+
 
 def open_compressed_tensors(path: str | Path, target: str = "vllm") -> Callable[[Tensor], Tensor]:
     """A language model from a folder that `save_compressed_tensors` wrote.
@@ -26,13 +28,14 @@ def open_compressed_tensors(path: str | Path, target: str = "vllm") -> Callable[
 
     Raises:
         ImportError: transformers or compressed-tensors is not installed.
-        OSError, ValueError: the folder is not there, or is no such model.
+        OSError, ValueError: the folder is not there, is damaged, or is no such model.
     """
     import transformers
 
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"no folder of compressed-tensors at '{path}'")
+    verify(path)
     about = transformers.AutoConfig.from_pretrained(path).quantization_config
     groups = about["config_groups"].values()
     settings: dict[str, Any] = {}

@@ -1,15 +1,18 @@
 """The description of a network in a file, judged before anything is built from it.
 
 A file may have been made by anyone. What it describes is checked here, and the memory that it asks for is counted
-before it is allocated, so that an absurd file is refused and costs nothing.
+before it is allocated, so that an absurd file is refused and costs nothing. What its settings make of inputs (padding,
+repeating, interpolating) is known only with these: so is the first call (`try_out`).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qat.runtime.functions import FUNCTIONS, MOVES
 from qat.runtime.network import LAYERS, IntegerNetwork
@@ -49,6 +52,84 @@ class Memory(TorchFunctionMode):
         self.used += math.prod(shape) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
         if self.used > self.limit:
             raise ValueError(f"a tensor of the shape {list(shape)} is larger than anything in a file of this size")
+
+
+SMALL = 2**24
+"""An operation that makes no more numbers than this is counted when it is done, which costs nothing."""
+
+
+class Growth(TorchFunctionMode):
+    """Inside, results may take up to `limit` bytes in all; one that goes beyond is refused before it is allocated."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.used = limit, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        small = _most((args, kwargs.values())) <= SMALL
+        for result in () if small else self._shapes(func, args, kwargs):
+            self._count(result)
+        made = func(*args, **kwargs)
+        if small and isinstance(made, Tensor):
+            self._count(made)
+        return made
+
+    def _count(self, result: Tensor) -> None:
+        self.used += result.nbytes
+        if self.used > self.limit:
+            raise ValueError(f"makes a tensor of the shape {list(result.shape)}")
+
+    @staticmethod
+    def _shapes(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+        """Tensors without memory that are what a call would return; none where that depends on numbers."""
+        shapes = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
+        try:
+            made = func(*shapes[0], **shapes[1])
+        except Exception:  # what it is, the call itself will say
+            return []
+        return [x for x in tree_leaves(made) if isinstance(x, Tensor)]
+
+
+@torch.no_grad()
+def try_out(network: IntegerNetwork, inputs: tuple[Tensor, ...]) -> None:
+    """Run a network, whose file anyone may have made, on the inputs of its first call.
+
+    Raises:
+        ValueError: a node makes more of the inputs than a network of this size does; says which.
+    """
+    given = sum(x.nbytes for x in (*inputs, *network.state_dict().values()) if isinstance(x, Tensor))
+    limit = 2**30 + 1024 * given
+    done = list[str]()
+
+    def watch(name: str, tensor: Tensor) -> Tensor:
+        done.append(name)
+        return tensor
+
+    growth = Growth(limit)
+    try:
+        with growth:
+            network.run(*inputs, watch=watch)
+    except ValueError as error:
+        if growth.used <= limit:
+            raise
+        raise ValueError(
+            f"node '{network.nodes[len(done)].name}' {error}: with what was made before it more than {limit} bytes, of "
+            f"inputs and weights of {given}; its settings are absurd"
+        ) from error
+
+
+def _most(values: Iterable[Any]) -> float:
+    """About the most numbers that an operation makes of these: every tensor's with every other's, times every size."""
+    most = 1.0
+    for value in values:
+        if isinstance(value, Tensor):
+            most *= max(value.numel(), 1)
+        elif isinstance(value, int | float):
+            most *= max(abs(value), 1)
+        elif isinstance(value, Iterable) and not isinstance(value, str):
+            most *= _most(value)
+    return most
 
 
 def _shape(args: Any, kwargs: Any) -> Sequence[Any]:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.export.files import write_atomically
+from qat.export.files import write_export
 from qat.export.reference import program_of
+from qat.export.sums import verify
 from qat.runtime.network import IntegerNetwork
 
 
@@ -34,7 +35,7 @@ def save_pte(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor, 
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
     content = io.BytesIO()
     lowered.write_to_file(content)
-    write_atomically(path, content.getvalue())
+    write_export(path, content.getvalue())
 
 
 class PteNetwork:
@@ -52,6 +53,7 @@ class PteNetwork:
         import executorch.kernels.quantized  # noqa: F401
         from executorch.runtime import Runtime, Verification
 
+        verify(path)
         try:
             program = Runtime.get().load_program(path.read_bytes(), verification=Verification.InternalConsistency)
             self.method = program.load_method("forward")

@@ -1,5 +1,6 @@
-"""Files and folders that are either whole or not there."""
+"""Files and folders that are either whole or not there, and exported ones with their checksums (`sums`)."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -7,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from qat.export import sums
 
 
 @contextmanager
@@ -40,15 +43,45 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def write_export(path: Path, content: bytes) -> None:
+    """As `write_atomically`, with a line in the folder's SHA256SUMS.
+
+    Raises:
+        OSError: the folder or the disk refuses.
+        ValueError: the SHA256SUMS that is there cannot be read.
+    """
+    sums.read(path.parent)  # refuses before anything is written
+    with atomic_file(path) as file:
+        file.write(content)
+        file.flush()
+        _list(path, None)  # so that at no moment a line tells of another content
+    _list(path, hashlib.sha256(content).hexdigest())
+
+
+def _list(path: Path, digest: str | None) -> None:
+    """Put a file into the SHA256SUMS beside it; with None, take it out."""
+    known = sums.read(path.parent)
+    listed = {name: line for name, line in known.items() if name != path.name}
+    listed |= {} if digest is None else {path.name: digest}
+    if listed != known:
+        write_atomically(path.parent / sums.NAME, sums.text(listed).encode())
+
+
 def replace(source: Path, path: Path) -> None:
     """Move a finished file or folder to `path`, on the same disk, in the place of what is there.
+
+    A file takes its line of SHA256SUMS along.
 
     Raises:
         OSError: the folder refuses; what was there is there still.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_dir():
+        _list(path, None)
+        digest = sums.read(source.parent).get(source.name)
         os.replace(source, path)
+        if digest is not None:
+            _list(path, digest)
         return
     old = path.with_name(f".{path.name}.old")
     path.rename(old)
@@ -64,7 +97,8 @@ def replace(source: Path, path: Path) -> None:
 def replaced_folder(path: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
     """A new folder to write into, which takes the place of `path` once the block ends without an error.
 
-    Files of the earlier folder that are not written anew stay. It survives any failure.
+    Files of the earlier folder that are not written anew stay. It survives any failure. All files are listed in the
+    SHA256SUMS that is written with them.
 
     Args:
         path: of the folder.
@@ -84,6 +118,7 @@ def replaced_folder(path: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
         for file in path.iterdir() if path.exists() else ():
             if not (new / file.name).exists():
                 shutil.copytree(file, new / file.name) if file.is_dir() else shutil.copy2(file, new / file.name)
+        (new / sums.NAME).write_text(sums.text(sums.of_folder(new)), encoding="utf-8")
         for entry in [*new.rglob("*"), new]:
             _sync(entry)
         new.chmod(0o755)

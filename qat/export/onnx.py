@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.export.files import write_atomically
+from qat.export.files import write_export
 from qat.export.onnx_conv import float_conv, integer_conv
 from qat.export.onnx_functions import function
 from qat.export.onnx_lookup import look_up, outer
@@ -298,7 +298,7 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     proto.ir_version = 10
     onnx.helper.set_model_props(proto, {k: json.dumps(v, sort_keys=True) for k, v in sorted(network.info.items())})
     onnx.checker.check_model(proto, full_check=True)
-    write_atomically(path, proto.SerializeToString(deterministic=True))
+    write_export(path, proto.SerializeToString(deterministic=True))
 
 
 def _refuse_loops(network: IntegerNetwork) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qat.export.onnx_model import require_onnx, storage
+from qat.export.sums import verify
 from qat.runtime.grid import Quantize
 
 
@@ -35,6 +36,7 @@ def integers_given(
         inputs: of the network, batch dimension first.
         given: name of tensor -> its integers, which its readers get instead of what the file makes.
     """
+    verify(path)
     model = require_onnx().load(path)
     own = [value.name for value in model.graph.input]
     cut(model, grids, given)

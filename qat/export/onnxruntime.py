@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qat.export.onnx_cut import integers_given
 from qat.export.onnx_model import require_onnx
+from qat.export.sums import verify
 from qat.runtime.grid import Quantize
 from qat.targets import TARGETS
 
@@ -66,6 +67,8 @@ def _options(onnxruntime: Any, target: str, threads: int = 0) -> Any:
 
 
 def _session(onnxruntime: Any, model: str | bytes, options: Any) -> Any:
+    if isinstance(model, str):
+        verify(model)
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has a class of its own for every fault
@@ -88,7 +91,7 @@ class OnnxNetwork:
 
     Raises:
         ImportError: the package is missing.
-        ValueError: the file is none, or has operations that ONNX Runtime lacks; says which.
+        ValueError: the file is none, is damaged, or has operations that ONNX Runtime lacks; says which.
     """
 
     def __init__(self, model: Path | str | bytes, target: str = "generic", threads: int = 0) -> None:
@@ -124,7 +127,7 @@ def kernels(path: Path | str, target: str = "generic") -> Kernels:
 
     Raises:
         ImportError: a package is missing.
-        ValueError: the file is none, or has operations that ONNX Runtime lacks; says which.
+        ValueError: the file is none, is damaged, or has operations that ONNX Runtime lacks; says which.
     """
     onnxruntime, onnx = _require_onnxruntime(), require_onnx()
     with tempfile.TemporaryDirectory() as folder:

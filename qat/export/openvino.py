@@ -21,6 +21,7 @@ from qat.export.files import replaced_folder
 from qat.export.onnx import save_onnx
 from qat.export.onnx_model import storage
 from qat.export.onnxruntime import Kernels
+from qat.export.sums import verify
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 
@@ -50,6 +51,7 @@ def _require_openvino() -> Any:
 
 def _read(openvino: Any, path: Path | str) -> Any:
     file = Path(path) / "model.xml" if Path(path).is_dir() else Path(path)
+    verify(file.parent if file.suffix == ".xml" else file)  # IR's numbers are in model.bin
     try:
         return openvino.Core().read_model(str(file))
     except RuntimeError as error:
@@ -150,4 +152,7 @@ def save_openvino(network: IntegerNetwork, path: Path, example_inputs: tuple[Ten
         save_onnx(network, Path(folder) / "model.onnx", example_inputs)
         model = _read(openvino, Path(folder) / "model.onnx")
         with replaced_folder(path, lambda earlier: (earlier / "model.xml").is_file()) as new:
-            openvino.save_model(model, str(new / "model.xml"), compress_to_fp16=False)
+            try:
+                openvino.save_model(model, str(new / "model.xml"), compress_to_fp16=False)
+            except RuntimeError as error:  # of C++'s streams, when a disk is full
+                raise OSError(f"OpenVINO cannot write '{path}': {error}") from error

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qat.export.files import write_atomically
+from qat.export.files import write_export
 from qat.export.reference import QUANTIZE, Grid, program_of
+from qat.export.sums import verify
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 from qat.scheme import QuantConfig
@@ -47,13 +48,14 @@ def save_pt2(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor, 
     program, reference = program_of(network, tuple(torch.zeros_like(x) for x in example_inputs))
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={TENSORS: json.dumps(reference.quantized)})
-    write_atomically(path, buffer.getvalue())
+    write_export(path, buffer.getvalue())
 
 
 class Program:
     """A program, read back: called with tensors, it returns what the network returns."""
 
     def __init__(self, path: Path) -> None:
+        verify(path)
         content = path.read_bytes()
         check_archive(path, content)
         found = {TENSORS: ""}
@@ -71,7 +73,7 @@ def open_pt2(path: Path, target: str) -> Program:
     """The program in a file.
 
     Raises:
-        ValueError: no archive of the form that `save_pt2` writes.
+        ValueError: no archive of the form that `save_pt2` writes, or a damaged one.
     """
     return Program(path)
 

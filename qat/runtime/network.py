@@ -79,7 +79,10 @@ class IntegerNetwork(nn.Module):
 
     Attributes:
         edges: for a freshly lowered network, integer tensor -> node of the prepared graph that simulated it.
+        trial: what the first call is tried out with, for a network from a file that anyone may have made.
     """
+
+    trial: Callable[["IntegerNetwork", tuple[Any, ...]], None] | None
 
     def __init__(
         self,
@@ -94,6 +97,7 @@ class IntegerNetwork(nn.Module):
         self.signature = signature
         self.inputs, self.nodes, self.outputs, self.info = inputs, nodes, outputs, info or {}
         self.edges: dict[str, str] = {}
+        self.trial = None
         self._fast: fast.FastPath | None = None
         self.layers = nn.ModuleDict({_key(node.name): layers[node.name] for node in nodes})
 
@@ -127,7 +131,11 @@ class IntegerNetwork(nn.Module):
 
         With a `signature`, what that says.
         """
-        outputs = self._results(self.flat(inputs, named))
+        tensors = self.flat(inputs, named)
+        if self.trial is not None and not torch.compiler.is_compiling():
+            self.trial(self, tensors)
+            self.trial = None
+        outputs = self._results(tensors)
         if self.signature is not None:
             return self.signature.build(outputs)
         return outputs[0] if len(outputs) == 1 else outputs

@@ -1,8 +1,14 @@
 """Bad input gets a clear error, and nothing is lost. Damaged int8 checkpoints are in `test_checkpoint_safety`."""
 
-import subprocess
-import sys
+import os
+import re
+import resource
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +23,8 @@ from qat.runtime import IntegerNetwork
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 
 
-def lowered(net: nn.Module, x: torch.Tensor = X) -> IntegerNetwork:
-    prepared = qat.prepare(net.eval(), qat.preset("int8"), x[:2])
+def lowered(net: nn.Module, x: torch.Tensor = X, target: str = "generic") -> IntegerNetwork:
+    prepared = qat.prepare(net.eval(), qat.preset("int8", target=target), x[:2])
     finalize(prepared, [x], PTQConfig(), trained=False)
     return qat.lower(prepared)
 
@@ -30,49 +36,85 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return qat.export(lowered(net), tmp_path_factory.mktemp("files"), X[:2])
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-import torch, qat
-from torch import nn
-from qat.ptq import PTQConfig, finalize
+FORMATS = {"int8": "generic", "onnx": "generic", "openvino": "generic", "pt2": "generic", "c_header": "cmsis_nn"}
+"""Format -> target. compressed-tensors is in `test_compressed_tensors`."""
 
-folder, x = Path(sys.argv[1]), torch.randn(32, 64)
-def network(width):
-    prepared = qat.prepare(nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 3)), qat.preset("int8"), x)
-    finalize(prepared, [x], PTQConfig(), trained=False)
-    return qat.lower(prepared)
 
-small, large = network(8), network(512)
-def content(path):
-    return {p.name: p.read_bytes() for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()}
-qat.export(small, folder, x[:2], ["int8", "onnx"])
-before = content(folder)
-resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))  # a file of more bytes than this cannot be written
-for name in ("int8", "onnx"):
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of more than `size` bytes can be written: what a disk does that is full after so many."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        qat.export(large, folder, x[:2], [name])
-    except OSError as error:
-        assert content(folder) == before
-        print(name, "refused:", error)
-"""
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_keeps_the_earlier_export(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for name in ("int8", "onnx"):
-        assert f"{name} refused: [Errno 27] File too large" in done.stdout
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("name", ["int8", "onnx"])
-def test_a_folder_that_cannot_be_written(name: str, tmp_path: Path) -> None:
+def linear(width: int, target: str = "generic") -> IntegerNetwork:
+    return lowered(nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3)), target=target)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_full_disk_keeps_the_earlier_export(name: str, tmp_path: Path) -> None:
+    qat.export(linear(8, FORMATS[name]), tmp_path, X[:2], [name])
+    before, large = content(tmp_path), linear(4000, FORMATS[name])
+    with full_disk(16384), pytest.raises(OSError, match="File too large"):
+        qat.export(large, tmp_path, X[:2], [name])
+    assert content(tmp_path) == before
+    EXPORTERS[name].open(tmp_path / EXPORTERS[name].file, FORMATS[name])
+
+
+def test_a_disk_that_is_full_when_openvino_writes(files: dict[str, Path], tmp_path: Path) -> None:
+    """OpenVINO's text is longer than the ONNX file that it is made of."""
+    qat.export(linear(8), tmp_path, X[:2], ["openvino"])
+    before = content(tmp_path)
+    with (
+        full_disk(files["onnx"].stat().st_size + 1024),
+        pytest.raises(OSError, match=r"OpenVINO cannot write '.*openvino'"),
+    ):
+        qat.export(linear(8), tmp_path, X[:2], ["openvino"])
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_where_the_folder_should_be(name: str, tmp_path: Path) -> None:
     (tmp_path / "export").write_text("a file where the folder should be")
-    net = lowered(nn.Sequential(nn.Linear(6, 3)))
     with pytest.raises(OSError, match="export"):
-        qat.export(net, tmp_path / "export", X[:2], [name])
-    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+        qat.export(linear(8, FORMATS[name]), tmp_path / "export", X[:2], [name])
+    assert content(tmp_path) == {"export": b"a file where the folder should be"}
+
+
+@pytest.fixture
+def read_only(files: dict[str, Path]) -> Iterator[Path]:
+    """A folder that may not be written; root, who may write everything, is somebody else meanwhile."""
+    with tempfile.TemporaryDirectory() as place:  # pytest's own are closed to others
+        folder = Path(place) / "export"
+        folder.mkdir()
+        shutil.copy(files["int8"], folder)
+        (folder / "SHA256SUMS").write_text("")
+        for path, mode in ((Path(place), 0o755), (folder, 0o555)):
+            path.chmod(mode)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_folder_that_may_not_be_written(name: str, read_only: Path) -> None:
+    before = content(read_only)
+    with pytest.raises(PermissionError, match="export"):
+        qat.export(linear(8, FORMATS[name]), read_only, X[:2], [name])
+    assert content(read_only) == before
 
 
 def test_an_onnx_file_is_no_checkpoint(files: dict[str, Path]) -> None:
@@ -146,3 +188,17 @@ def test_a_file_that_a_fresh_process_cannot_run(files: dict[str, Path], tmp_path
         with pytest.raises(RuntimeError, match=r"model\.safetensors' was ended by SIGKILL. It said: nothing"):
             reloaded.outputs("int8", [(X,)])
         assert torch.equal(reloaded.outputs("int8", [(X,)]), expected)  # by a new one
+
+
+@pytest.mark.parametrize("rule", [None, {"match": "2"}])
+def test_a_codebook_for_tensorrt_is_refused_with_what_to_do(rule: dict[str, Any] | None) -> None:
+    """Before anything is trained; the message names the setting, or the rule of the layer."""
+    codebook = {"bits": 4, "format": "codebook", "granularity": "tensor", "range": "learned"}
+    changes: dict[str, Any] = {"weight": codebook} if rule is None else {"rules": [{**rule, "weight": codebook}]}
+    config = qat.QuantConfig.from_dict(qat.preset("int8", target="tensorrt").to_dict() | changes)
+    where, written = (
+        ("quant.weight", "quant.weight") if rule is None else ("quant.rules[0].weight", "quant.rules.0.weight")
+    )
+    said = rf"{re.escape(where)}\.format=codebook: target=tensorrt takes weights as int.*; use {written}\.format=int"
+    with pytest.raises(ValueError, match=rf"{said}.*, or target=generic"):
+        qat.prepare(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), config, X[:2])

@@ -124,7 +124,7 @@ def test_the_exported_runner_needs_numpy_alone(tmp_path: Path) -> None:
     network = qat.lower(finalized(net, x, config("cmsis_nn")))
     qat.export(network, tmp_path, x, formats=["c_header"])
     folder = tmp_path / "c_header"
-    assert sorted(path.name for path in folder.iterdir()) == ["model.c", "model.h", "run.py"]
+    assert sorted(path.name for path in folder.iterdir()) == ["SHA256SUMS", "model.c", "model.h", "run.py"]
     assert len((folder / "run.py").read_text().splitlines()) <= 220
     np.save(tmp_path / "x.npy", x.numpy())
     blocked = "import sys; sys.modules |= {'torch': None, 'qat': None}; import runpy; sys.argv = sys.argv[1:]; "

@@ -160,6 +160,55 @@ def test_truncated_files_are_refused(small: Path, tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
+def entry(**changes: Any) -> Callable[[dict[str, Any], int], None]:
+    return lambda header, size: header["small.float32"].update(changes)
+
+
+HEADERS: dict[str, Callable[[dict[str, Any], int], Any]] = {
+    "a huge shape": entry(shape=[2**60]),
+    "a shape whose product overflows": entry(shape=[2**40, 2**40]),
+    "a negative size": entry(shape=[-1]),
+    "a size that is no integer": entry(shape=[1.5]),
+    "a size of 70 bits": entry(shape=[2**70]),
+    "as many dimensions as bytes": entry(shape=[1] * 4000),
+    "a type that is none": entry(dtype="F1024"),
+    "a wider type": entry(dtype="F64"),
+    "offsets past the end": entry(data_offsets=[0, 2**50]),
+    "offsets of 70 bits": entry(data_offsets=[2**70, 2**71]),
+    "offsets that go back": entry(data_offsets=[8, 0]),
+    "negative offsets": entry(data_offsets=[-8, 0]),
+    "a part of an entry": lambda header, size: header["small.float32"].pop("shape"),
+    "a tensor over another": lambda header, size: header.update(more=dict(header["small.float32"])),
+    "empty tensors without end": lambda header, size: header.update(
+        {f"t{i}": {"dtype": "F32", "shape": [0, 2**40], "data_offsets": [size, size]} for i in range(2_000)}
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_an_absurd_header_is_refused_and_costs_nothing(what: str, small: Path, tmp_path: Path) -> None:
+    """safetensors' own header, which no checksum covers before it is read."""
+    header, data = header_of(small.read_bytes())
+    HEADERS[what](header, len(data))
+    refused_at_no_cost(with_header(header, data), tmp_path)
+
+
+@pytest.mark.parametrize("claimed", [0, 2**31, 2**63, 2**64 - 1])
+def test_a_header_of_an_absurd_length_is_refused(claimed: int, small: Path, tmp_path: Path) -> None:
+    refused_at_no_cost(struct.pack("<Q", claimed) + small.read_bytes()[8:], tmp_path)
+
+
+def refused_at_no_cost(content: bytes, folder: Path) -> None:
+    path = folder / "absurd.safetensors"
+    path.write_bytes(content)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    with pytest.raises(ValueError, match=r"truncated or not a safetensors file|edited or damaged") as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+    assert time.perf_counter() - start < 5
+
+
 def test_no_byte_of_the_tensors_is_unprotected(small: Path, tmp_path: Path) -> None:
     content, path = small.read_bytes(), tmp_path / "flipped.safetensors"
     start = 8 + struct.unpack("<Q", content[:8])[0]
@@ -379,3 +428,63 @@ def test_functions_are_of_the_table(small: Path, tmp_path: Path, name: str, sett
     path = forged(small, tmp_path / "forged.safetensors", node(layer=name, settings=settings))
     with pytest.raises(ValueError, match="name is 'system', not one of"):
         load_checkpoint(path)
+
+
+class Larger(nn.Module):
+    """Every way to make much of little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.embed = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(self.conv(self.embed(x)), (1, 1, 0, 1)).repeat(1, 1, 2, 1)
+        return nn.functional.adaptive_avg_pool2d(nn.functional.interpolate(x, scale_factor=2), 4).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    prepared = qat.prepare(Larger().eval(), qat.preset("int8"), inputs())
+    qat.calibrate(prepared, [inputs()])
+    path = tmp_path_factory.mktemp("larger") / "model.safetensors"
+    save_checkpoint(qat.lower(prepared), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("where", "setting", "value"),
+    [("pad", "pads", [[0, 2**20], [2**20, 0]]), ("repeat", "sizes", [1, 1, 2**16, 2**16]),
+     ("interpolate", "scale_factor", 2.0**20), ("conv", "padding", [[2**20, 2**20]] * 2),
+     ("adaptive", "output_size", [2**20, 2**20])],
+)  # fmt: skip
+def test_a_setting_that_makes_much_of_little_is_refused_at_the_first_call(
+    larger: Path, tmp_path: Path, where: str, setting: str, value: Any
+) -> None:
+    changed: list[str] = []
+
+    def change(description: dict[str, Any]) -> None:
+        for node in description["network"]["nodes"]:
+            if where in node["name"] and setting in node["settings"]:
+                node["settings"][setting] = value
+                changed.append(node["name"])
+
+    network = load_checkpoint(forged(larger, tmp_path / "forged.safetensors", change))
+    assert len(changed) == 1
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    for _ in range(2):  # nor at the second
+        with pytest.raises(
+            ValueError, match=rf"node '{changed[0]}' makes a tensor of the shape .* settings are absurd"
+        ):
+            network(inputs())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+    assert time.perf_counter() - start < 5
+
+
+def test_what_is_not_absurd_is_tried_once(larger: Path, small: Path) -> None:
+    for path in (larger, small):
+        network = load_checkpoint(path)
+        first = network(inputs())
+        assert network.trial is None
+        assert torch.equal(network(inputs()), first)
+        assert torch.equal(copy.deepcopy(load_checkpoint(path))(inputs()), first)

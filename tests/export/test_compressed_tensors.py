@@ -3,6 +3,9 @@
 import copy
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from qat.ptq import PTQConfig, finalize
 from qat.targets.compressed import check_compressed
 
 transformers = pytest.importorskip("transformers", reason="pip install 'qat[hf]'")
+from tests.export.test_bad_input import full_disk  # noqa: E402
 from tests.networks import huggingface  # noqa: E402
 
 CHANNEL = {"bits": 8, "granularity": "channel", "range": "dynamic"}
@@ -256,12 +260,47 @@ def test_training_goes_into_the_file(ids: Tensor, tmp_path: Path) -> None:
 
 
 def test_two_exports_are_the_same_bytes(float_net: nn.Module, ids: Tensor, tmp_path: Path) -> None:
-    files = ["config.json", "generation_config.json", "model.safetensors"]
+    files = ["SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"]
     for folder in ("a", "b"):
         save_compressed_tensors(prepared(float_net, {"weight": group(4)}, ids), tmp_path / folder)
         assert sorted(file.name for file in (tmp_path / folder).iterdir()) == files
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    for file in files[1:]:
+        content = (tmp_path / "b" / file).read_bytes()
+        (tmp_path / "b" / file).write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        with pytest.raises(ValueError, match=rf"{file}' was edited or damaged"):
+            open_compressed_tensors(tmp_path / "b")
+        (tmp_path / "b" / file).write_bytes(content)
+    (tmp_path / "b" / "tokenizer.json").write_text("{}")  # what is added later is nobody's damage
+    assert torch.equal(open_compressed_tensors(tmp_path / "b")(ids), open_compressed_tensors(tmp_path / "a")(ids))
+
+
+BUILD = """
+import sys
+from pathlib import Path
+import torch
+from qat.export import sums
+from qat.export.compressed_tensors import save_compressed_tensors
+from tests.export.test_compressed_tensors import group, prepared
+from tests.networks import huggingface
+torch.manual_seed(0)
+ids = torch.randint(huggingface.VOCABULARY, (2, 8))
+save_compressed_tensors(prepared(huggingface.llama(), {"weight": group(4)}, ids), sys.argv[1])
+print(sums.text(sums.of_folder(Path(sys.argv[1]))))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", BUILD, str(tmp_path / seed)], cwd=Path(__file__).parents[2], check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True,
+        ) for seed in ("1", "2")
+    ]  # fmt: skip
+    assert done[0].stdout == done[1].stdout
+    assert done[0].stdout.count("\n") >= 3
 
 
 def test_the_earlier_folder_survives_a_failure_and_keeps_what_is_not_written(
@@ -279,6 +318,9 @@ def test_the_earlier_folder_survives_a_failure_and_keeps_what_is_not_written(
         patched.setattr(compressed_tensors, "save", full)
         with pytest.raises(OSError, match="No space left"):
             save_compressed_tensors(simulated, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    with full_disk(16384), pytest.raises(OSError, match="File too large"):
+        save_compressed_tensors(simulated, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     save_compressed_tensors(prepared(float_net, {"weight": group(8)}, ids), folder)
     after = {file.name: file.read_bytes() for file in folder.iterdir()}

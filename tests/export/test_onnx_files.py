@@ -175,7 +175,7 @@ def test_openvinos_own_files(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="pip install 'qat[openvino]'")
     file = exported(*NETWORKS["small_cnn"], tmp_path / "model.onnx")
     paths = qat.export(file.network, tmp_path, file.x[:2], formats=["openvino"])
-    assert sorted(p.name for p in paths["openvino"].iterdir()) == ["model.bin", "model.xml"]
+    assert sorted(p.name for p in paths["openvino"].iterdir()) == ["SHA256SUMS", "model.bin", "model.xml"]
     assert_agrees(file, "openvino", paths["openvino"])
     assert openvino_kernels(paths["openvino"]).floating == []
     assert torch.allclose(OpenVinoNetwork(paths["openvino"])(file.x[:5]), file.network(file.x[:5]), atol=1e-5)
