@@ -12,7 +12,7 @@ where a limit is broken.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from qat.analysis.console import layer_parity_table, parity_table
 from qat.export.agreement import Parity, ParityError, ParityLimits, compare
-from qat.export.formats import EXPORTERS, Inputs
-from qat.export.parity import looked_at, reads_of, split
-from qat.export.simulated import ties_given
+from qat.export.formats import EXPORTERS
+from qat.export.given import Inputs, Made
+from qat.export.parity import ask, looked_at, split
+from qat.export.reloaded import joined
 from qat.inspection import configuration
 from qat.runtime.grid import Quantize
 from qat.scheme import choice
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         a, b = open_side(args.a, args.target), open_side(args.b, args.target)
     data = given_data(args.data, args.config_dir, args.samples)
     limits = ParityLimits(**{limit.name: getattr(args, limit.name) for limit in fields(ParityLimits)})
-    parity, notes = compared(a, b, data, args.layer_samples)
+    parity = compared(a, b, data, args.layer_samples)
     try:
         parity.check(f"{a.label} / {b.label}", limits)
         breach = ""
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         breach = str(error)
     if args.json:
         print(json.dumps({"a": args.a, "b": args.b, "samples": len(data.inputs[0]), **parity.to_dict(layers=True),
-                          "notes": notes, "breach": breach or None}, indent=2))  # fmt: skip
+                          "breach": breach or None}, indent=2))  # fmt: skip
         return int(bool(breach))
     from rich.console import Console
 
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         console.print(layer_parity_table(parity.to_dict(layers=True)["layers"]))
         console.print()
     console.print(parity_table(summary, {"pair": f"{a.label} / {b.label}"}))
-    for note in notes:
+    for note in parity.notes:
         console.print(note, style="yellow", markup=False)
     console.print(f"\n{breach}" if breach else "\nWithin the limits.", style="red" if breach else "green", markup=False)
     return int(bool(breach))
@@ -185,55 +186,37 @@ READERS: dict[str, Callable[[Path], list[Tensor]]] = {".npy": _npy, ".npz": _npz
 
 
 @torch.no_grad()
-def compared(a: Side, b: Side, data: Data, layer_samples: int) -> tuple[Parity, list[str]]:
-    """Both on the same data.
-
-    Returns:
-        How far they are apart; what could not be compared, in sentences.
-    """
+def compared(a: Side, b: Side, data: Data, layer_samples: int) -> Parity:
+    """How far both are apart on the same data."""
     batches = split(data.inputs, BATCH)
-    outputs = torch.cat([a(x) for x in batches]), torch.cat([b(x) for x in batches])
+    outputs = joined([a(x) for x in batches]), joined([b(x) for x in batches])
     names = (a.label, b.label) if a.label != b.label else (f"{a.label} A", f"{b.label} B")
     whole: dict[str, Any] = {"class_dim": data.class_dim, "names": names}
-    if outputs[0].shape == outputs[1].shape:  # else compare says so
-        whole["metrics"] = data.metrics(outputs[0]), data.metrics(outputs[1])
-    asks, answers = (a, b) if a.integers is not None and b.given is not None else (b, a)
-    if asks.integers is None or asks.network is None or answers.given is None:
-        why = "From end to end only: layer by layer, one of the two has to be a checkpoint, of training or int8."
-        return compare(outputs, [], **whole), [why]
-    grids, notes = _common(asks, answers)
-    samples = looked_at({"a": outputs[0], "b": outputs[1]}, [("a", "b")], data.inputs, layer_samples, data.class_dim)
+    first, second = (next(iter(tensors.values())) for tensors in outputs)
+    if first.shape == second.shape:  # else compare says so
+        whole["metrics"] = data.metrics(first), data.metrics(second)
+    asks, answers = (a, b) if a.made is not None and b.given is not None else (b, a)
+    if asks.made is None or asks.network is None or answers.given is None:
+        return compare(outputs, [], notes=[_why_whole(asks, answers)], **whole)
+    found = {"a": outputs[0], "b": outputs[1]}
+    samples = looked_at(found, [("a", "b")], data.inputs, layer_samples, data.class_dim)
     chosen = batches if samples is None else split(tuple(x[samples] for x in data.inputs), BATCH)
-    given = [{name: q for name, q in asks.integers(x).items() if name in grids} for x in chosen]
-    ties = [ties_given(asks.network, x, integers) for x, integers in zip(chosen, given, strict=True)]
-    made = [answers.given(grids, x, integers) for x, integers in zip(chosen, given, strict=True)]
-    missing = [name for name in grids if name in given[0] and name not in made[0]]
-    if missing:
-        notes.append(f"Not in {answers.label}, and not compared: {_listing(missing)}.")
-    integers = list(zip(given, made, strict=True) if asks is a else zip(made, given, strict=True))
-    reads = reads_of(asks.network, data.inputs, given)
-    return compare(outputs, integers, ties=ties, samples=samples, grids=grids, reads=reads, **whole), notes
+    own, grids = [asks.made(x) for x in chosen], asks.network.grids()
+    made = [_asked(answers, grids, x, one) for x, one in zip(chosen, own, strict=True)]
+    pairs = list(zip(own, made, strict=True) if asks is a else zip(made, own, strict=True))
+    asked = ask(asks.network, data.inputs, chosen, [one.integers for one in own], samples)
+    return compare(outputs, pairs, asked=asked, **whole)
 
 
-def _common(asks: Side, answers: Side) -> tuple[dict[str, Quantize], list[str]]:
-    """The grids that both have, and which they do not."""
-    assert asks.network is not None
-    grids = asks.network.grids()
-    if answers.network is None:
-        return grids, []
-    others = answers.network.grids()
-    different = [
-        f"'{name}' ({float(grid.scale):.6g} against {float(others[name].scale):.6g})"
-        for name, grid in grids.items()
-        if name in others and _levels(grid) != _levels(others[name])
-    ]
-    same = {name: grid for name, grid in grids.items() if name in others and _levels(grid) == _levels(others[name])}
-    return same, [f"Not compared, since their scales differ: {_listing(different)}."] if different else []
+def _asked(side: Side, grids: Mapping[str, Quantize], inputs: Inputs, own: Made) -> Made:
+    assert side.given is not None
+    try:
+        return side.given(grids, inputs, own.integers)
+    except Exception as error:  # as for its outputs
+        raise ValueError(f"{side.label} cannot be given the integers of the other, layer by layer: {error}") from error
 
 
-def _levels(grid: Quantize) -> tuple[float, int]:
-    return float(grid.scale), int(grid.zero_point)
-
-
-def _listing(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def _why_whole(asks: Side, answers: Side) -> str:
+    reasons = [f"{side.label}: {side.whole}" for side in (asks, answers) if side.whole]
+    reasons = reasons or ["layer by layer, one of the two has to be a checkpoint, of training or int8"]
+    return f"Compared from end to end only: {'; '.join(reasons)}."

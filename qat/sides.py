@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qat.export.checkpoint import read_description
-from qat.export.formats import EXPORTERS, Inputs, Integers, integers_given
-from qat.export.reloaded import first
-from qat.export.simulated import own_integers, training_integers
+from qat.export.formats import EXPORTERS
+from qat.export.given import Inputs, Integers, Made, network_given, tensors_of
+from qat.export.reloaded import Outputs
+from qat.export.simulated import own_made, training_made
 from qat.lower import lower
 from qat.modes import set_mode
 from qat.ptq.bias import round_biases
@@ -30,8 +31,9 @@ class Side:
         target: key of TARGETS.
         says_target: whether the file says so itself.
         network: where it is, or was lowered to, an IntegerNetwork.
-        integers: (batch) -> its own integers, by name; None where it shows none.
+        made: (batch) -> its own integers, and its outputs; None where it shows none.
         given: (grids, batch, integers) -> what each layer makes of these integers; None where it cannot be asked.
+        whole: why it cannot be asked.
     """
 
     label: str
@@ -39,18 +41,19 @@ class Side:
     target: str = "generic"
     says_target: bool = False
     network: IntegerNetwork | None = None
-    integers: Callable[[Inputs], Integers] | None = None
-    given: Callable[[Mapping[str, Quantize], Inputs, Integers], Integers] | None = None
+    made: Callable[[Inputs], Made] | None = None
+    given: Callable[[Mapping[str, Quantize], Inputs, Integers], Made] | None = None
+    whole: str = ""
 
     @torch.no_grad()
-    def __call__(self, inputs: Inputs) -> Tensor:
-        """Its first output.
+    def __call__(self, inputs: Inputs) -> Outputs:
+        """Its outputs.
 
         Raises:
             ValueError: these inputs are not what it takes.
         """
         try:
-            return first(self.outputs(*inputs))
+            return tensors_of(self.outputs(*inputs))
         except Exception as error:  # each engine has exceptions of its own for what it does not take
             shapes = ", ".join(f"{x.dtype} {list(x.shape)}" for x in inputs)
             raise ValueError(f"{self.label} cannot be run on the data ({shapes}): {error}") from error
@@ -84,14 +87,14 @@ def open_side(text: str, target: str | None = None) -> Side:
         raise
     except Exception as error:  # each engine has an exception of its own for a file that it cannot read
         raise ValueError(f"'{path}' cannot be opened as {exporter.label}: {error}") from error
-    side = Side(exporter.label, opened, chosen, says)
+    side = Side(exporter.label, opened, chosen, says, whole=exporter.whole)
     if exporter.given is not None:
         of_file = exporter.given
         side.given = lambda grids, x, given: of_file(path, chosen, grids, x, given)
     if isinstance(opened, IntegerNetwork):
         side.network = opened
-        side.integers = lambda x: own_integers(opened, x)
-        side.given = lambda grids, x, given: integers_given(opened, x, given)
+        side.made = lambda x: own_made(opened, x)
+        side.given = lambda grids, x, given: network_given(opened, grids, x, given)
     return side
 
 
@@ -128,5 +131,6 @@ def _training(path: Path) -> Side:
     if isinstance(prepared, fx.GraphModule):
         recorded, network = prepared, lower(prepared)
         side.network = network
-        side.integers = lambda x: training_integers(recorded, network, *x)
+        side.made = lambda x: training_made(recorded, network, *x)
+        side.given = lambda grids, x, given: training_made(recorded, network, *x, given=given)
     return side

@@ -79,12 +79,15 @@ def test_a_damaged_layer_is_named(folder: Path, capsys: Any, swapped: bool) -> N
     assert (code, found["breach"]) == (0, None)
 
 
-def test_layers_of_other_scales_are_not_compared(folder: Path, capsys: Any) -> None:
+def test_layers_of_other_scales_depart(folder: Path, capsys: Any) -> None:
     files = ["@good/model.safetensors", "@other/model.safetensors"]
-    _, found = compare(capsys, folder, *files, "--data", "@x.npy")
-    assert found["layers"] == []
-    (note,) = found["notes"]
-    assert "their scales differ: 'input.quantized' (" in note
+    code, found = compare(capsys, folder, *files, "--data", "@x.npy")
+    assert code == 1
+    loaded = [qat.load(folder / name / "model.safetensors") for name in ("good", "other")]
+    scales = [float(network.grid("input.quantized").scale) for network in loaded]
+    assert "layer 'input.quantized' departs" in found["breach"]
+    for side, scale in zip("AB", scales, strict=True):
+        assert f"its grid in int8 checkpoint {side}: scale {scale:.9g}" in found["breach"]
 
 
 def test_two_files_without_a_checkpoint_are_compared_from_end_to_end(folder: Path, capsys: Any) -> None:
@@ -92,7 +95,7 @@ def test_two_files_without_a_checkpoint_are_compared_from_end_to_end(folder: Pat
         capsys, folder, "@good/model.onnx", "onnx:@other/model.onnx", "--data", "@x.npy", "--samples", "7"
     )
     assert found["layers"] == []
-    assert "From end to end only" in found["notes"][0]
+    assert "Compared from end to end only: layer by layer, one of the two has to be" in found["notes"][0]
     assert found["samples"] == 7
     assert found["max_abs"] > 0
 

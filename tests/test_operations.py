@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 import qat
 from qat.export import load, save_checkpoint, save_onnx
 from qat.export.formats import integers_given
-from qat.export.onnxruntime import OnnxNetwork, onnx_integers_given
+from qat.export.onnxruntime import OnnxNetwork, onnx_given
 from qat.export.parity import training_integers
 from qat.ptq import round_biases
 from qat.runtime import IntegerNetwork
@@ -382,7 +382,7 @@ def assert_integers(prepared: fx.GraphModule, network: IntegerNetwork, x: Tensor
     assert given
     for made in (
         integers_given(network, (x,), given),
-        onnx_integers_given(path, "generic", network.grids(), (x,), given),
+        onnx_given(path, "generic", network.grids(), (x,), given).integers,
     ):
         assert made.keys() == given.keys()
         for name, expected in given.items():

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import qat
 from qat.export.formats import integers_given
-from qat.export.onnxruntime import OnnxNetwork, onnx_integers_given
+from qat.export.onnxruntime import OnnxNetwork, onnx_given
 from qat.export.parity import training_integers
 from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerNetwork
@@ -87,7 +87,7 @@ def assert_files_agree(prepared: fx.GraphModule, inputs: Inputs, folder: Path, o
         made.append(kernels.integers(given, *inputs))
     if onnx:
         path = next(p for p in paths.values() if str(p).endswith(".onnx"))
-        made.append(onnx_integers_given(path, "generic", network.grids(), inputs, given))
+        made.append(onnx_given(path, "generic", network.grids(), inputs, given).integers)
         assert (_first(OnnxNetwork(path)(*inputs)) - result).abs().mean() <= 0.02 * simulated.std()
     for integers in made:
         assert integers.keys() == given.keys()

@@ -11,30 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat.export.c_header import check_c_header, open_c_header, save_c_header
 from qat.export.checkpoint import load_checkpoint, save_checkpoint
 from qat.export.compressed_run import open_compressed_tensors
 from qat.export.executorch import PteNetwork, save_pte
+from qat.export.given import Given, Inputs, Integers, Made, integers_given, network_given, network_levels
+from qat.export.header_given import c_header_given
 from qat.export.onnx import save_onnx
 from qat.export.onnx_stored import check_onnx
-from qat.export.onnxruntime import Kernels, OnnxNetwork, kernels, onnx_integers_given
-from qat.export.openvino import OpenVinoNetwork, openvino_integers_given, openvino_kernels, save_openvino
-from qat.export.pt2 import check_reference, open_pt2, pt2_integers_given, save_pt2
+from qat.export.onnxruntime import Kernels, OnnxNetwork, kernels, onnx_given
+from qat.export.openvino import OpenVinoNetwork, openvino_given, openvino_kernels, save_openvino
+from qat.export.pt2 import check_reference, open_pt2, pt2_given, save_pt2
 from qat.runtime.grid import Quantize
-from qat.runtime.network import IntegerNetwork
 from qat.scheme import QuantConfig
 from qat.targets.compressed import check_compressed
 
 LOG = logging.getLogger(__name__)
 
-Inputs = tuple[Tensor, ...]
-Integers = dict[str, Tensor]
-"""Name of a tensor -> its integers, as the runtime's grids number them."""
-
-Given = Callable[[Path, str, Mapping[str, Quantize], Inputs, Integers], Integers]
+__all__ = ["EXPORTERS", "Exporter", "Inputs", "Integers", "integers_given"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +44,9 @@ class Exporter:
         open: (path, key of TARGETS) -> a callable on tensors that returns a float tensor or a tuple of
             them, as its target runs the file.
         kernels: (path, key of TARGETS) -> what its engine runs of the file; None where that cannot be asked.
-        given: (path, key of TARGETS, grids, inputs, integers) -> what each layer of the file makes of these integers,
-            by name of tensor; None where a file can be run from end to end only.
+        given: (path, key of TARGETS, grids, inputs, integers) -> what each layer of the file makes of these integers;
+            None where a file can be run from end to end only.
+        whole: why it can be run from end to end only.
         check: refuses a configuration that no file of this format can hold, with a ValueError: which field, why, what
             to write instead; None where it holds everything.
         reference: (prepared network, path) -> what training simulated in the arithmetic of the file, where that is not
@@ -68,6 +65,7 @@ class Exporter:
     open: Callable[[Path, str], Callable[..., Any]]
     kernels: Callable[[Path, str], Kernels] | None = None
     given: Given | None = None
+    whole: str = ""
     check: Callable[[QuantConfig], None] | None = None
     reference: Callable[[nn.Module, Path], nn.Module] | None = None
     of_prepared: bool = False
@@ -94,24 +92,12 @@ def _missing(packages: tuple[str, ...]) -> str:
     return f"the package{'s' if len(missing) > 1 else ''} {', '.join(missing)}" if missing else ""
 
 
-@torch.no_grad()
-def integers_given(network: IntegerNetwork, inputs: Inputs, given: Integers) -> Integers:
-    """What each layer of `network` makes of `given` integers, by name of tensor."""
-    made: Integers = {}
-
-    def watch(name: str, tensor: Tensor) -> Tensor:
-        if name in given:
-            made[name] = tensor
-        return given.get(name, tensor)
-
-    network.run(*inputs, watch=watch)
-    return made
-
-
-def _of_checkpoint(path: Path, target: str, grids: Mapping[str, Quantize], inputs: Inputs, given: Integers) -> Integers:
+def _of_checkpoint(path: Path, target: str, grids: Mapping[str, Quantize], inputs: Inputs, given: Integers) -> Made:
     network = load_checkpoint(path)
     plan = network.fast_path().plan  # what the reloaded network runs, where it has kernels
-    return integers_given(network, inputs, given) if plan is None else plan.integers(given, *inputs)
+    if plan is None:
+        return network_given(network, grids, inputs, given)
+    return Made(*plan.given(given, *inputs), network_levels(network, grids))
 
 
 def _write_compressed_tensors(network: nn.Module, path: Path, inputs: Inputs) -> None:
@@ -140,9 +126,9 @@ class Engine(NamedTuple):
     given: Given
 
 
-ONNXRUNTIME = Engine(OnnxNetwork, kernels, onnx_integers_given)
+ONNXRUNTIME = Engine(OnnxNetwork, kernels, onnx_given)
 OPENVINO = Engine(
-    lambda path, target: OpenVinoNetwork(path), lambda path, target: openvino_kernels(path), openvino_integers_given
+    lambda path, target: OpenVinoNetwork(path), lambda path, target: openvino_kernels(path), openvino_given
 )
 
 
@@ -181,6 +167,7 @@ EXPORTERS: dict[str, Exporter] = {
         file="c_header",
         write=save_c_header,
         open=open_c_header,
+        given=c_header_given,
         check=check_c_header,
         packages=("numpy",),
     ),
@@ -202,7 +189,7 @@ EXPORTERS: dict[str, Exporter] = {
         file="model.pt2",
         write=save_pt2,
         open=open_pt2,
-        given=pt2_integers_given,
+        given=pt2_given,
         check=check_reference,
     ),
     "executorch": Exporter(
@@ -210,6 +197,7 @@ EXPORTERS: dict[str, Exporter] = {
         file="model.pte",
         write=save_pte,
         open=PteNetwork,
+        whole="ExecuTorch hands a program's layers to a delegate, which shows nothing in between",
         check=check_reference,
         packages=("executorch",),
         extra="executorch",

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.export.onnx_cut import integers_given
+from qat.export.given import Integers, Made
+from qat.export.onnx_cut import cut_given
 from qat.export.onnx_model import require_onnx
 from qat.export.sums import verify
 from qat.runtime.grid import Quantize
@@ -101,21 +102,22 @@ class OnnxNetwork:
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """float32 in, float32 out (the first output)."""
+    def __call__(self, *inputs: Tensor) -> Any:
+        """float32 in, float32 out; a tuple where there are several outputs."""
         feeds = {name: x.numpy() for name, x in zip(self.inputs, inputs, strict=True)}
-        return torch.from_numpy(self.session.run(self.outputs[:1], feeds)[0])
+        made = tuple(map(torch.from_numpy, self.session.run(self.outputs, feeds)))
+        return made[0] if len(made) == 1 else made
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output by name."""
         return dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
 
 
-def onnx_integers_given(
-    path: Path, target: str, grids: Mapping[str, Quantize], inputs: tuple[Tensor, ...], given: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def onnx_given(
+    path: Path, target: str, grids: Mapping[str, Quantize], inputs: tuple[Tensor, ...], given: Integers
+) -> Made:
     """What each layer of an ONNX file, run by ONNX Runtime, makes of `given` integers (see `onnx_cut`)."""
-    return integers_given(lambda model: OnnxNetwork(model, target), path, grids, inputs, given)
+    return cut_given(lambda model: OnnxNetwork(model, target), path, grids, inputs, given)
 
 
 def kernels(path: Path | str, target: str = "generic") -> Kernels:

@@ -9,7 +9,7 @@ What makes it compute what training simulated:
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qat.export.files import replaced_folder
+from qat.export.given import Integers, Levels, Made, contradicted
 from qat.export.onnx import save_onnx
 from qat.export.onnx_model import storage
 from qat.export.onnxruntime import Kernels
@@ -79,13 +80,15 @@ class OpenVinoNetwork:
             raise ValueError(f"OpenVINO {openvino.__version__} cannot run the model: {error}") from error
         self.inputs = [value.get_any_name() for value in self.compiled.inputs]
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """float32 in, float32 out (the first output)."""
+    def __call__(self, *inputs: Tensor) -> Any:
+        """float32 in, float32 out; a tuple where there are several outputs."""
         if len(inputs) != len(self.inputs):
             raise ValueError(
                 f"the network takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), not {len(inputs)}"
             )
-        return torch.from_numpy(self.compiled([x.numpy() for x in inputs])[0].copy())
+        results = self.compiled([x.numpy() for x in inputs])
+        made = tuple(torch.from_numpy(results[i].copy()) for i in range(len(self.compiled.outputs)))
+        return made[0] if len(made) == 1 else made
 
 
 def openvino_kernels(path: Path | str) -> Kernels:
@@ -103,9 +106,9 @@ def openvino_kernels(path: Path | str) -> Kernels:
     return Kernels(f"OpenVINO {openvino.__version__.split('-')[0]}", dict(counts.most_common()), computed)
 
 
-def openvino_integers_given(
-    path: Path, target: str, grids: Mapping[str, Quantize], inputs: tuple[Tensor, ...], given: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def openvino_given(
+    path: Path, target: str, grids: Mapping[str, Quantize], inputs: tuple[Tensor, ...], given: Integers
+) -> Made:
     """What each layer of a file, read back from disk and run by OpenVINO, makes of `given` integers.
 
     The graph is cut at every integer activation: its readers get a new input, and the tensor is an output.
@@ -115,7 +118,9 @@ def openvino_integers_given(
     made = {
         name: output for op in model.get_ops() for output in op.outputs() for name in output.get_names() & set(given)
     }
+    levels = contradicted(((name, said) for name, y in made.items() for said in _said(y, grids[name])), grids)
     feeds = {value.get_any_name(): x.numpy() for value, x in zip(model.inputs, inputs, strict=True)}
+    outputs = len(model.outputs)
     for name, output in made.items():
         parameter = openvino.opset15.parameter(output.get_partial_shape(), output.get_element_type(), f"{name}/given")
         parameter.output(0).set_names({f"{name}/given"})
@@ -126,11 +131,49 @@ def openvino_integers_given(
         dtype, offset = storage(grids[name])
         feeds[f"{name}/given"] = (given[name].int() + offset).numpy().astype(dtype)
     model.add_outputs(list(made.values()))
-    results = list(OpenVinoNetwork(model).compiled(feeds).values())[-len(made) :]
-    return {
+    results = [result.copy() for result in OpenVinoNetwork(model).compiled(feeds).values()]
+    integers = {
         name: torch.from_numpy(result.astype(np.int32)) - storage(grids[name])[1]
-        for name, result in zip(made, results, strict=True)
+        for name, result in zip(made, results[outputs:], strict=True)
     }
+    return Made(integers, tuple(map(torch.from_numpy, results[:outputs])), levels)
+
+
+def _said(tensor: Any, grid: Quantize) -> Iterator[Levels]:
+    """What the operations that make and read an integer tensor say its integers stand for."""
+    offset = storage(grid)[1]
+    maker = tensor.get_node().input_value(0).get_node() if tensor.get_node().get_input_size() else tensor.get_node()
+    if maker.get_type_name() == "FakeQuantize":  # holds the ends of the range: the scale is theirs but for a rounding
+        ends = [n for i in range(1, 5) if (n := _number(maker.input_value(i).get_node())) is not None]
+        if len(ends) == 4:
+            low, high, least, most = ends
+            scale = (high - low) / (most - least)
+            same = abs(scale - float(grid.scale)) <= 1e-6 * scale
+            yield float(grid.scale) if same else scale, round(least - low / scale) - offset
+    for reader in tensor.get_target_inputs():
+        convert = reader.get_node()
+        if convert.get_type_name() != "Convert":
+            continue
+        for behind in convert.output(0).get_target_inputs():
+            zero, scaling = None, behind.get_node()
+            if scaling.get_type_name() == "Subtract":
+                zero = _number(scaling.input_value(1).get_node())
+                readers = scaling.output(0).get_target_inputs()
+                scaling = next(iter(readers)).get_node() if len(readers) == 1 else None
+            number = _number(scaling.input_value(1).get_node()) if _is_product(scaling) else None
+            if number is not None:
+                yield number, int(zero or 0) - offset
+
+
+def _is_product(node: Any) -> bool:
+    return node is not None and node.get_type_name() == "Multiply"
+
+
+def _number(node: Any) -> float | None:
+    """The number that a constant holds, also behind a Convert; None where it holds several, or is none."""
+    node = node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
+    values = node.data if node.get_type_name() == "Constant" else np.zeros(0)
+    return float(values.flatten()[0]) if values.size == 1 else None
 
 
 @torch.no_grad()

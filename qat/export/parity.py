@@ -11,16 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from qat.export.agreement import LayerParity, Parity, ParityError, ParityLimits, compare, decisions
-from qat.export.formats import EXPORTERS, Inputs, Integers
-from qat.export.reloaded import Reloaded, first
-from qat.export.simulated import TIE, sources, ties_given, training_integers
-from qat.runtime.grid import Quantize
+from qat.export.agreement import Asked, LayerParity, OutputParity, Parity, ParityError, ParityLimits, compare, decisions
+from qat.export.formats import EXPORTERS
+from qat.export.given import Inputs, Integers, Made, tensors_of
+from qat.export.reloaded import Outputs, Reloaded, joined
+from qat.export.rounding import last_layers, output_rounding
+from qat.export.simulated import TIE, sources, ties_given, training_integers, training_made
 from qat.runtime.network import IntegerNetwork
 
 __all__ = [
     "TIE",
+    "Asked",
     "LayerParity",
+    "OutputParity",
     "Parity",
     "ParityError",
     "ParityLimits",
@@ -46,7 +49,7 @@ def measure(
     batch_size: int = 128,
     class_dim: int = 1,
     fresh: bool = False,
-    outputs: Mapping[str, Tensor] | None = None,
+    outputs: Mapping[str, Outputs] | None = None,
     metrics: Callable[[Tensor], Mapping[str, float]] | None = None,
 ) -> dict[str, Parity]:
     """Compare training's network with the files exported from it.
@@ -64,7 +67,7 @@ def measure(
         class_dim: the dimension of the outputs along which the classes lie.
         fresh: open the files in a process of their own.
         outputs: key of EXPORTERS -> what its file made of `inputs`, where that is known already.
-        metrics: outputs -> metrics, whose differences are measured too.
+        metrics: first output -> metrics, whose differences are measured too.
 
     Returns:
         `qat_FORMAT` for every file, and `int8_FORMAT` for every other file where there is an int8 checkpoint.
@@ -77,31 +80,61 @@ def measure(
     batches = split(arguments, batch_size)
     with files if isinstance(files, Reloaded) else Reloaded(files, target, fresh) as reloaded:
         names = list(reloaded.files)
-        known = {"qat": torch.cat([first(prepared(*x)) for x in batches]), **(outputs or {})}
+        known = {"qat": joined([tensors_of(prepared(*x)) for x in batches]), **(outputs or {})}
         known |= {name: reloaded.outputs(name, batches) for name in names if name not in known}
-        own = {}  # what training simulated, in the arithmetic of a file
+        own: dict[str, Outputs] = {}  # what training simulated, in the arithmetic of a file
         for name, path in reloaded.files.items():
             if (reference := EXPORTERS[name].reference) is not None:
                 ours = reference(prepared, path)
-                own[name] = torch.cat([first(ours(*x)).float() for x in batches])
-        samples, ties, grids, reads = None, list[dict[str, Tensor]](), dict[str, Quantize](), dict[str, str]()
-        integers: dict[str, list[Integers]] = {name: [] for name in ("qat", *names)}
+                own[name] = joined([{k: y.float() for k, y in tensors_of(ours(*x)).items()} for x in batches])
+        asked, made = Asked(), dict[str, list[Made]]()
         if isinstance(network, IntegerNetwork) and isinstance(prepared, fx.GraphModule):
             samples = looked_at(known, pairs_of(names), arguments, layer_samples, class_dim)
             chosen = batches if samples is None else split(tuple(x[samples] for x in arguments), batch_size)
-            given = [training_integers(prepared, network, *x) for x in chosen]
-            ties = [ties_given(network, x, integers) for x, integers in zip(chosen, given, strict=True)]
-            grids, reads = network.grids(), reads_of(network, arguments, given)
-            integers = {"qat": given} | {name: reloaded.integers(name, grids, chosen, given) for name in names}
-    found = {name: metrics(y) for name, y in known.items()} if metrics is not None else {}
+            made["qat"] = [training_made(prepared, network, *x) for x in chosen]
+            given = [found.integers for found in made["qat"]]
+            asked = ask(network, arguments, chosen, given, samples)
+            grids = network.grids()
+            made |= {name: reloaded.given(name, grids, chosen, given) for name in names if EXPORTERS[name].given}
+    measured = {name: metrics(next(iter(y.values()))) for name, y in known.items()} if metrics is not None else {}
     return {
         f"{a}_{b}": compare(
             (own.get(b, known[a]) if a == "qat" else known[a], known[b]),
-            list(zip(integers[a], integers[b], strict=True)), class_dim, ties, samples=samples, names=(a, b),
-            grids=grids, reads=reads, metrics=(found.get(a, {}), found.get(b, {})),
+            list(zip(made[a], made[b], strict=True)) if a in made and b in made else [], class_dim, asked,
+            names=(a, b), metrics=(measured.get(a, {}), measured.get(b, {})),
+            notes=[] if b in made else [_whole(b)],
         )
         for a, b in pairs_of(names)
     }  # fmt: skip
+
+
+def _whole(name: str) -> str:
+    why = EXPORTERS[name].whole or "its network is recorded in parts, or not at all"
+    return f"{EXPORTERS[name].label}: compared from end to end only: {why}."
+
+
+def ask(
+    network: IntegerNetwork, inputs: Inputs, batches: Sequence[Inputs], given: Sequence[Integers],
+    samples: Tensor | None,
+) -> Asked:  # fmt: skip
+    """What is known of comparing layers of `network` that are given equal integers.
+
+    Args:
+        network: what files were written from, or one of those that are compared.
+        inputs: all.
+        batches: of those that are looked at.
+        given: the integers, a batch each.
+        samples: which samples the batches are.
+    """
+    known = {name for integers in given for name in integers}
+    return Asked(
+        ties=[ties_given(network, x, integers) for x, integers in zip(batches, given, strict=True)],
+        rounding=[output_rounding(network, x, integers) for x, integers in zip(batches, given, strict=True)],
+        samples=samples,
+        grids=network.grids(),
+        reads=reads_of(network, inputs, given),
+        last=last_layers(network, known),
+    )
 
 
 def pairs_of(files: Iterable[str]) -> list[tuple[str, str]]:
@@ -116,19 +149,20 @@ def pairs_of(files: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def looked_at(
-    outputs: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]], inputs: Inputs, count: int, class_dim: int
+    outputs: Mapping[str, Outputs], pairs: Sequence[tuple[str, str]], inputs: Inputs, count: int, class_dim: int
 ) -> Tensor | None:
     """Which samples are compared layer by layer: the first `count`, and those for which a pair decides differently.
 
     Returns:
         Their indices; None where inputs and outputs do not have one entry a sample: all are looked at, in one batch.
     """
-    lengths = {len(x) for x in inputs} | {len(y) for y in outputs.values()}
+    first = {name: next(iter(tensors.values())) for name, tensors in outputs.items()}
+    lengths = {len(x) for x in inputs} | {len(y) for tensors in outputs.values() for y in tensors.values()}
     if len(lengths) > 1:
         return None
     differ = torch.zeros(lengths.pop(), dtype=torch.bool)
     for a, b in pairs:
-        unequal = decisions(outputs[a], class_dim) != decisions(outputs[b], class_dim)
+        unequal = decisions(first[a], class_dim) != decisions(first[b], class_dim)
         differ |= unequal.reshape(len(differ), -1).any(1)
     differ[:count] = False
     return torch.cat([torch.arange(min(count, len(differ))), torch.nonzero(differ).flatten()[:count]])

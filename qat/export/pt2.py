@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, fx
 
 from qat.export.files import write_export
-from qat.export.reference import QUANTIZE, Grid, program_of
+from qat.export.given import Integers, Levels, Made, contradicted, tensors_of
+from qat.export.reference import DEQUANTIZE, QUANTIZE, Grid, program_of
 from qat.export.sums import verify
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
@@ -83,14 +84,22 @@ class _Given(fx.Interpreter):
 
     def __init__(self, program: Program, grids: Mapping[str, Grid], given: Mapping[str, Tensor]) -> None:
         super().__init__(program.graph)
-        self.names = iter(program.tensors)
+        self.program = program
+        made = [node for node in program.graph.graph.nodes if node.target is QUANTIZE]
+        self.names = dict(zip(made, program.tensors, strict=True))
         self.grids, self.given, self.made = grids, given, dict[str, Tensor]()
+
+    def said(self) -> Iterator[tuple[str, Levels]]:
+        """What operations say of the tensors that they make, then of those that they read."""
+        readers = [(n, n.args[0]) for n in self.program.graph.graph.nodes if n.target is DEQUANTIZE]
+        for node, tensor in [*((n, n) for n in self.names), *readers]:
+            name = self.names.get(tensor, "")
+            if name in self.grids:
+                yield name, (float(node.args[1]), int(node.args[2]) - self.grids[name].offset)
 
     def run_node(self, n: fx.Node) -> Any:
         y = super().run_node(n)
-        if n.target is not QUANTIZE:
-            return y
-        name = next(self.names)
+        name = self.names.get(n, "")
         if name not in self.given:
             return y
         self.made[name] = self.grids[name].plain(y)
@@ -98,13 +107,13 @@ class _Given(fx.Interpreter):
 
 
 @torch.no_grad()
-def pt2_integers_given(
-    path: Path, target: str, grids: Mapping[str, Quantize], inputs: tuple[Tensor, ...], given: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What each layer of the program makes of `given` integers, by name of tensor."""
+def pt2_given(
+    path: Path, target: str, grids: Mapping[str, Quantize], inputs: tuple[Tensor, ...], given: Integers
+) -> Made:
+    """What each layer of the program makes of `given` integers."""
     run = _Given(Program(path), {name: Grid(grid, torch.uint8) for name, grid in grids.items()}, given)
-    run.run(*inputs)
-    return run.made
+    outputs = tensors_of(run.run(*inputs))
+    return Made(run.made, tuple(outputs.values()), contradicted(run.said(), grids))
 
 
 def check_archive(path: Path, content: bytes) -> None:

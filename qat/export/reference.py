@@ -20,6 +20,7 @@ from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
 REAL = (ops.QuantizeInput, ops.Add, ops.Affine, ops.Average, ops.Mean, ops.Function, FloatConv)
 """Layers that compute on real numbers."""
 
@@ -58,8 +59,7 @@ class Grid:
 
     def dequantize(self, x_q: Tensor) -> Tensor:
         """Integers -> real numbers."""
-        read = torch.ops.quantized_decomposed.dequantize_per_tensor.default
-        return read(x_q, self.scale, self.zero_point, *self.bounds, self.dtype)
+        return DEQUANTIZE(x_q, self.scale, self.zero_point, *self.bounds, self.dtype)
 
     def plain(self, x_q: Tensor) -> Tensor:
         """Integers -> those of the integer network."""

@@ -21,10 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qat.export.formats import EXPORTERS, Inputs, Integers
+from qat.export.formats import EXPORTERS
+from qat.export.given import Inputs, Integers, Made, tensors_of
 from qat.runtime.grid import Quantize
 
 Tensors = dict[str, Tensor]
+Outputs = Tensors
+"""What a network returns, all of it, in order: where it stands -> tensor [samples, ...]."""
+
 PACKAGE = Path(__file__).parents[2]
 """The folder from which `qat` is imported."""
 
@@ -55,22 +59,19 @@ class Reloaded:
             self._process = None
         self._stack.close()
 
-    def outputs(self, name: str, batches: Sequence[Inputs]) -> Tensor:
-        """The first output of the file `name`, of all batches, [samples, ...]."""
-        return self._ask({"do": "outputs", "format": name}, _numbered(batches))["outputs"]
+    def outputs(self, name: str, batches: Sequence[Inputs]) -> Outputs:
+        """The outputs of the file `name`, of all batches."""
+        found = self._ask({"do": "outputs", "format": name}, _numbered(batches))
+        return {key.partition("/")[2]: found[key] for key in sorted(found, key=lambda key: int(key.partition("/")[0]))}
 
-    def integers(
+    def given(
         self, name: str, grids: Mapping[str, Quantize], batches: Sequence[Inputs], given: Sequence[Integers]
-    ) -> list[Integers]:
-        """What each layer of the file makes of `given` integers, a dict a batch; empty ones if it cannot be asked."""
-        if EXPORTERS[name].given is None:
-            return [{} for _ in batches]
+    ) -> list[Made]:
+        """What each layer of the file, whose format has `given`, makes of these integers; one a batch."""
         wanted = {key: grid_spec(grids[key]) for key in {key for integers in given for key in integers}}
         tensors = _numbered(batches) | {f"{i}/given/{key}": q for i, of in enumerate(given) for key, q in of.items()}
-        made = self._ask({"do": "integers", "format": name, "grids": wanted}, tensors)
-        return [
-            {key: made[f"{i}/{key}"] for key in integers if f"{i}/{key}" in made} for i, integers in enumerate(given)
-        ]
+        made = self._ask({"do": "given", "format": name, "grids": wanted}, tensors)
+        return [_unpacked(_below(f"{i}/", made)) for i in range(len(batches))]
 
     def latency_ms(self, name: str, inputs: Inputs) -> float:
         """Median time of a call in milliseconds."""
@@ -130,23 +131,22 @@ def serve() -> None:
 
 @torch.no_grad()
 def answer(request: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    """Open a file and run it: `outputs`, `integers` or `latency`."""
+    """Open a file and run it: `outputs`, `given` or `latency`."""
     exporter, path, target = EXPORTERS[request["format"]], Path(request["path"]), request["target"]
     batches = _batches(tensors)
-    if request["do"] == "integers":
+    if request["do"] == "given":
         assert exporter.given is not None
         grids = {name: grid_from(spec) for name, spec in request["grids"].items()}
         made: Tensors = {}
         for i, x in enumerate(batches):
-            start = f"{i}/given/"
-            given = {key.removeprefix(start): q for key, q in tensors.items() if key.startswith(start)}
-            integers = exporter.given(path, target, grids, x, given)
-            made |= {f"{i}/{key}": q for key, q in integers.items()}
+            found = exporter.given(path, target, grids, x, _below(f"{i}/given/", tensors))
+            made |= {f"{i}/{key}": tensor for key, tensor in _packed(found).items()}
         return made
     run = exporter.open(path, target)
     if request["do"] == "latency":
         return {"ms": torch.tensor(median_ms(run, *batches[0]), dtype=torch.float64)}
-    return {"outputs": torch.cat([first(run(*x)) for x in batches])}
+    outputs = joined([tensors_of(run(*x)) for x in batches])
+    return {f"{i}/{key}": y for i, (key, y) in enumerate(outputs.items())}  # safetensors keep no order
 
 
 def median_ms(call: Callable[..., Any], *inputs: Tensor, seconds: float = 0.3) -> float:
@@ -162,11 +162,9 @@ def median_ms(call: Callable[..., Any], *inputs: Tensor, seconds: float = 0.3) -
     return round(1000 * statistics.median(times), 4)
 
 
-def first(output: Any) -> Tensor:
-    """The first tensor that a network returns."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
+def joined(batches: Sequence[Outputs]) -> Outputs:
+    """The outputs of all batches."""
+    return {name: torch.cat([outputs[name] for outputs in batches]) for name in batches[0]}
 
 
 def grid_spec(grid: Quantize) -> dict[str, Any]:
@@ -184,6 +182,23 @@ def _save(tensors: Tensors, path: Path) -> None:
     """Write tensors, of which several may be views of one memory."""
     whole = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     save_file(whole, path)
+
+
+def _packed(made: Made) -> Tensors:
+    """As tensors with names."""
+    levels = {f"levels/{name}": torch.tensor(said, dtype=torch.float64) for name, said in made.levels.items()}
+    outputs = {f"outputs/{i}": y for i, y in enumerate(made.outputs)}
+    return {**{f"integers/{name}": q for name, q in made.integers.items()}, **outputs, **levels}
+
+
+def _unpacked(tensors: Tensors) -> Made:
+    outputs, said = _below("outputs/", tensors), _below("levels/", tensors)
+    levels = {name: (float(pair[0]), int(pair[1])) for name, pair in said.items()}
+    return Made(_below("integers/", tensors), tuple(outputs[str(i)] for i in range(len(outputs))), levels)
+
+
+def _below(start: str, tensors: Tensors) -> Tensors:
+    return {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
 
 
 def _numbered(batches: Sequence[Inputs]) -> Tensors:

@@ -1,11 +1,13 @@
 """The integers that training simulated, and where a rounding of them is a matter of taste."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from qat.export.formats import Inputs, Integers, integers_given
+from qat.export.given import Inputs, Integers, Made, integers_given, levels_of, tensors_of
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 
@@ -15,45 +17,59 @@ other offsets. With grids of few bits the same pair of integers makes the same t
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a prepared network and keeps what its quantizers make."""
+    """Runs a prepared network and keeps what its quantizers make; `given` is what their readers get in its place."""
 
-    def __init__(self, prepared: fx.GraphModule, wanted: set[str]) -> None:
+    def __init__(self, prepared: fx.GraphModule, wanted: set[str], given: Mapping[str, Tensor]) -> None:
         super().__init__(prepared)
-        self.wanted, self.kept = wanted, dict[str, Tensor]()
+        self.wanted, self.given, self.kept = wanted, given, dict[str, Tensor]()
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.name in self.wanted:
             self.kept[n.name] = result
-        return result
+        return self.given.get(n.name, result)
+
+
+def training_integers(prepared: fx.GraphModule, network: IntegerNetwork, *inputs: Tensor) -> Integers:
+    """The integers alone of `training_made`."""
+    return training_made(prepared, network, *inputs).integers
 
 
 @torch.no_grad()
-def training_integers(prepared: fx.GraphModule, network: IntegerNetwork, *inputs: Tensor) -> Integers:
-    """The integers behind every fake-quantized activation of `prepared`, by name of `network`'s tensor.
+def training_made(
+    prepared: fx.GraphModule, network: IntegerNetwork, *inputs: Tensor,
+    given: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Made:  # fmt: skip
+    """The integers behind every fake-quantized activation of `prepared`, by name of `network`'s tensor; its outputs.
 
     Args:
         prepared: the network that `network` was lowered from, in eval mode.
         network: from `qat.lower`.
         inputs: the network's arguments, batch dimension first.
+        given: name of a tensor -> integers that its readers get.
     """
-    recorder = _Recorder(prepared, set(network.edges.values()))
-    recorder.run(*inputs)
-    integers = {}
+    grids = network.grids()
+    real = {network.edges[name]: grids[name].dequantize(q) for name, q in given.items() if name in network.edges}
+    recorder = _Recorder(prepared, set(network.edges.values()), real)
+    outputs = tuple(tensors_of(recorder.run(*inputs)).values())
+    integers, levels = {}, {}
     for name, node in network.edges.items():
-        grid = network.grid(name)
-        assert grid is not None
+        grid = grids[name]
         if not isinstance(recorder.kept[node], Tensor):  # a packed sequence, which is compared once padded
             continue
         integers[name] = (torch.round(recorder.kept[node] / grid.scale) + grid.zero_point).to(grid.dtype)
-    return integers
+        levels[name] = levels_of(grid)
+    return Made(integers, outputs, levels)
 
 
 @torch.no_grad()
-def own_integers(network: IntegerNetwork, inputs: Inputs) -> Integers:
-    """The integers of every tensor of `network` that lies on a grid, by name, as it runs by itself."""
+def own_made(network: IntegerNetwork, inputs: Inputs) -> Made:
+    """The integers of every tensor of `network` that lies on a grid, by name, as it runs by itself; its outputs."""
     grids, tensors = network.grids(), network.run(*inputs)
-    return {name: tensors[name] for name in grids if not tensors[name].is_floating_point()}
+    rounded = [name for name in grids if network.layer(name).output is not None]  # the others move integers
+    integers = {name: tensors[name] for name in rounded}
+    levels = {name: levels_of(grids[name]) for name in integers}
+    return Made(integers, tuple(tensors[name] for name in network.outputs), levels)
 
 
 @torch.no_grad()

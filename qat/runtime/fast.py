@@ -83,6 +83,10 @@ class Plan:
 
     def integers(self, given: Mapping[str, Tensor], *inputs: Tensor) -> dict[str, Tensor]:
         """What each step makes of `given` integers, by name: as `IntegerNetwork.run` does with a `watch`."""
+        return self.given(given, *inputs)[0]
+
+    def given(self, given: Mapping[str, Tensor], *inputs: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """The same, and the network's outputs, made of what their layers are given."""
         tensors: dict[Key, Tensor] = {(n, False): x for n, x in zip(self.network.inputs, inputs, strict=True)}
         found: dict[str, Tensor] = {}
         for step in self.steps:
@@ -93,7 +97,7 @@ class Plan:
                 found[name] = kernels.signed(y.int_repr(), grid.dtype) if quantized else y
                 y = self._wrapping(name)(given[name]) if quantized else given[name]
             tensors[step.made] = y
-        return found
+        return found, tuple(tensors[key] for key in self.outputs)
 
     def _add(self, run: Callable[..., Tensor], inputs: list[Key], made: Key) -> Key:
         self.steps.append(Step(run, tuple(inputs), made))

@@ -25,7 +25,7 @@ from qat.export.agreement import Parity, ParityError, ParityLimits
 from qat.export.files import atomic_file, replace, write_atomically
 from qat.export.formats import EXPORTERS
 from qat.export.parity import measure, pairs_of, split
-from qat.export.reloaded import Reloaded
+from qat.export.reloaded import Outputs, Reloaded
 from qat.lower import lower
 from qat.runtime.network import IntegerNetwork
 from qat.training.evidence import changed_predictions, look_inside, paired_tests
@@ -185,7 +185,7 @@ class Run:
                 log.warning("%s is written, but its parity is not measured: %s", EXPORTERS[name].label, why)
             read = {name: path for name, path in written.items() if name not in self.summary["unread"]}
             with Reloaded(read, vars(net)["meta"]["qat"]["config"].target, settings["fresh_process"]) as reloaded:
-                outputs: dict[str, Tensor] = {}
+                outputs: dict[str, Outputs] = {}
                 for name in read:
                     try:
                         outputs[name] = reloaded.outputs(name, split((self.inputs,), BATCH))
@@ -195,8 +195,9 @@ class Run:
                         self._fail(name, error)
                         del reloaded.files[name]
                         continue
-                    metrics, size = self._metrics(outputs[name]), size_of(written[name])
-                    self.scores.add(name, outputs[name], self.targets)
+                    scores = next(iter(outputs[name].values()))  # the first output, which the task knows
+                    metrics, size = self._metrics(scores), size_of(written[name])
+                    self.scores.add(name, scores, self.targets)
                     self.summary["stages"][name] = {"metrics": metrics, "bytes": size, "latency_ms": latency}
                     if (ran := EXPORTERS[name].kernels) is not None:
                         self.summary["kernels"][name] = ran(written[name], reloaded.target).to_dict()

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 import qat
 from qat.export.formats import integers_given
 from qat.export.onnx_stored import check_onnx
-from qat.export.onnxruntime import OnnxNetwork, onnx_integers_given
+from qat.export.onnxruntime import OnnxNetwork, onnx_given
 from qat.export.parity import ParityLimits, decisions, measure, ties_given, training_integers
 from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerConv, IntegerNetwork
@@ -73,7 +73,7 @@ def assert_files_agree(prepared: fx.GraphModule, config: qat.QuantConfig, x: Ten
     files = {"int8": (reloaded(x), integers_given(reloaded, (x,), given))}
     if "onnx" in paths:
         onnx, target = paths["onnx"], config.target
-        files["onnx"] = OnnxNetwork(onnx, target)(x), onnx_integers_given(onnx, target, network.grids(), (x,), given)
+        files["onnx"] = OnnxNetwork(onnx, target)(x), onnx_given(onnx, target, network.grids(), (x,), given).integers
     for name, (outputs, integers) in files.items():
         difference = (outputs - expected).abs().reshape(len(x), -1).mean(1) / expected.std().clamp(min=1e-5)
         equal = (decisions(expected) == decisions(outputs)).reshape(len(x), -1).all(1) | close(expected)

@@ -1,8 +1,12 @@
 """Parity: zero for equal implementations; a corrupted layer is found, named, and shown."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -10,9 +14,11 @@ from torch import Tensor, fx, nn
 import qat
 from qat.export.checkpoint import save_checkpoint
 from qat.export.formats import integers_given
+from qat.export.given import Made
 from qat.export.onnx import save_onnx
-from qat.export.onnxruntime import onnx_integers_given
+from qat.export.onnxruntime import onnx_given
 from qat.export.parity import (
+    Asked,
     LayerParity,
     Parity,
     ParityError,
@@ -30,6 +36,11 @@ from qat.zoo.models import SmallCNN
 
 def images(samples: int) -> Tensor:
     return torch.randn(samples, 1, 8, 8, generator=torch.Generator().manual_seed(5)) + 0.2
+
+
+def handed(integers: dict[str, Tensor], output: Tensor | None = None) -> Made:
+    """What a network would hand out: these integers, and one output."""
+    return Made(integers, (torch.zeros(1, 2) if output is None else output,), {})
 
 
 class Exported:
@@ -94,7 +105,7 @@ def test_faithful_files_agree(exported: Exported) -> None:
 def test_equal_implementations_give_zeros(exported: Exported) -> None:
     given = training_integers(exported.prepared, exported.network, exported.x)
     y = exported.prepared(exported.x).detach()
-    parity = compare((y, y), [(given, given)])
+    parity = compare((y, y), [(handed(given), handed(given))])
     assert (parity.max_abs, parity.max_steps, parity.agreement, parity.equal_share) == (0, 0, 1, 1)
     assert [layer.max_steps for layer in parity.layers] == [0] * len(LAYERS)
     assert all(layer.differences == [] for layer in parity.layers)
@@ -174,15 +185,105 @@ def test_int8_against_onnx_is_measured_too(exported: Exported) -> None:
             pairs[pair].check(pair, ParityLimits())
 
 
-def test_corrupted_last_layer_shows_in_the_logits(exported: Exported) -> None:
+def damage_int8(file: Path, network: IntegerNetwork, name: str, kind: str) -> None:
+    """A number of one layer in an int8 checkpoint, a little off; of the last layer by the least there is."""
+    layer = network.layer(name)
+    assert isinstance(layer, IntegerConv)
+    last = layer.output is None
+    if kind == "bias":
+        step = 1 if last else int(3 * layer.output.scale / (layer.input_scale * layer.weight_scale[1]))
+        layer.bias[1] += step
+    elif kind == "weight":
+        corrupt_weight(network, name)
+    elif kind == "scale":
+        (layer.weight_scale[1:2] if last else layer.output.scale).mul_(1 + 2.0**-15 if last else 1.02)
+    else:
+        (layer.input_zero_point if last else layer.output.zero_point).add_(1)
+    save_checkpoint(network, file)
+
+
+def damage_onnx(file: Path, network: IntegerNetwork, name: str, kind: str) -> None:
+    """The same number in an ONNX file."""
+    model = onnx.load(file)
+    last = network.layer(name).output is None
+    numbers = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def change(number: str, by: Callable[[np.ndarray], Any]) -> None:
+        array = onnx.numpy_helper.to_array(numbers[number]).copy()
+        array[...] = by(array)
+        numbers[number].CopyFrom(onnx.numpy_helper.from_array(array, number))
+
+    def replace(output: str, place: int, by: Callable[[np.ndarray], Any]) -> None:
+        (node,) = [node for node in model.graph.node if output in node.output]
+        array = np.asarray(by(onnx.numpy_helper.to_array(numbers[node.input[place]])))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, "damaged"))
+        node.input[place] = "damaged"
+
+    if kind == "bias":
+        layer = network.layer(name)
+        step = 1 if last else int(3 * layer.output.scale / (layer.input_scale * layer.weight_scale[1]))
+        change(f"{name}.bias", lambda bias: bias + step * (np.arange(len(bias)) == 1).astype(bias.dtype))
+    elif kind == "weight":
+        damaged = corrupt_weight(network, name).layer(name)
+        change(f"{name}.weight", lambda weight: damaged.weight.numpy().reshape(weight.shape))
+    elif kind == "scale" and last:
+        change(f"{name}.weight_scale", lambda scale: scale * np.float32(1 + 2.0**-15))
+    elif kind == "scale":
+        replace(name, 1, lambda scale: scale * np.float32(1.02))
+    else:
+        replace(f"{name}.input" if last else name, 2, lambda zero: zero + np.uint8(1))
+    onnx.save(model, file)
+
+
+@pytest.mark.parametrize("name", ["stem.0", "block.conv2", "linear"])
+@pytest.mark.parametrize("kind", ["bias", "weight", "scale", "zero point"])
+@pytest.mark.parametrize("file", ["int8", "onnx"])
+def test_any_wrong_number_in_a_file_is_found(
+    exported: Exported, tmp_path: Path, file: str, kind: str, name: str
+) -> None:
+    damaged = Path(shutil.copy(exported.paths[file], tmp_path))
+    {"int8": damage_int8, "onnx": damage_onnx}[file](damaged, exported.reloaded(), name, kind)
+    parity = measure(exported.prepared, exported.network, {file: damaged}, exported.x[:64])[f"qat_{file}"]
+    with pytest.raises(ParityError) as error:
+        parity.check("pair", ParityLimits())
+    said = str(error.value)
+    assert f"pair: layer '{name}' " in said
+    assert parity.agreement == 1.0 or name != "linear" or kind in ("weight", "zero point")  # nothing else would tell
+    if name == "linear":
+        assert "output 'output' differs by " in said
+        assert f"against {file}" in said
+    elif kind in ("scale", "zero point"):
+        grid = exported.network.grid(name)
+        scale = float(grid.scale) * (1.02 if kind == "scale" else 1)
+        zero = int(grid.zero_point) + (kind == "zero point")
+        assert f"its grid in qat: scale {float(grid.scale):.9g}, zero point {int(grid.zero_point)}" in said
+        assert f"its grid in {file}: scale {scale:.6g}"[:-1] in said
+        assert f"zero point {zero}\n" in said
+        index, a, b = next(row for row in parity.layers if row.name == name).differences[0]
+        real = (a - int(grid.zero_point)) * float(grid.scale), (b - zero) * scale
+        assert f"at {index}: qat {a} against {file} {b} ({real[0]:.6g} against {real[1]:.6g})" in said
+
+
+def test_a_grid_that_differs_by_less_than_a_step_is_found(exported: Exported) -> None:
     damaged = exported.reloaded()
-    damaged.layer("linear").bias.add_(torch.arange(10, dtype=torch.int32) * 2000)
+    damaged.layer("conv1.0").output.scale.mul_(1 + 1e-6)
     parity = exported.measure(int8=damaged)["qat_int8"]
-    unit = damaged.layer("linear").input_scale * damaged.layer("linear").weight_scale
-    assert parity.max_abs == pytest.approx(float((unit * torch.arange(10) * 2000).max()), rel=0.1)
-    assert parity.max_steps <= 1
-    with pytest.raises(ParityError, match=r"top-1 agreement .* is below 99\.90%"):
-        parity.check("qat_int8", ParityLimits())
+    assert parity.equal_share == 1.0
+    with pytest.raises(ParityError, match=r"layer 'conv1\.0' is on another grid(.|\n)*its grid in int8: scale "):
+        parity.check("pair", ParityLimits())
+
+
+def test_a_tensor_that_a_file_does_not_hand_out_is_named(exported: Exported, tmp_path: Path) -> None:
+    model = onnx.load(exported.paths["onnx"])
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["renamed" if name == "block.conv2" else name for name in names]
+    onnx.save(model, tmp_path / "model.onnx")
+    files = {"onnx": tmp_path / "model.onnx"}
+    parity = measure(exported.prepared, exported.network, files, exported.x[:32])["qat_onnx"]
+    assert parity.missing == ["block.conv2"]
+    with pytest.raises(ParityError, match=r"'block\.conv2': one of the two does not hand out this tensor"):
+        parity.check("pair", ParityLimits())
 
 
 def test_onnx_layers_are_fed_the_given_integers(exported: Exported) -> None:
@@ -190,7 +291,7 @@ def test_onnx_layers_are_fed_the_given_integers(exported: Exported) -> None:
     given = training_integers(exported.prepared, exported.network, x)
     shuffled = {name: tensor.flip(0) for name, tensor in given.items()}
     runtime = integers_given(exported.network, (x,), shuffled)
-    engine = onnx_integers_given(exported.paths["onnx"], "generic", exported.network.grids(), (x,), shuffled)
+    engine = onnx_given(exported.paths["onnx"], "generic", exported.network.grids(), (x,), shuffled).integers
     assert set(engine) == set(LAYERS)
     for name in LAYERS:
         assert (engine[name] - runtime[name].int()).abs().max() <= 1
@@ -245,7 +346,7 @@ def test_compare_by_hand() -> None:
     c = {"u": torch.tensor([[9, 0]], dtype=torch.uint8)}
     d = {"u": torch.tensor([[9, 255]], dtype=torch.uint8)}  # 255 steps, which wrap to 1 in uint8
     logits = torch.tensor([[1.0, 2.0], [3.0, 1.0]]), torch.tensor([[1.0, 2.5], [0.0, 1.0]])
-    parity = compare(logits, [(a, b), (c, d)])
+    parity = compare(logits, [(handed(a), handed(b)), (handed(c), handed(d))])
     assert (parity.max_abs, parity.max_steps, parity.agreement) == (3.0, 255, 0.5)
     assert parity.equal_share == pytest.approx(1 - 3 / 7)
     u, v = parity.layers
@@ -254,7 +355,8 @@ def test_compare_by_hand() -> None:
     assert u.mean_steps == pytest.approx((2 + 1 + 255) / 6)
     assert (v.max_steps, v.mean_steps, v.equal_share, v.differences) == (0, 0.0, 1.0, [])
     assert parity.mean_steps == pytest.approx(258 / 7)
-    numbers = {"max_abs", "max_steps", "mean_steps", "agreement", "agreement_outside_ties", "equal_share", "metrics"}
+    numbers = {"max_abs", "max_steps", "mean_steps", "agreement", "agreement_outside_ties", "equal_share", "metrics",
+               "outputs", "missing", "notes"}  # fmt: skip
     assert set(parity.to_dict()) == numbers
     assert set(parity.to_dict(layers=True)) == numbers | {"layers"}
     assert [row["name"] for row in parity.to_dict(layers=True)["layers"]] == ["u", "v"]
@@ -264,10 +366,11 @@ def test_a_step_at_a_tie_is_no_difference() -> None:
     a, b = {"u": torch.tensor([1, 2, 3, 4])}, {"u": torch.tensor([2, 3, 5, 4])}
     ties = [{"u": torch.tensor([True, False, True, True])}]
     y = torch.zeros(1, 2)
-    (row,) = compare((y, y), [(a, b)], ties=ties).layers
+    made = [(handed(a), handed(b))]
+    (row,) = compare((y, y), made, asked=Asked(ties=ties)).layers
     assert (row.max_steps, row.equal_share, row.ties) == (2, 0.5, 1)  # two steps are a difference, tie or not
     assert row.differences == [([1], 2, 3), ([2], 3, 5)]
-    assert compare((y, y), [(a, b)]).layers[0].equal_share == 0.25
+    assert compare((y, y), made).layers[0].equal_share == 0.25
 
 
 def test_decisions_at_ties_are_counted_apart() -> None:
@@ -279,13 +382,15 @@ def test_decisions_at_ties_are_counted_apart() -> None:
     first = {"u": torch.tensor([[7, 8], [7, 8], [7, 8]])}
     second = {"u": torch.tensor([[7, 9], [7, 8], [6, 8]])}
     ties = [{"u": torch.tensor([[False, True], [False, True], [True, False]])}]
-    parity = compare((a, b), [(first, second)], ties=ties, samples=samples)
+    made = [(handed(first, torch.zeros(3)), handed(second, torch.zeros(3)))]
+    parity = compare((a, b), made, asked=Asked(ties=ties, samples=samples))
     assert parity.agreement == pytest.approx(3 / 6)
     assert parity.agreement_outside_ties == pytest.approx(5 / 6)  # all but sample 3
-    with pytest.raises(ParityError, match=r"top-1 agreement 83\.3333% is below 99"):
+    with pytest.raises(ParityError, match=r"top-1 agreement 83\.3333% is below 100"):
         parity.check("pair", ParityLimits())
     parity.check("pair", ParityLimits(agreement=0.8))
-    untied = compare((a, b), [(first, second)], ties=[{"u": torch.zeros(3, 2, dtype=torch.bool)}], samples=samples)
+    no_ties = [{"u": torch.zeros(3, 2, dtype=torch.bool)}]
+    untied = compare((a, b), made, asked=Asked(ties=no_ties, samples=samples))
     assert untied.agreement_outside_ties == pytest.approx(4 / 6)
     assert untied.layers[0].differences == [([2, 1], 8, 9), ([5, 0], 7, 6)]  # samples by their number
 
@@ -326,24 +431,44 @@ def test_decisions() -> None:
     assert decisions(torch.tensor([0.5, -0.5])).tolist() == [True, False]
 
 
-def test_networks_with_several_outputs(tmp_path: Path) -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+class Three(nn.Module):
+    """Three outputs, of two inputs."""
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y = torch.relu(self.a(x))
-            return self.b(y), y
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 1)
 
+    def forward(self, x: Tensor, shift: Tensor) -> dict[str, Any]:
+        y = torch.relu(self.a(x) + shift)
+        return {"logits": self.b(y), "more": [torch.sigmoid(self.c(y)), y]}
+
+
+def test_every_output_is_compared(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    x = torch.randn(64, 4)
-    prepared = qat.prepare(Two().eval(), qat.preset("int8"), x)
-    finalize(prepared, [x], PTQConfig(), trained=False)
+    inputs = torch.randn(64, 4), torch.randn(64, 5)
+    prepared = qat.prepare(Three().eval(), qat.preset("int8"), inputs)
+    finalize(prepared, [inputs], PTQConfig(), trained=False)
     network = qat.lower(prepared)
-    paths = qat.export(network, tmp_path, x)
-    for pair, parity in measure(prepared, network, paths, x).items():
-        parity.check(pair, ParityLimits(agreement=0.98))
+    paths = qat.export(network, tmp_path, inputs)
+    for pair, parity in measure(prepared, network, paths, inputs, fresh=True).items():
+        assert [row.name for row in parity.outputs] == ["logits", "more.0", "more.1"]
+        assert [row.layers for row in parity.outputs] == ["'b'", "'c', 'sigmoid'", "'add.real'"]
+        assert all(row.rounding is not None and row.rounding <= 1 for row in parity.outputs)
+        parity.check(pair, ParityLimits())
+    reference = prepared(*inputs)
+    for name, row, layers in (("b", "logits", "'b'"), ("c", "more.0", "'c', 'sigmoid'")):
+        damaged = qat.load(paths["int8"])
+        damaged.layer(name).bias[0] += 100
+        save_checkpoint(damaged, tmp_path / "damaged.safetensors")
+        parity = measure(prepared, network, {"int8": tmp_path / "damaged.safetensors"}, inputs)["qat_int8"]
+        message = f"layer {layers} departs given equal inputs: output '{row}' differs by"
+        with pytest.raises(ParityError, match=message):
+            parity.check("pair", ParityLimits())
+        with pytest.raises(ParityError, match="an output differs by"):
+            parity.check("pair", ParityLimits(rounding=None, agreement=0, max_abs=1e-4))
+        made = damaged(*inputs)
+        worst = {"logits": made["logits"] - reference["logits"], "more.0": made["more"][0] - reference["more"][0]}[row]
+        assert parity.max_abs == pytest.approx(float(worst.abs().max()), rel=1e-4)
 
 
 class Again(nn.Module):

@@ -17,7 +17,7 @@ from torch._inductor.utils import run_and_get_code
 
 import qat
 from qat.export.formats import EXPORTERS
-from qat.export.pt2 import open_pt2, pt2_integers_given
+from qat.export.pt2 import open_pt2, pt2_given
 from qat.export.reference import Reference
 from qat.ptq.finalize import PTQConfig, finalize
 from qat.runtime.layers import IntegerConv
@@ -70,7 +70,7 @@ def test_pt2_reloaded_equals_the_network(name: str, preset: str, tmp_path: Path)
     path = EXPORTERS["pt2"].file
     qat.export(network, tmp_path, x[:1], formats=["pt2"])
     given = given_by(network, x)
-    made = pt2_integers_given(tmp_path / path, "generic", network.grids(), (x,), given)
+    made = pt2_given(tmp_path / path, "generic", network.grids(), (x,), given).integers
     assert made.keys() == given.keys()
     assert preset == "w4g32" or len(made) > 4
     for key, expected in given.items():
