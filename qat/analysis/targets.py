@@ -77,9 +77,8 @@ def facts(target: Target) -> Iterator[tuple[str, str]]:
         yield "quantizers", f"also in front of {_list(sorted(target.function_inputs))}"
     for name, (low, high) in target.bounds.items():
         yield "8-bit ends", f"{name}: {low:g} to {high:g}"
-    words = {"half_even": "halves to even", "half_away": "halves away from zero", "half_up": "halves up"}
     scaling = {"float": "in float32", "fixed_point": "by an int32 multiplier and a shift"}
-    yield "requantizes", f"{scaling[target.requantize]}, {words[target.rounding]}"
+    yield "requantizes", f"{scaling[target.requantize]}, {target.rounding}"
     yield "presets", "; ".join(f"{role}: {_settings(fields)}" for role, fields in target.prefers.items()) or "as named"
     yield "source", target.source
 

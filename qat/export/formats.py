@@ -26,6 +26,7 @@ from qat.export.pt2 import check_reference, open_pt2, pt2_integers_given, save_p
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 from qat.scheme import QuantConfig
+from qat.targets import TARGETS
 from qat.targets.compressed import check_compressed
 
 LOG = logging.getLogger(__name__)
@@ -132,6 +133,15 @@ def _check_compressed_tensors(prepared: nn.Module) -> None:
     check_network(prepared)
 
 
+def _check_openvino(config: QuantConfig) -> None:
+    if TARGETS[config.target].pairs:
+        raise ValueError(
+            f"export.formats=openvino: target={config.target} has int8 in pairs around real numbers, which another "
+            f"engine fuses; use target=openvino, or export.formats=[int8,onnx]"
+        )
+    check_onnx(config)
+
+
 class Engine(NamedTuple):
     """What runs ONNX files, as the fields of an Exporter."""
 
@@ -221,7 +231,7 @@ EXPORTERS: dict[str, Exporter] = {
         open=OPENVINO.open,
         kernels=OPENVINO.kernels,
         given=OPENVINO.given,
-        check=check_onnx,
+        check=_check_openvino,
         packages=("onnx", "openvino"),
         extra="openvino",
     ),

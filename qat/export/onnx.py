@@ -43,6 +43,9 @@ def _dequantize(model: Model, node: Node, layer: RuntimeLayer) -> None:
     In front of a layer that is computed in float it is no DequantizeLinear: between that and a QuantizeLinear behind,
     ONNX Runtime rounds float weights to 8 bits (WeightBiasQuantization) and fuses an integer layer.
     """
+    if model.pairs:
+        model.same(node.name, node.inputs[0])
+        return
     readers = _readers(model.network, node.name)
     if not any(isinstance(reader, FloatConv | stored.StoredConv) for reader in readers):
         model.real(node.inputs[0], node.name, _rounded(model, node.inputs[0], readers))
@@ -97,7 +100,7 @@ def _affine(model: Model, node: Node, layer: RuntimeLayer) -> None:
 
 def _relu(model: Model, node: Node, layer: RuntimeLayer) -> None:
     assert isinstance(layer, ops.Relu)
-    grid = model.network.grid(node.inputs[0])
+    grid = model.grid(node.inputs[0])
     if grid is None:
         _simple("Relu")(model, node, layer)
         return
@@ -134,7 +137,7 @@ def _pool(kind: str) -> Callable[[Model, Node, RuntimeLayer], None]:
             attributes["count_include_pad"] = int(s["count_include_pad"])
         else:
             attributes["dilations"] = s["dilation"]
-        grid = model.network.grid(x)
+        grid = model.grid(x)
         if grid is not None and storage(grid)[0].itemsize > 1:
             model.as_float(node, lambda x, out: model.op(kind, [x], out, **attributes))
         else:
@@ -173,9 +176,8 @@ def _pad(model: Model, node: Node, layer: RuntimeLayer) -> None:
     rank, pads = len(model.shapes[node.inputs[0]]), layer.settings["pads"]
     pads = [[0, 0]] * (rank - len(pads)) + pads
     flat = [before for before, _ in pads] + [after for _, after in pads]
-    grid = model.network.grid(node.inputs[0])
-    dtype, offset = (np.dtype(np.float32), 0) if grid is None else storage(grid)
-    wide = grid is not None and dtype.itemsize > 1
+    grid = model.grid(node.inputs[0])
+    wide = grid is not None and storage(grid)[0].itemsize > 1
     mode = layer.settings.get("mode", "constant")
     if mode == "circular":  # slices, as OpenVINO has no Pad that wraps
         if wide:
@@ -191,7 +193,8 @@ def _pad(model: Model, node: Node, layer: RuntimeLayer) -> None:
         else:
             model.op("Pad", [node.inputs[0], shape], node.name, mode=onnx_mode)
         return
-    value = model.constant(f"{node.name}.value", layer.settings["value"] + offset, np.float32 if wide else dtype)
+    filling, dtype = model.number(node.inputs[0], layer.settings["value"])
+    value = model.constant(f"{node.name}.value", filling, np.float32 if wide else dtype)
     if wide:
         model.as_float(node, lambda x, out: model.op("Pad", [x, shape, value], out))
     else:
@@ -278,7 +281,7 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     ragged = any(isinstance(layer, LooksUp) and layer.ragged for layer in network.layers.values())
 
     def value(name: str) -> Any:
-        grid = network.grid(name)
+        grid = model.grid(name)
         dtype = storage(grid)[0] if grid is not None else np.dtype(str(tensors[name].dtype).removeprefix("torch."))
         kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
         batch = None if ragged else next((t.shape[0] for t in example_inputs), None)

@@ -1,5 +1,6 @@
 """Running exported ONNX files with ONNX Runtime, and what it makes of them."""
 
+import json
 import re
 import tempfile
 from collections import Counter
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat.export import onnx_pairs
 from qat.export.onnx_cut import integers_given
-from qat.export.onnx_model import require_onnx
+from qat.export.onnx_model import require_onnx, written_in_pairs
 from qat.runtime.grid import Quantize
 from qat.targets import TARGETS
 
@@ -112,7 +114,10 @@ def onnx_integers_given(
     path: Path, target: str, grids: Mapping[str, Quantize], inputs: tuple[Tensor, ...], given: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """What each layer of an ONNX file, run by ONNX Runtime, makes of `given` integers (see `onnx_cut`)."""
-    return integers_given(lambda model: OnnxNetwork(model, target), path, grids, inputs, given)
+    onnx = require_onnx()
+    props = {prop.key: json.loads(prop.value) for prop in onnx.load(path, load_external_data=False).metadata_props}
+    cut = onnx_pairs.integers_given if written_in_pairs(props) else integers_given
+    return cut(lambda model: OnnxNetwork(model, target), path, grids, inputs, given)
 
 
 def kernels(path: Path | str, target: str = "generic") -> Kernels:
@@ -134,6 +139,8 @@ def kernels(path: Path | str, target: str = "generic") -> Kernels:
         graph = onnx.load(options.optimized_model_filepath).graph
     counts = Counter(node.op_type for node in graph.node)
     engine = f"ONNX Runtime {onnxruntime.__version__}"
+    if TARGETS[target].pairs:
+        engine += f" (in the place of {target}, which fuses the pairs; here they are run as written)"
     return Kernels(engine, dict(counts.most_common()), _floating(graph, onnx.TensorProto))
 
 

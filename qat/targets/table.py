@@ -5,7 +5,7 @@ from typing import Any
 
 from qat.numerics.formats import FORMATS
 from qat.targets.limits import ELEMENTWISE, FLOAT, IN_FLOAT, NORMS, Kernel, Limits, Target
-from qat.targets.vllm import FLOAT8, VLLM, blocks
+from qat.targets.vllm import FLOAT8, VLLM
 
 _UP_TO_8 = tuple(range(1, 9))  # fewer bits are integers of 8 bits, too
 
@@ -90,10 +90,10 @@ _OPENVINO = Target(
 # ---- TensorRT --------------------------------------------------------------------------------------------------------
 
 _RT = "TensorRT's integers are signed and symmetric"
-_RT_INT8 = Kernel(
+_RT_INT8 = Kernel(  # -128 would be 128 where a BatchNorm turns the sign of a channel; activations are clamped at -128
     name="INT8",
-    weight=Limits(formats=_WEIGHTS, symmetric=True, granularities=("channel", "tensor"), why=_RT),
-    activation=Limits(formats={"int": (8,)}, symmetric=True, signed=True, ranges="static", why=_RT),
+    weight=Limits(formats=_WEIGHTS, symmetric=True, narrow=True, granularities=("channel", "tensor"), why=_RT),
+    activation=Limits(formats={"int": (8,)}, symmetric=True, signed=True, narrow=False, ranges="static", why=_RT),
 )
 _RT_FP8 = Kernel(
     name="FP8",
@@ -108,15 +108,19 @@ _TENSORRT = Target(
             _RT_INT8, _RT_FP8,
             Kernel(name="INT4 weight-only", integers=False, activation=FLOAT, weight=Limits(
                 formats={"int": (4,)}, symmetric=True, granularities=("group",), group_sizes=(64, 128), why=_RT)),
-            blocks("nvfp4", 4, 16), blocks("mxfp8_e4m3", 8, 32), IN_FLOAT,
+            IN_FLOAT,
         ),
         "embedding": (IN_FLOAT,),
         "lstm": (IN_FLOAT,),
         "recurrent": (IN_FLOAT,),
     },
-    prefers={"activation": {"symmetric": True, "signed": True}},
+    prefers={"activation": {"symmetric": True, "signed": True}, "weight": {"narrow_range": True}},
     keeps_float=(*sorted(ELEMENTWISE), *NORMS),
-    fuses=("BatchNorm", "ReLU", "clamp", "SiLU and the like behind a layer", "add"),
+    pairs=True,
+    onnxruntime_options={  # it stands in, and runs the pairs as they are written
+        "session.disable_quant_qdq": "1",
+        "optimization.disable_specified_optimizers": "ReluQuantRewrite",  # takes float8's zero for the least of uint8
+    },
     source="docs.nvidia.com/deeplearning/tensorrt: Working with Quantized Types, Explicit Quantization",
 )  # fmt: skip
 
@@ -183,7 +187,6 @@ _CMSIS = Target(
     prefers={"activation": {"symmetric": False, "signed": True}, "weight": {"narrow_range": True}},
     bounds=_TFLITE_BOUNDS,
     fuses=("BatchNorm", "ReLU", "clamp"),
-    rounding="half_away",
     requantize="fixed_point",
     functions="integer",
     source="ai.google.dev/edge/litert: 8-bit quantization specification; github.com/ARM-software/CMSIS-NN",
@@ -199,7 +202,6 @@ _INTEGER_ONLY = Target(
         ),
         "embedding": (Kernel(name="int8 rows", weight=_PER_CHANNEL, activation=None),),
     },
-    rounding="half_away",
     requantize="fixed_point",
     functions="integer",
     source="Jacob et al. 2018, section 2.2; Kim et al. 2021 (I-BERT), algorithms 1 to 4",
