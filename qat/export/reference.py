@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer, convolve
+from qat.runtime.lookup import LookUp
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork
+from qat.runtime.outer import Outer
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
-REAL = (ops.QuantizeInput, ops.Add, ops.Affine, ops.Average, ops.Mean, ops.Function, FloatConv)
+REAL = (ops.QuantizeInput, ops.Add, ops.Affine, ops.Average, ops.Mean, ops.Function, FloatConv, LookUp, Outer)
 """Layers that compute on real numbers."""
 
 MOVES = (ops.MaxPool, ops.Reshape, ops.Permute, ops.Slice, ops.Pad, ops.Concat, ops.Relu)

@@ -116,7 +116,6 @@ class Target:
         float_layers: layers that stay float where no rule names them, as a rule's `match` has it.
         graph: `QuantConfig.graph` of a preset.
         formats: of exported files, unless others are asked for; keys of EXPORTERS.
-        fuses: what it puts into one kernel, for reports.
         pairs: whether its ONNX file holds each tensor on a grid as a pair, QuantizeLinear and DequantizeLinear of int8
             or float8 with zero point 0 and nothing in between, around operations on real numbers; else as integers.
         requantize: how an accumulator becomes the next layer's integer: `float`, by a float32 scale, or `fixed_point`,
@@ -139,7 +138,6 @@ class Target:
     float_layers: tuple[str, ...] = ()
     graph: str = "auto"
     formats: tuple[str, ...] = ("int8", "onnx")
-    fuses: tuple[str, ...] = ("BatchNorm", "ReLU")
     pairs: bool = False
     requantize: Literal["float", "fixed_point"] = "float"
     functions: Literal["float", "integer"] = "float"

@@ -38,13 +38,11 @@ def _onnxruntime(description: str, weight: Limits, **settings: Any) -> Target:
     weight_only = Kernel(name="DequantizeLinear, in float", weight=_DEQUANTIZED, activation=FLOAT, integers=False)
     mixed = Kernel(name="DequantizeLinear, in float", weight=_DEQUANTIZED, activation=_STATIC, integers=False)
     integer = Kernel(name="QLinearConv, QGemm, QLinearMatMul", weight=weight, activation=_STATIC)
-    block = replace(weight_only, name="MatMulNBits")
     rows = Limits(formats=_WEIGHTS, granularities=("channel", "tensor"), why="rows are looked up one by one")
     return Target(
         description=description,
         layers={
             "default": (integer, weight_only, replace(mixed, weight=_GROUPS), IN_FLOAT),
-            "linear": (integer, block, replace(mixed, weight=_GROUPS), IN_FLOAT),
             "transposed convolution": (mixed, weight_only, IN_FLOAT),
             "embedding": (Kernel(name="Gather", weight=rows, activation=None), IN_FLOAT),
             "lstm": (IN_FLOAT,),
@@ -52,8 +50,7 @@ def _onnxruntime(description: str, weight: Limits, **settings: Any) -> Target:
         },
         function_inputs=ELEMENTWISE,
         keeps_float=(*sorted(ELEMENTWISE), *NORMS),
-        fuses=("BatchNorm", "ReLU", "clamp"),
-        source="onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
+            source="onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
         **settings,
     )
 
@@ -83,7 +80,6 @@ _OPENVINO = Target(
     },
     prefers={"weight": {"bits": 7}},  # without VNNI, oneDNN adds pairs of products in int16, too
     keeps_float=(*sorted(ELEMENTWISE), *NORMS),
-    fuses=("BatchNorm", "ReLU", "clamp", "SiLU and the like behind a layer", "add"),
     source="docs.openvino.ai: Low Precision Transformations; NNCF's overflow_fix for CPUs without VNNI",
 )
 
@@ -136,20 +132,8 @@ _XNNPACK = Target(
     description="ExecuTorch with XNNPACK: int8 activations with a zero point, symmetric int8 weights.",
     layers={
         "default": (_QS8, IN_FLOAT),
-        "linear": (
-            _QS8,
-            Kernel(name="qd8_f32_qc8w", weight=_NARROW, activation=Limits(
-                formats={"int": (8,)}, signed=True, granularities=("token",), ranges="dynamic")),
-            Kernel(name="qd8_f32_qb4w", weight=Limits(
-                formats={"int": (4,)}, symmetric=True, granularities=("group", "channel"), group_sizes=(32, 64, 128)),
-                activation=Limits(formats={"int": (8,)}, signed=True, granularities=("token",), ranges="dynamic")),
-            IN_FLOAT,
-        ),
-        "embedding": (
-            Kernel(name="embedding_byte, embedding_4bit", activation=None, weight=Limits(
-                formats={"int": (2, 4, 8)}, granularities=("channel", "group"))),
-            IN_FLOAT,
-        ),
+        "transposed convolution": (replace(_QS8, name="dequantized, in float", integers=False), IN_FLOAT),
+        "embedding": (IN_FLOAT,),
         "lstm": (IN_FLOAT,),
         "recurrent": (IN_FLOAT,),
     },
@@ -157,7 +141,6 @@ _XNNPACK = Target(
     operations=frozenset({"add", "mul", "average"}),
     function_inputs=ELEMENTWISE,
     keeps_float=("matmul", "sub", "div", *sorted(ELEMENTWISE), *NORMS),
-    fuses=("BatchNorm", "ReLU", "clamp"),
     source="docs.pytorch.org/executorch/stable/backends/xnnpack/xnnpack-quantization.html",
 )  # fmt: skip
 
@@ -172,21 +155,15 @@ _TFLITE_BOUNDS = {
 _S8 = Limits(  # narrower ones by the kernels' own ends; unsigned ones are moved by 128, and so is the zero point
     formats={"int": _UP_TO_8}, ranges="static", why="its activations are int8 with a zero point"
 )
-_S16 = Limits(formats={"int": (16,)}, symmetric=True, signed=True, ranges="static", why="int16 has no zero point")
 _CMSIS = Target(
     description="CMSIS-NN on Cortex-M: int8, requantized by an int32 multiplier and a shift.",
     layers={
-        "default": (
-            Kernel(name="arm_convolve_s8, arm_fully_connected_s8", weight=_NARROW, activation=_S8),
-            Kernel(name="arm_convolve_s16, arm_fully_connected_s16", weight=_NARROW, activation=_S16),
-        ),
+        "default": (Kernel(name="arm_convolve_s8, arm_fully_connected_s8", weight=_NARROW, activation=_S8),),
         "embedding": (Kernel(name="GATHER", weight=replace(_NARROW, granularities=("tensor",)), activation=None),),
-        "lstm": (Kernel(name="arm_lstm_unidirectional_s8", weight=_NARROW, activation=_S8),),
-        "recurrent": (),
+        **dict.fromkeys(("bilinear", "lstm", "recurrent"), ()),
     },
     prefers={"activation": {"symmetric": False, "signed": True}, "weight": {"narrow_range": True}},
     bounds=_TFLITE_BOUNDS,
-    fuses=("BatchNorm", "ReLU", "clamp"),
     requantize="fixed_point",
     functions="integer",
     source="ai.google.dev/edge/litert: 8-bit quantization specification; github.com/ARM-software/CMSIS-NN",
@@ -201,6 +178,7 @@ _INTEGER_ONLY = Target(
             ),
         ),
         "embedding": (Kernel(name="int8 rows", weight=_PER_CHANNEL, activation=None),),
+        **dict.fromkeys(("bilinear", "lstm", "recurrent"), ()),
     },
     requantize="fixed_point",
     functions="integer",
