@@ -15,6 +15,7 @@ ORDER = [
     "qat.processes",
     "qat.recompute",
     "qat.stopping",
+    "qat.refusals",
     "qat.numerics.rounding",
     "qat.numerics.fixed_point",
     "qat.numerics.affine",

@@ -6,6 +6,7 @@ reports and `python -m qat compare` read the table, and know no format by name.
 
 import importlib.util
 import logging
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from qat.export.onnx_stored import check_onnx
 from qat.export.onnxruntime import Kernels, OnnxNetwork, kernels, onnx_integers_given
 from qat.export.openvino import OpenVinoNetwork, openvino_integers_given, openvino_kernels, save_openvino
 from qat.export.pt2 import check_reference, open_pt2, pt2_integers_given, save_pt2
+from qat.export.reference import Reference
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 from qat.scheme import QuantConfig
@@ -55,6 +57,8 @@ class Exporter:
             to write instead; None where it holds everything.
         reference: (prepared network, path) -> what training simulated in the arithmetic of the file, where that is not
             float32; None where it is.
+        refuse: (network, example inputs) -> None: refuses what `write` does, without the work; None where `write` is
+            quick.
         of_prepared: `write` takes a prepared network whose own code an engine runs, in place of an integer network.
         check_network: refuses a prepared network that no file of this format can hold, with a ValueError, before it is
             trained; None where every recorded network goes.
@@ -71,6 +75,7 @@ class Exporter:
     given: Given | None = None
     check: Callable[[QuantConfig], None] | None = None
     reference: Callable[[nn.Module, Path], nn.Module] | None = None
+    refuse: Callable[[Any, Inputs], None] | None = None
     of_prepared: bool = False
     check_network: Callable[[nn.Module], None] | None = None
     packages: tuple[str, ...] = ()
@@ -140,6 +145,15 @@ def _check_openvino(config: QuantConfig) -> None:
             f"engine fuses; use target=openvino, or export.formats=[int8,onnx]"
         )
     check_onnx(config)
+
+
+def _refuse_reference(network: IntegerNetwork, inputs: Inputs) -> None:
+    Reference(network)
+
+
+def _refuse_onnx(network: IntegerNetwork, inputs: Inputs) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save_onnx(network, Path(folder) / "model.onnx", inputs)
 
 
 class Engine(NamedTuple):
@@ -212,6 +226,7 @@ EXPORTERS: dict[str, Exporter] = {
         file="model.pt2",
         write=save_pt2,
         open=open_pt2,
+        refuse=_refuse_reference,
         given=pt2_integers_given,
         check=check_reference,
     ),
@@ -220,6 +235,7 @@ EXPORTERS: dict[str, Exporter] = {
         file="model.pte",
         write=save_pte,
         open=PteNetwork,
+        refuse=_refuse_reference,
         check=check_reference,
         packages=("executorch",),
         extra="executorch",
@@ -229,6 +245,7 @@ EXPORTERS: dict[str, Exporter] = {
         file="openvino",
         write=save_openvino,
         open=OPENVINO.open,
+        refuse=_refuse_onnx,
         kernels=OPENVINO.kernels,
         given=OPENVINO.given,
         check=_check_openvino,

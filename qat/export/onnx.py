@@ -20,6 +20,7 @@ from qat.export.onnx_lookup import look_up, outer
 from qat.export.onnx_model import Model, storage
 from qat.export.onnx_moves import constant, integer_matmul, move
 from qat.export.onnx_stored import product_conv, simulate, table_conv
+from qat.refusals import Refusals
 from qat.runtime import operations as ops
 from qat.runtime import stored
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
@@ -267,15 +268,18 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     Raises:
         ImportError: the `onnx` package is missing.
         OSError: the file cannot be written.
-        ValueError: a layer has no form in ONNX; names it.
+        ValueError: layers have no form in ONNX; names each.
     """
-    _refuse_loops(network)
+    refuse_loops(network)
     tensors = network.run(*example_inputs)
     symbolic = _symbolic(network, tensors, example_inputs)
     model = Model(network, tensors, symbolic)
     onnx = model.onnx
+    refusals = Refusals()
     for node in network.nodes:
-        EMIT[type(network.layer(node.name))](model, node, network.layer(node.name))
+        with refusals.noted():
+            EMIT[type(network.layer(node.name))](model, node, network.layer(node.name))
+    refusals.raise_any()
 
     # bags and their samples differ in number, also where the example has as many of both
     ragged = any(isinstance(layer, LooksUp) and layer.ragged for layer in network.layers.values())
@@ -304,13 +308,15 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     write_atomically(path, proto.SerializeToString(deterministic=True))
 
 
-def _refuse_loops(network: IntegerNetwork) -> None:
-    for name, layer in ((node.name, network.layer(node.name)) for node in network.nodes):
-        if isinstance(layer, Recurrent):
-            raise ValueError(
-                f"layer '{name}' ({layer.form.kind}) cannot be written to ONNX: its recurrent operators have no "
-                f"quantized states, so the file would not compute what was trained; give export formats=['int8']"
-            )
+def refuse_loops(network: IntegerNetwork) -> None:
+    """Refuse recurrent layers, with a ValueError that names them all."""
+    layers = ((node.name, network.layer(node.name)) for node in network.nodes)
+    found = [f"'{name}' ({layer.form.kind})" for name, layer in layers if isinstance(layer, Recurrent)]
+    if found:
+        raise ValueError(
+            f"layer{'s' * (len(found) > 1)} {', '.join(found)} cannot be written to ONNX: its recurrent operators have "
+            f"no quantized states, so the file would not compute what was trained; give export formats=['int8']"
+        )
 
 
 def _symbolic(

@@ -13,6 +13,7 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 
+from qat.refusals import Refusals
 from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer, convolve
@@ -128,7 +129,7 @@ class Reference(nn.Module):
         dtype: integer type of activations: uint8 for x86, int8 for XNNPACK.
 
     Raises:
-        ValueError: a layer that has no such form.
+        ValueError: layers that have no such form; names each.
     """
 
     def __init__(self, network: IntegerNetwork, dtype: torch.dtype = torch.uint8) -> None:
@@ -139,7 +140,11 @@ class Reference(nn.Module):
         layers = {node.name: network.layer(node.name) for node in network.nodes}
         real = [name for name, layer in layers.items() if name not in self.grids or not _in_xnnpack(layer)]
         without = real if dtype is torch.int8 else []  # XNNPACK multiplies integers to integers only
-        self.steps = nn.ModuleList(real_form(layer, name, name in without) for name, layer in layers.items())
+        self.steps, refusals = nn.ModuleList(), Refusals()
+        for name, layer in layers.items():
+            with refusals.noted():
+                self.steps.append(real_form(layer, name, name in without))
+        refusals.raise_any()
 
     @property
     def quantized(self) -> list[str]:

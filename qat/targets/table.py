@@ -141,6 +141,7 @@ _XNNPACK = Target(
     operations=frozenset({"add", "mul", "average"}),
     function_inputs=ELEMENTWISE,
     keeps_float=("matmul", "sub", "div", *sorted(ELEMENTWISE), *NORMS),
+    formats=("int8", "onnx", "executorch"),
     source="docs.pytorch.org/executorch/stable/backends/xnnpack/xnnpack-quantization.html",
 )  # fmt: skip
 
@@ -166,6 +167,7 @@ _CMSIS = Target(
     bounds=_TFLITE_BOUNDS,
     requantize="fixed_point",
     functions="integer",
+    formats=("int8", "c_header"),
     source="ai.google.dev/edge/litert: 8-bit quantization specification; github.com/ARM-software/CMSIS-NN",
 )
 _INTEGER_ONLY = Target(
@@ -182,6 +184,7 @@ _INTEGER_ONLY = Target(
     },
     requantize="fixed_point",
     functions="integer",
+    formats=("int8", "c_header"),
     source="Jacob et al. 2018, section 2.2; Kim et al. 2021 (I-BERT), algorithms 1 to 4",
 )  # fmt: skip
 
