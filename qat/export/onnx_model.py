@@ -164,7 +164,7 @@ class Model:
         if zero or low < -128 or high > 127:
             raise ValueError(
                 f"tensor '{output}' lies on integers from {low} to {high} with zero point {zero}, and the target takes "
-                f"int8 with zero point 0; give it bits=8 symmetric=true signed=true, or leave onnx out of export.formats"
+                f"int8 with zero point 0; give it bits=8 symmetric=true signed=true, or leave out export.formats=onnx"
             )
         if (low, high) == (0, 127):
             x = self.op("Relu", [x], f"{output}.relu")

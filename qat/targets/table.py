@@ -50,7 +50,7 @@ def _onnxruntime(description: str, weight: Limits, **settings: Any) -> Target:
         },
         function_inputs=ELEMENTWISE,
         keeps_float=(*sorted(ELEMENTWISE), *NORMS),
-            source="onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
+        source="onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
         **settings,
     )
 

@@ -62,7 +62,8 @@ def gates() -> nn.Module:
 
 
 IMAGE = (1, 6, 6)
-NO_FLOATS = [r"'slopes' \(prelu\)", r"'interpolate' \(interpolate\) .* no integer form", r"'adaptive_avg_pool.*windows of different sizes",
+NO_FLOATS = [r"'slopes' \(prelu\)", r"'interpolate' \(interpolate\) .* no integer form",
+             r"'adaptive_avg_pool.*windows of different sizes",
              r"'log_softmax' \(log_softmax\) .*target=generic"]  # fmt: skip
 NO_RUNNER = [r"c_header: 'up' .*transposed convolution", r"c_header: 'norm' \(FixedNorm\)",
              r"c_header: 'softmax.*\(FixedSoftmax\)", r"c_header: 'matmul.*\(FixedMatmul\)"]  # fmt: skip
