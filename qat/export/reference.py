@@ -23,7 +23,7 @@ from qat.runtime.network import IntegerNetwork
 from qat.runtime.outer import Outer
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
-REAL = (ops.QuantizeInput, ops.Add, ops.Affine, ops.Average, ops.Mean, ops.Function, FloatConv, LookUp, Outer)
+REAL = (ops.QuantizeInput, ops.Add, ops.Affine, ops.Average, ops.Mean, ops.Function, FloatConv, Outer)
 """Layers that compute on real numbers."""
 
 MOVES = (ops.MaxPool, ops.Reshape, ops.Permute, ops.Slice, ops.Pad, ops.Concat, ops.Relu)
@@ -178,7 +178,8 @@ def real_form(layer: RuntimeLayer, name: str, multiplied_out: bool = False) -> n
         return nn.Identity()
     if isinstance(layer, ops.Constant):
         return _Held(layer.value if layer.output is None else layer.output.dequantize(layer.value))
-    if type(layer) in (*REAL, *MOVES) or isinstance(layer, ops.Move):
+    plain_rows = type(layer) is LookUp and layer.weight_bounds is None and layer.pooling is None
+    if type(layer) in (*REAL, *MOVES) or isinstance(layer, ops.Move) or plain_rows:
         layer = copy.deepcopy(layer)
         layer.output = None
         for key in ("zero", "value"):  # what stands for 0

@@ -62,6 +62,23 @@ def given_by(network: IntegerNetwork, x: Tensor) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in network.run(x).items() if name in grids}
 
 
+@torch.no_grad()
+def test_float_embeddings_are_written_and_quantized_ones_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 4)).eval(), torch.randint(20, (6, 5))
+    for bits in (None, 8):
+        config = qat.preset("int8", rules=[{"match": "type:Embedding", "weight": {"bits": bits}}])
+        prepared = qat.prepare(net, config, x[:2])
+        finalize(prepared, [x], PTQConfig(bias_correction=False), trained=False)
+        network = qat.lower(prepared)
+        if bits:
+            with pytest.raises(ValueError, match=r"layer '0' \(LookUp\) has no form in torch's reference"):
+                qat.export(network, tmp_path, x[:2], ["pt2"])
+        else:
+            path = qat.export(network, tmp_path, x[:2], ["pt2"])["pt2"]
+            assert torch.allclose(open_pt2(path, "generic")(x), prepared(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("preset", ["int8", "w8a8_asymmetric", "w4a4", "w4g32"])
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
