@@ -18,6 +18,7 @@ from qat.export.parity import ParityLimits
 from qat.ptq import finalize, smooth
 from qat.training import QATModule, QATSchedule
 from qat.training.recipes import teach
+from qat.training.rehearsal import rehearse
 from qat.training.run import Run, close_loggers, float_weights_of, main_process_only, shows_progress
 from qat.training.state import RunState
 from qat.training.weights import checkpoint_phase, load_float_weights
@@ -41,7 +42,10 @@ def run(cfg: DictConfig) -> float:
     given = checkpoint_phase(state.given, model, config)
     module = QATModule(model, task, {**optimizer, "lr": cfg.float.lr}, scheduler=hydra_schema.plain(cfg.scheduler))
     if config.enabled:  # what does not fit the network fails now, not after the float phase
-        check_network(qat.prepare(copy.deepcopy(module.net), config, example), list(cfg.export.formats))
+        prepared = qat.prepare(copy.deepcopy(module.net), config, example)
+        check_network(prepared, list(cfg.export.formats))
+        if cfg.rehearse and not state.trained("qat").is_file():
+            rehearse(prepared, example, list(cfg.export.formats), skip_impossible=cfg.export.skip_impossible)
     result = Run(state, cfg.name, hydra_schema.plain(cfg), data, module.task, Path(__file__).parent)
     if state.finished:
         return result.metric()

@@ -113,7 +113,7 @@ def quant_config(cfg: DictConfig) -> QuantConfig:
     """The `quant` part of a composed config, validated and checked against its target; `export.formats` too.
 
     A file format that cannot hold the scheme is taken out of `export.formats` with a warning, if
-    `export.skip_impossible` says so.
+    `export.skip_impossible` says so; of the target's own formats also one whose packages are missing.
 
     Raises:
         ValueError: names the field, its value and what would be valid.
@@ -125,20 +125,21 @@ def quant_config(cfg: DictConfig) -> QuantConfig:
     assert isinstance(data, dict)
     config = QuantConfig.from_dict({str(k): v for k, v in data.items()})
     check_target(config)
-    cfg.export.formats = [name for name in cfg.export.formats if _can_hold(name, config, cfg.export.skip_impossible)]
+    asked = not OmegaConf.is_interpolation(cfg.export, "formats")  # else they are the target's
+    formats = [name for name in cfg.export.formats if _can_hold(name, config, cfg.export.skip_impossible, asked)]
+    cfg.export.formats = formats
     return config
 
 
-def _can_hold(name: str, config: QuantConfig, skip: bool) -> bool:
-    """Whether a file format can hold a scheme; refuses an unknown one, and one whose packages are missing."""
+def _can_hold(name: str, config: QuantConfig, skip: bool, asked: bool) -> bool:
+    """Whether a file format can hold a scheme; refuses an unknown one, and one whose packages are missing if asked."""
     exporter = choice("export.formats", name, EXPORTERS)
-    exporter.require()
-    if exporter.check is None:
-        return True
     try:
-        exporter.check(config)
-    except ValueError as error:
-        if not skip:
+        exporter.require()
+        if exporter.check is not None:
+            exporter.check(config)
+    except (ValueError, ImportError) as error:
+        if asked if isinstance(error, ImportError) else not skip:
             raise
         log.warning("No %s file will be written. %s", exporter.label, error)
         return False

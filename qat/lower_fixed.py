@@ -18,6 +18,7 @@ from qat import fixed_layers as make
 from qat.fixed_layers import Total, signed
 from qat.function_inputs import MASKS
 from qat.kinds import POINTWISE
+from qat.refusals import Refusals
 from qat.runtime import fixed
 from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize, Requantize
@@ -59,7 +60,7 @@ def fixed_point(network: IntegerNetwork, inputs: Sequence[Any], target: str) -> 
         target: its name, for messages.
 
     Raises:
-        ValueError: a layer that has no form without floats; names it and what to write instead.
+        ValueError: layers that have no form without floats; names each and what to write instead.
     """
     tensors = network.run(*network.flat(inputs, {}))
     shapes = {name: list(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
@@ -83,9 +84,22 @@ class _Conversion:
         old = self.network
         self.plain |= set(old.inputs)
         self.readers = Counter(name for node in old.nodes for name in node.inputs) + Counter(old.outputs)
+        refusals, lost = Refusals(), set[str]()  # what a refused layer would have made
         for node in old.nodes:
-            self._convert(node, old.layer(node.name))
-        outputs = [self._output(name) for name in old.outputs]
+            layer, known = old.layer(node.name), len(refusals.messages)
+            if not lost.intersection(node.inputs):
+                with refusals.noted():
+                    self._convert(node, layer)
+            if lost.intersection(node.inputs) or len(refusals.messages) > known:
+                if layer.output is None:
+                    lost.add(node.name)
+                else:  # what reads it is looked at, too
+                    self.grids[node.name] = signed(layer.output)
+        outputs = list[str]()
+        for name in old.outputs:
+            with refusals.noted():
+                outputs += [] if name in lost else [self._output(name)]
+        refusals.raise_any()
         new = IntegerNetwork(old.inputs, self.nodes, self.layers, outputs, old.info, old.signature)
         new.edges = {name: node for name, node in old.edges.items() if name in self.grids}
         return new.eval()

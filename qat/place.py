@@ -190,8 +190,6 @@ def _tell_what_is_kept(graph: Graph) -> None:
             quantizer.kept = quantizer in read
 
 
-
-
 def _check_axis(graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes: dict[fx.Node, torch.Size]) -> None:
     """Refuse channels and groups that an activation does not have, or that its edges do not share."""
     if scheme.granularity not in (Granularity.channel, Granularity.group):

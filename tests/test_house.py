@@ -16,6 +16,7 @@ ORDER = [
     "qat.recompute",
     "qat.stopping",
     "qat.numerics.draws",
+    "qat.refusals",
     "qat.numerics.rounding",
     "qat.numerics.fixed_point",
     "qat.numerics.affine",

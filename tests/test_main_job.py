@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors import safe_open
@@ -274,6 +275,44 @@ def test_every_shipped_preset_has_parity(request: pytest.FixtureRequest, preset:
     check_parity(summary)
 
 
+FILES = {
+    "tensorrt": ("int8", "onnx"), "cmsis_nn": ("int8", "c_header"), "integer_only": ("int8", "c_header"),
+    "openvino": ("int8", "onnx"), "executorch_xnnpack": ("int8", "onnx"),
+}  # fmt: skip
+"""Target -> the files that it writes where ExecuTorch is not installed."""
+
+
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize("target", FILES)
+def test_a_target_writes_its_own_files(
+    home: Path, default: tuple[Path, str], tmp_path: Path, target: str
+) -> None:  # fmt: skip
+    given = f"float_checkpoint={default[0] / 'float.safetensors'}"
+    console = succeeded(train(home, f"hydra.run.dir={tmp_path}", f"target={target}", given, *QUICK))
+    summary = summary_of(tmp_path)
+    assert set(summary["stages"]) - {"executorch"} == {"float", "ptq", "qat", *FILES[target]}
+    assert {f"qat_{name}" for name in FILES[target]} <= set(summary["parity"])
+    for pair, measured in summary["parity"].items():
+        assert (measured["agreement"], measured["max_steps"] <= 1) == (1.0, True), pair
+    missing = target == "executorch_xnnpack" and "executorch" not in summary["stages"]
+    assert ("No ExecuTorch program (XNNPACK) file will be written" in console) == missing
+    if target == "tensorrt":
+        graph = onnx.load(tmp_path / "export/model.onnx").graph
+        zeros = {node.input[2] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+        assert {t.data_type for t in graph.initializer if t.name in zeros} == {onnx.TensorProto.INT8}
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_to_the_byte_without_its_rehearsal(home: Path, tmp_path: Path) -> None:
+    files = ("float.safetensors", "export/model.safetensors", "export/model.onnx", "csv/qat/metrics.csv")
+    content = []
+    for rehearse in ("true", "false"):
+        folder = tmp_path / rehearse
+        succeeded(train(home, f"hydra.run.dir={folder}", f"rehearse={rehearse}", *QUICK))
+        content.append([(folder / file).read_bytes() for file in files])
+    assert content[0] == content[1]
+
+
 def test_given_float_weights_skip_the_float_phase(sweep: tuple[Path, str], default: tuple[Path, str]) -> None:
     expected = summary_of(default[0])["stages"]["float"]["metrics"]
     for job in range(len(SWEPT)):
@@ -392,6 +431,13 @@ def test_a_checkpoint_starts_another_run_in_the_phase_that_it_is_of(
 PLUGIN = """
 import torch
 from qat.zoo.data import Digits, Split
+from qat.zoo.models import SmallCNN
+
+
+class LogCNN(SmallCNN):
+    def forward(self, x):
+        x = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear")
+        return torch.log_softmax(super().forward(x), -1)
 
 
 class NaNDigits(Digits):
@@ -414,6 +460,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "float checkpoint of another width": (
         ["float_checkpoint={default}/float.safetensors", "model.width=8"],
         ["float.safetensors does not fit SmallCNN", "of another shape", "[16, 1, 3, 3]", "[8, 1, 3, 3]"],
+    ),
+    "layers that no file holds": (
+        ["target=integer_only", "model._target_=plugin.LogCNN", "export.skip_impossible=false"],
+        ["'interpolate' (interpolate) cannot be computed without floats", "'log_softmax' (log_softmax) cannot be"],
     ),
     "no checkpoint": (["ckpt_path=nowhere.ckpt"], ["ckpt_path=nowhere.ckpt: there is no such file"]),
     "checkpoint of another width": (

@@ -17,15 +17,18 @@ from qat import hydra_schema
 from qat.__main__ import main
 from qat.analysis.islands import float_islands
 from qat.analysis.targets import kernels, summary
+from qat.export.firmware import run
 from qat.export.formats import integers_given
 from qat.export.parity import ties_given, training_integers
 from qat.fake_quant import FakeQuantize
+from qat.numerics import affine, fixed_point
 from qat.numerics.formats import FORMATS
 from qat.ptq import PTQConfig, finalize
 from qat.ranges import RANGES
 from qat.scheme import QuantConfig
-from qat.targets import FAMILIES, TARGETS, check_target
+from qat.targets import FAMILIES, TARGETS, Kernel, check_target
 from qat.zoo.models import SmallCNN
+from tests import target_table
 from tests.test_config import CONF
 
 FITS: dict[str, Any] = {"weight": {"bits": 7}, "activation": {"bits": 8}, "input": {"bits": 8}}
@@ -45,6 +48,38 @@ def test_the_targets_of_the_issue() -> None:
         assert set(target.layers) <= {"default", *FAMILIES}, name
         assert target.description.endswith(".")
         assert target.source, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_target_says_what_it_does(name: str) -> None:
+    target = TARGETS[name]
+    floats, operations, rounding, formats = target_table.AROUND[name]
+    assert (set(target.keeps_float), target.operations, target.formats) == (floats, operations, formats)
+    assert target.rounding == rounding
+    if name in target_table.KERNELS:
+        assert {family: tuple(described(kernel) for kernel in kernels) for family, kernels in target.layers.items()} \
+            == target_table.KERNELS[name]  # fmt: skip
+    assert target.pairs == (name == "tensorrt")
+    weight = {"bits": 4, "granularity": "channel", "axis": 1}
+    if name != "generic":  # a scale a channel is one an output channel
+        with pytest.raises(ValueError, match=r"quant\.weight\."):
+            check({"weight": weight, "activation": {"bits": 8}, "input": {"bits": 8}}, name)
+
+
+def described(kernel: Kernel) -> tuple[str, ...]:
+    inputs = "any" if kernel.activation is None else kernel.activation.describe()
+    return kernel.name, kernel.weight.describe(), inputs, "integers" if kernel.integers else "floats"
+
+
+def test_ties_are_rounded_as_a_target_says(capsys: pytest.CaptureFixture[str]) -> None:
+    halves = torch.tensor([-1.5, -0.5, 0.5, 1.5])
+    even = affine.quantize(halves, torch.ones(()), torch.zeros(()), -128, 127).tolist()
+    up = fixed_point.multiply((2 * halves).int(), *fixed_point.multiplier_and_shift(torch.tensor(0.5))).tolist()
+    runner = run.scaled((2 * halves).int().numpy(), 1 << 30, 0).tolist()
+    assert (even, up, runner) == ([-2, 0, 0, 2], [-1, 0, 1, 2], [-1, 0, 1, 2])
+    for name, words in (("tensorrt", "in float32, halves to even"), ("cmsis_nn", "a shift, halves up")):
+        main(["targets", name])
+        assert words in capsys.readouterr().out
 
 
 # ---- refusals at composition -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Print what each target can run: formats and granularities by kind of layer, what it fuses and what stays float.
+"""Print what each target can run: formats and granularities by kind of layer, what stays float, and its files.
 
 python -m qat targets                  one line a target
 python -m qat targets tensorrt vllm    all about some of them
@@ -70,16 +70,15 @@ def kernels(target: Target) -> Table:
 
 def facts(target: Target) -> Iterator[tuple[str, str]]:
     """Label -> what is to say beside the kernels."""
-    yield "fuses", _list(target.fuses)
     yield "integers", f"of layers{''.join(f', {name}' for name in sorted(target.operations))}"
     yield "float", "nothing" if target.requantize == "fixed_point" else _list(target.keeps_float)
     if target.function_inputs:
         yield "quantizers", f"also in front of {_list(sorted(target.function_inputs))}"
     for name, (low, high) in target.bounds.items():
         yield "8-bit ends", f"{name}: {low:g} to {high:g}"
-    words = {"half_even": "halves to even", "half_away": "halves away from zero", "half_up": "halves up"}
     scaling = {"float": "in float32", "fixed_point": "by an int32 multiplier and a shift"}
-    yield "requantizes", f"{scaling[target.requantize]}, {words[target.rounding]}"
+    yield "requantizes", f"{scaling[target.requantize]}, {target.rounding}"
+    yield "files", ", ".join(target.formats) + (", of int8 pairs with zero point 0" if target.pairs else "")
     yield "presets", "; ".join(f"{role}: {_settings(fields)}" for role, fields in target.prefers.items()) or "as named"
     yield "source", target.source
 

@@ -19,8 +19,10 @@ from qat.export.files import replaced_folder
 from qat.export.firmware.run import OPERATIONS, Model
 from qat.export.header_steps import STEPS, Step, refused
 from qat.export.sums import verify
+from qat.refusals import Refusals
 from qat.runtime.grid import Quantize
-from qat.runtime.network import IntegerNetwork
+from qat.runtime.layers import RuntimeLayer
+from qat.runtime.network import IntegerNetwork, Node
 from qat.runtime.operations import Dequantize, QuantizeInput
 from qat.scheme import QuantConfig
 from qat.targets import TARGETS
@@ -49,7 +51,7 @@ def save_c_header(network: IntegerNetwork, folder: str | Path, example_inputs: t
         example_inputs: of one input; sizes are those of its first sample.
 
     Raises:
-        ValueError: a layer that the runners do not have; names it.
+        ValueError: layers that the runners do not have; names each.
         OSError: the folder or the disk refuses.
     """
     text = Header(network, example_inputs).text()
@@ -109,23 +111,28 @@ class Header:
         if len(first) != 1 or not isinstance(network.layer(network.outputs[0]), Dequantize):
             raise ValueError("c_header: the network takes real numbers and returns them, quantized once; this one does "
                              "not; lower it with target=cmsis_nn or integer_only")  # fmt: skip
+        refusals = Refusals()
         for node in network.nodes:
-            layer = network.layer(node.name)
-            if isinstance(layer, QuantizeInput):
-                self.tensor(node.name, tensors[node.name])
-            elif isinstance(layer, Dequantize):
-                if node.name != network.outputs[0]:
-                    raise refused(node.name, layer)
-                self.ids[node.name] = self.ids[node.inputs[0]]
-            elif type(layer) in STEPS:
-                for step in STEPS[type(layer)](self, node.name, layer, list(node.inputs), tensors):
-                    self.add(node.name, step, tensors)
-            else:
-                raise refused(node.name, layer)
+            with refusals.noted():
+                self._append(node, network.layer(node.name), tensors)
+            self.ids.setdefault(node.name, -1)  # of a refused layer; nothing is written
+        refusals.raise_any()
         output = self.ids[network.outputs[0]]
         self.alive[output][1] = len(self.steps)
         source = network.nodes[[node.name for node in network.nodes].index(network.outputs[0])].inputs[0]
         return self._file(first[0].name, source, [int(n) for n in tensors[source].shape[1:]])
+
+    def _append(self, node: Node, layer: RuntimeLayer, tensors: dict[str, Tensor]) -> None:
+        """A layer's steps, arrays and place in memory."""
+        if isinstance(layer, QuantizeInput):
+            self.tensor(node.name, tensors[node.name])
+        elif isinstance(layer, Dequantize) and node.name == self.network.outputs[0]:
+            self.ids[node.name] = self.ids[node.inputs[0]]
+        elif type(layer) in STEPS:
+            for step in STEPS[type(layer)](self, node.name, layer, list(node.inputs), tensors):
+                self.add(node.name, step, tensors)
+        else:
+            raise refused(node.name, layer)
 
     def tensor(self, name: str, value: Tensor) -> int:
         """A place in memory for a tensor of one sample."""

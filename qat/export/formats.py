@@ -6,6 +6,7 @@ reports and `python -m qat compare` read the table, and know no format by name.
 
 import importlib.util
 import logging
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,11 @@ from qat.export.onnx_stored import check_onnx
 from qat.export.onnxruntime import Kernels, OnnxNetwork, kernels, onnx_given
 from qat.export.openvino import OpenVinoNetwork, openvino_given, openvino_kernels, save_openvino
 from qat.export.pt2 import check_reference, open_pt2, pt2_given, save_pt2
+from qat.export.reference import Reference
 from qat.runtime.grid import Quantize
+from qat.runtime.network import IntegerNetwork
 from qat.scheme import QuantConfig
+from qat.targets import TARGETS
 from qat.targets.compressed import check_compressed
 
 LOG = logging.getLogger(__name__)
@@ -51,6 +55,8 @@ class Exporter:
             to write instead; None where it holds everything.
         reference: (prepared network, path) -> what training simulated in the arithmetic of the file, where that is not
             float32; None where it is.
+        refuse: (network, example inputs) -> None: refuses what `write` does, without the work; None where `write` is
+            quick.
         of_prepared: `write` takes a prepared network whose own code an engine runs, in place of an integer network.
         check_network: refuses a prepared network that no file of this format can hold, with a ValueError, before it is
             trained; None where every recorded network goes.
@@ -68,6 +74,7 @@ class Exporter:
     whole: str = ""
     check: Callable[[QuantConfig], None] | None = None
     reference: Callable[[nn.Module, Path], nn.Module] | None = None
+    refuse: Callable[[Any, Inputs], None] | None = None
     of_prepared: bool = False
     check_network: Callable[[nn.Module], None] | None = None
     packages: tuple[str, ...] = ()
@@ -116,6 +123,24 @@ def _check_compressed_tensors(prepared: nn.Module) -> None:
     from qat.export.compressed_tensors import check_network
 
     check_network(prepared)
+
+
+def _check_openvino(config: QuantConfig) -> None:
+    if TARGETS[config.target].pairs:
+        raise ValueError(
+            f"export.formats=openvino: target={config.target} has int8 in pairs around real numbers, which another "
+            f"engine fuses; use target=openvino, or export.formats=[int8,onnx]"
+        )
+    check_onnx(config)
+
+
+def _refuse_reference(network: IntegerNetwork, inputs: Inputs) -> None:
+    Reference(network)
+
+
+def _refuse_onnx(network: IntegerNetwork, inputs: Inputs) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save_onnx(network, Path(folder) / "model.onnx", inputs)
 
 
 class Engine(NamedTuple):
@@ -189,6 +214,7 @@ EXPORTERS: dict[str, Exporter] = {
         file="model.pt2",
         write=save_pt2,
         open=open_pt2,
+        refuse=_refuse_reference,
         given=pt2_given,
         check=check_reference,
     ),
@@ -198,6 +224,7 @@ EXPORTERS: dict[str, Exporter] = {
         write=save_pte,
         open=PteNetwork,
         whole="ExecuTorch hands a program's layers to a delegate, which shows nothing in between",
+        refuse=_refuse_reference,
         check=check_reference,
         packages=("executorch",),
         extra="executorch",
@@ -207,9 +234,10 @@ EXPORTERS: dict[str, Exporter] = {
         file="openvino",
         write=save_openvino,
         open=OPENVINO.open,
+        refuse=_refuse_onnx,
         kernels=OPENVINO.kernels,
         given=OPENVINO.given,
-        check=check_onnx,
+        check=_check_openvino,
         packages=("onnx", "openvino"),
         extra="openvino",
     ),

@@ -20,6 +20,7 @@ from qat.export.onnx_lookup import look_up, outer
 from qat.export.onnx_model import Model, storage
 from qat.export.onnx_moves import constant, integer_matmul, move
 from qat.export.onnx_stored import product_conv, simulate, table_conv
+from qat.refusals import Refusals
 from qat.runtime import operations as ops
 from qat.runtime import stored
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
@@ -43,6 +44,9 @@ def _dequantize(model: Model, node: Node, layer: RuntimeLayer) -> None:
     In front of a layer that is computed in float it is no DequantizeLinear: between that and a QuantizeLinear behind,
     ONNX Runtime rounds float weights to 8 bits (WeightBiasQuantization) and fuses an integer layer.
     """
+    if model.pairs:
+        model.same(node.name, node.inputs[0])
+        return
     readers = _readers(model.network, node.name)
     if not any(isinstance(reader, FloatConv | stored.StoredConv) for reader in readers):
         model.real(node.inputs[0], node.name, _rounded(model, node.inputs[0], readers))
@@ -97,7 +101,7 @@ def _affine(model: Model, node: Node, layer: RuntimeLayer) -> None:
 
 def _relu(model: Model, node: Node, layer: RuntimeLayer) -> None:
     assert isinstance(layer, ops.Relu)
-    grid = model.network.grid(node.inputs[0])
+    grid = model.grid(node.inputs[0])
     if grid is None:
         _simple("Relu")(model, node, layer)
         return
@@ -134,7 +138,7 @@ def _pool(kind: str) -> Callable[[Model, Node, RuntimeLayer], None]:
             attributes["count_include_pad"] = int(s["count_include_pad"])
         else:
             attributes["dilations"] = s["dilation"]
-        grid = model.network.grid(x)
+        grid = model.grid(x)
         if grid is not None and storage(grid)[0].itemsize > 1:
             model.as_float(node, lambda x, out: model.op(kind, [x], out, **attributes))
         else:
@@ -173,9 +177,8 @@ def _pad(model: Model, node: Node, layer: RuntimeLayer) -> None:
     rank, pads = len(model.shapes[node.inputs[0]]), layer.settings["pads"]
     pads = [[0, 0]] * (rank - len(pads)) + pads
     flat = [before for before, _ in pads] + [after for _, after in pads]
-    grid = model.network.grid(node.inputs[0])
-    dtype, offset = (np.dtype(np.float32), 0) if grid is None else storage(grid)
-    wide = grid is not None and dtype.itemsize > 1
+    grid = model.grid(node.inputs[0])
+    wide = grid is not None and storage(grid)[0].itemsize > 1
     mode = layer.settings.get("mode", "constant")
     if mode == "circular":  # slices, as OpenVINO has no Pad that wraps
         if wide:
@@ -191,7 +194,8 @@ def _pad(model: Model, node: Node, layer: RuntimeLayer) -> None:
         else:
             model.op("Pad", [node.inputs[0], shape], node.name, mode=onnx_mode)
         return
-    value = model.constant(f"{node.name}.value", layer.settings["value"] + offset, np.float32 if wide else dtype)
+    filling, dtype = model.number(node.inputs[0], layer.settings["value"])
+    value = model.constant(f"{node.name}.value", filling, np.float32 if wide else dtype)
     if wide:
         model.as_float(node, lambda x, out: model.op("Pad", [x, shape, value], out))
     else:
@@ -264,21 +268,24 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     Raises:
         ImportError: the `onnx` package is missing.
         OSError: the file cannot be written.
-        ValueError: a layer has no form in ONNX; names it.
+        ValueError: layers have no form in ONNX; names each.
     """
-    _refuse_loops(network)
+    refuse_loops(network)
     tensors = network.run(*example_inputs)
     symbolic = _symbolic(network, tensors, example_inputs)
     model = Model(network, tensors, symbolic)
     onnx = model.onnx
+    refusals = Refusals()
     for node in network.nodes:
-        EMIT[type(network.layer(node.name))](model, node, network.layer(node.name))
+        with refusals.noted():
+            EMIT[type(network.layer(node.name))](model, node, network.layer(node.name))
+    refusals.raise_any()
 
     # bags and their samples differ in number, also where the example has as many of both
     ragged = any(isinstance(layer, LooksUp) and layer.ragged for layer in network.layers.values())
 
     def value(name: str) -> Any:
-        grid = network.grid(name)
+        grid = model.grid(name)
         dtype = storage(grid)[0] if grid is not None else np.dtype(str(tensors[name].dtype).removeprefix("torch."))
         kind = onnx.helper.np_dtype_to_tensor_dtype(dtype)
         batch = None if ragged else next((t.shape[0] for t in example_inputs), None)
@@ -301,13 +308,15 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
     write_export(path, proto.SerializeToString(deterministic=True))
 
 
-def _refuse_loops(network: IntegerNetwork) -> None:
-    for name, layer in ((node.name, network.layer(node.name)) for node in network.nodes):
-        if isinstance(layer, Recurrent):
-            raise ValueError(
-                f"layer '{name}' ({layer.form.kind}) cannot be written to ONNX: its recurrent operators have no "
-                f"quantized states, so the file would not compute what was trained; give export formats=['int8']"
-            )
+def refuse_loops(network: IntegerNetwork) -> None:
+    """Refuse recurrent layers, with a ValueError that names them all."""
+    layers = ((node.name, network.layer(node.name)) for node in network.nodes)
+    found = [f"'{name}' ({layer.form.kind})" for name, layer in layers if isinstance(layer, Recurrent)]
+    if found:
+        raise ValueError(
+            f"layer{'s' * (len(found) > 1)} {', '.join(found)} cannot be written to ONNX: its recurrent operators have "
+            f"no quantized states, so the file would not compute what was trained; give export formats=['int8']"
+        )
 
 
 def _symbolic(

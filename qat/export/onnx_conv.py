@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from qat.export.onnx_model import Model, fits_four_bits
+from qat.export.onnx_pairs import centred as in_pairs
+from qat.export.onnx_pairs import grouped_weight
 from qat.numerics.granularity import rows_of
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
 from qat.runtime.network import Node
@@ -23,10 +25,10 @@ def integer_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     w = model.op("DequantizeLinear", [w, scales, zeros], f"{name}.weight_real", axis=int(direct))
     w = w if direct else weight_as_kept(model, name, layer, w)
     scale = layer.input_scale * layer.weight_scale
-    if layer.bias.dtype == torch.int32:
+    if layer.bias.dtype == torch.int32 and not model.pairs:
         constants = [model.constant(f"{name}.bias", layer.bias), model.constant(f"{name}.bias_scale", scale)]
         b = model.op("DequantizeLinear", constants, f"{name}.bias_real", axis=0)
-    else:  # 16-bit inputs: no engine has an integer kernel, and the bias is wider than int32
+    else:  # of pairs; of 16-bit inputs, for which no engine has an integer kernel, and the bias is wider than int32
         b = model.constant(f"{name}.bias_real", layer.bias.double() * scale, np.float32)
     model.finish(layer, name, lambda out: _sum(model, node, layer, [x, w, b], out))
 
@@ -41,6 +43,9 @@ def _weight(model: Model, name: str, layer: IntegerConv, direct: bool) -> list[s
     centred, swap = codes - column, (lambda t: t.transpose(0, 1)) if direct else (lambda t: t)
     least, most = min(int(centred.min()), -1), int(centred.max())
     sign = "UINT" if low >= 0 else "INT"
+    if model.pairs:
+        w = model.typed(f"{name}.weight", swap(in_pairs(name, codes, column)), "INT8")
+        return [w, model.typed(f"{name}.weight_zero_point", zero * 0, "INT8")]
     if least < -128 or most > 127:
         parts = {"weight": swap(codes), "weight_zero_point": zero}
         return [model.typed(f"{name}.{part}", value, f"{sign}8") for part, value in parts.items()]
@@ -78,16 +83,22 @@ def float_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
 
 def _dequantized_weight(model: Model, name: str, layer: FloatConv) -> str:
     assert layer.weight_bounds is not None
+    if model.pairs and layer.group_size is not None:
+        return grouped_weight(model, name, layer)
     codes = rows_of(layer.weight, layer.group_size).reshape(layer.weight.shape[0], -1)  # groups filled up
     if layer.group_size is None:
         codes = layer.weight
     low, high = layer.weight_bounds
     kind = "UINT" if low >= 0 else "INT"
     kind += "4" if fits_four_bits(low, high) else "8" if high - low < 256 else "16"
+    zero = layer.weight_zero_point
+    if model.pairs:
+        column = zero.reshape(-1, *[1] * (codes.dim() - 1))
+        kind, codes, zero = "INT8", in_pairs(name, codes, column), zero * 0
     constants = [
         model.typed(f"{name}.weight", codes, kind),
         model.constant(f"{name}.weight_scale", layer.weight_scale),
-        model.typed(f"{name}.weight_zero_point", layer.weight_zero_point, kind),
+        model.typed(f"{name}.weight_zero_point", zero, kind),
     ]
     if layer.group_size is None:
         return model.op("DequantizeLinear", constants, f"{name}.weight_real", axis=0)

@@ -7,9 +7,13 @@ numbers, but engines have integer kernels only where a layer's input and output 
 Equal numbers are one initializer (tensors are not: ONNX Runtime rewrites a layer's weights and zero points in place,
 and fails on those of two), attributes with their default value and types of inner tensors are left out: in a
 small network they are as many bytes as a tenth of the weights.
+
+For a target of `pairs` (TensorRT) a tensor on a grid is a pair instead, QuantizeLinear to int8 with zero point 0 and
+DequantizeLinear, and every operation takes and returns real numbers: such an engine refuses other types, zero points
+and whatever stands inside of a pair.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,7 @@ from qat.numerics.packing import pack_bits
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import RuntimeLayer
 from qat.runtime.network import IntegerNetwork, Node
+from qat.targets import TARGETS
 
 
 def require_onnx() -> Any:
@@ -44,17 +49,40 @@ class Model:
         self, network: IntegerNetwork, tensors: dict[str, Tensor], symbolic: dict[str, list[int | None]]
     ) -> None:
         self.onnx = require_onnx()
-        self.network, self.symbolic = network, symbolic
+        self.network, self.symbolic, self.pairs = network, symbolic, written_in_pairs(network.info)
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self.nodes: list[Any] = []
         self.initializers: dict[str, Any] = {}
         self._names: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+        self._same: dict[str, str] = {}
 
     def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Append an operation, which is called as its result is; returns that name."""
+        inputs = [self._same.get(name, name) for name in inputs]
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
+
+    def same(self, name: str, source: str) -> None:
+        """Let `name` stand for `source`, without an operation where nobody outside asks for it."""
+        if name in self.network.outputs:
+            self.op("Identity", [source], name)
+        else:
+            self._same[name] = self._same.get(source, source)
+
+    def grid(self, name: str) -> Quantize | None:
+        """The grid of a tensor that the file holds as integers; None where it holds real numbers."""
+        return None if self.pairs else self.network.grid(name)
+
+    def number(self, name: str, value: float) -> tuple[float, Any]:
+        """An integer of the tensor `name`'s grid, as the file has it, and its type; without a grid a real number."""
+        grid = self.network.grid(name)
+        if grid is None:
+            return value, np.float32
+        if self.pairs:
+            return float(grid.dequantize(torch.tensor(value))), np.float32
+        dtype, offset = storage(grid)
+        return value + offset, dtype
 
     def constant(self, name: str, value: Any, dtype: Any = None) -> str:
         """Add an initializer; returns its name. Of equal numbers, or lists of sizes, there is one."""
@@ -108,7 +136,9 @@ class Model:
         return self.op("Slice", [x, *(self.constant(f"{output}.{k}", v, np.int64) for k, v in columns.items())], output)
 
     def quantize(self, x: str, grid: Quantize, output: str) -> str:
-        """Real numbers to integers of `grid`."""
+        """Real numbers to integers of `grid`; to real numbers on it, where the file is one of pairs."""
+        if self.pairs:
+            return self._pair(x, grid, output)
         dtype, offset = storage(grid)
         low, high = grid.quant_min + offset, grid.quant_max + offset
         info = np.iinfo(dtype)
@@ -127,6 +157,25 @@ class Model:
         bounds = [self.constant(f"{output}.{k}", v, dtype) for k, v in (("min", low), ("max", high))]
         return self.op("Clip", [wide, *bounds], output)
 
+    def _pair(self, x: str, grid: Quantize, output: str) -> str:
+        """Real numbers on `grid`; its ends, where they are not those of int8, in front of the pair."""
+        zero, high = int(grid.zero_point), grid.quant_max
+        low = max(grid.quant_min, zero) if grid.relu else grid.quant_min
+        if zero or low < -128 or high > 127:
+            raise ValueError(
+                f"tensor '{output}' lies on integers from {low} to {high} with zero point {zero}, and the target takes "
+                f"int8 with zero point 0; give it bits=8 symmetric=true signed=true, or leave out export.formats=onnx"
+            )
+        if (low, high) == (0, 127):
+            x = self.op("Relu", [x], f"{output}.relu")
+        elif (low, high) != (-128, 127):
+            ends = [self.constant(f"{output}.{k}", grid.scale * v) for k, v in (("min", low), ("max", high))]
+            x = self.op("Clip", [x, *ends], f"{output}.clipped")
+        zeros = self.typed(f"{output}.zero_point", torch.zeros((), dtype=torch.int8), "INT8")
+        constants = [self.constant(f"{output}.scale", grid.scale), zeros]
+        quantized = self.op("QuantizeLinear", [x, *constants], f"{output}.q")
+        return self.op("DequantizeLinear", [quantized, *constants], output)
+
     def grid_constants(self, grid: Quantize, name: str) -> list[str]:
         """Scale and zero point of the tensor `name` as initializers."""
         dtype, offset = storage(grid)
@@ -134,7 +183,9 @@ class Model:
         return [self.constant(f"{name}.scale", grid.scale), self.constant(f"{dtype}_{zero}", zero, dtype)]
 
     def real(self, name: str, output: str, source: str | None = None) -> str:
-        """Real numbers of the integer tensor `name`, read from `source` if that is given."""
+        """Real numbers of the integer tensor `name`, read from `source` if that is given; returns their name."""
+        if self.pairs:
+            return name
         grid = self.network.grid(name)
         assert grid is not None
         return self.op("DequantizeLinear", [source or name, *self.grid_constants(grid, name)], output)
@@ -156,6 +207,11 @@ class Model:
             emit(name)
         else:
             self.quantize(emit(f"{name}.float"), layer.output, name)
+
+
+def written_in_pairs(info: Mapping[str, Any]) -> bool:
+    """Whether the file of a network with such an `info` is one of pairs: its target says so."""
+    return TARGETS[info.get("quant", {}).get("target", "generic")].pairs
 
 
 def fits_four_bits(low: int, high: int) -> bool:

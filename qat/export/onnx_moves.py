@@ -8,6 +8,7 @@ import torch
 
 from qat.export.onnx_functions import Emit, Steps, finish_steps, interpolate, windows
 from qat.export.onnx_model import Model, storage
+from qat.export.onnx_pairs import held_constant
 from qat.runtime.layers import RuntimeLayer
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import Node
@@ -21,7 +22,7 @@ def move(model: Model, node: Node, layer: RuntimeLayer) -> None:
     assert isinstance(layer, Move)
     settings = dict(layer.settings)
     name = settings.pop("name")
-    grid = model.network.grid(node.inputs[0])
+    grid = model.grid(node.inputs[0])
     wide = grid is not None and storage(grid)[0].itemsize > 1
     count = len(node.inputs) if name == "stack" else 2 if name == "where" else 1
     tensors = list(node.inputs)
@@ -29,8 +30,8 @@ def move(model: Model, node: Node, layer: RuntimeLayer) -> None:
         tensors[:count] = [model.cast(x, "FLOAT", f"{node.name}.in{i}") for i, x in enumerate(tensors[:count])]
     steps = Steps(model, node, settings | {"input": tensors[0], "tensors": tensors})
     if name == "masked_fill":
-        dtype, offset = (np.dtype(np.float32), 0) if grid is None else storage(grid)
-        steps.given["filling"] = steps.number(settings["value"] + offset, np.float32 if wide else dtype)
+        filling, dtype = model.number(node.inputs[0], settings["value"])
+        steps.given["filling"] = steps.number(filling, np.float32 if wide else dtype)
 
     def emit(s: Steps) -> str:
         y = MOVES[name](s)
@@ -46,6 +47,9 @@ def constant(model: Model, node: Node, layer: RuntimeLayer) -> None:
     """A tensor of the file."""
     assert isinstance(layer, Constant)
     value: Any = layer.value
+    if layer.output is not None and model.pairs:
+        held_constant(model, node.name, layer.value, layer.output)
+        return
     if layer.output is not None:
         dtype, offset = storage(layer.output)
         value = (value.int() + offset).numpy().astype(dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qat.export.onnx_conv import product, weight_as_kept
 from qat.export.onnx_model import Model
+from qat.export.onnx_pairs import FLOAT8, float8_pair, float8_weight
 from qat.fake_quant import FakeQuantize
 from qat.numerics.affine import SMALLEST_SCALE
 from qat.numerics.formats import FORMATS
@@ -113,6 +114,9 @@ def table_weight(model: Model, name: str, layer: TableConv) -> str:
     levels: Tensor | None = layer.levels
     if levels is not None and (narrow := _as_float8(layer)) is not None:
         (kind, codes), levels = narrow, None
+        if model.pairs and kind == FLOAT8:
+            return float8_weight(model, name, layer, codes)
+    _refuse_in_pairs(model, name)
     values = model.typed(f"{name}.weight", codes, kind)
     if levels is not None:
         index = model.cast(values, "INT32", f"{name}.weight_index")
@@ -133,6 +137,14 @@ def table_weight(model: Model, name: str, layer: TableConv) -> str:
     return _restore(model, layer.layout, layer.weight_shape, values, f"{name}.weight_real")
 
 
+def _refuse_in_pairs(model: Model, name: str) -> None:
+    if model.pairs:
+        raise ValueError(
+            f"layer '{name}': the target takes no such weights; use weight.format=e4m3fn with a scale a channel, or "
+            f"leave onnx out of export.formats"
+        )
+
+
 def product_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     """The weight, multiplied out, then the layer."""
     assert isinstance(layer, ProductConv)
@@ -141,6 +153,7 @@ def product_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
 
 def product_weight(model: Model, name: str, layer: ProductConv) -> str:
     """Codes, looked up in the prototypes of their part of the inputs."""
+    _refuse_in_pairs(model, name)
     out, *rest = layer.weight_shape
     parts, entries, width = layer.prototypes.shape
     index = model.cast(model.typed(f"{name}.weight", layer.codes, _code_type(layer)), "INT32", f"{name}.weight_code")
@@ -210,7 +223,7 @@ def _stored(model: Model, node: Node, layer: StoredConv, w: str) -> None:
     """`product * gain + bias`, on the layer's output grid."""
     name, x = node.name, node.inputs[0]
     w = weight_as_kept(model, name, layer, w)
-    if bool((layer.gain == 1).all()):
+    if bool((layer.gain == 1).all()) or model.pairs:  # whose scales hold it
         b = model.constant(f"{name}.bias", layer.bias)
         model.finish(layer, name, lambda out: product(model, node, layer, [x, w, b], out))
         return
@@ -238,6 +251,14 @@ def simulate(model: Model, node: Node, layer: RuntimeLayer) -> None:
     shape = model.shapes[x]
     if quantizer.relu:
         x = model.op("Relu", [x], f"{name}.relu")
+    if model.pairs:
+        if (scheme.format, scheme.granularity.value, quantizer.dynamic) != ("e4m3fn", "tensor", False):
+            raise ValueError(
+                f"tensor '{x}' ({scheme.describe()}): the target takes int8 and e4m3fn with one known scale a tensor; "
+                f"use format=e4m3fn granularity=tensor range=running"
+            )
+        float8_pair(model, quantizer, x, name)
+        return
     scale, zero = None, None
     if not quantizer.format.unit_scale:
         measure = _measured if quantizer.dynamic else _kept

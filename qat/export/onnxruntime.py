@@ -139,6 +139,8 @@ def kernels(path: Path | str, target: str = "generic") -> Kernels:
         graph = onnx.load(options.optimized_model_filepath).graph
     counts = Counter(node.op_type for node in graph.node)
     engine = f"ONNX Runtime {onnxruntime.__version__}"
+    if TARGETS[target].pairs:
+        engine += f" (in the place of {target}, which fuses the pairs; here they are run as written)"
     return Kernels(engine, dict(counts.most_common()), _floating(graph, onnx.TensorProto))
 
 

@@ -13,15 +13,18 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 
+from qat.refusals import Refusals
 from qat.runtime import operations as ops
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer, convolve
+from qat.runtime.lookup import LookUp
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork
+from qat.runtime.outer import Outer
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
-REAL = (ops.QuantizeInput, ops.Add, ops.Affine, ops.Average, ops.Mean, ops.Function, FloatConv)
+REAL = (ops.QuantizeInput, ops.Add, ops.Affine, ops.Average, ops.Mean, ops.Function, FloatConv, LookUp, Outer)
 """Layers that compute on real numbers."""
 
 MOVES = (ops.MaxPool, ops.Reshape, ops.Permute, ops.Slice, ops.Pad, ops.Concat, ops.Relu)
@@ -126,7 +129,7 @@ class Reference(nn.Module):
         dtype: integer type of activations: uint8 for x86, int8 for XNNPACK.
 
     Raises:
-        ValueError: a layer that has no such form.
+        ValueError: layers that have no such form; names each.
     """
 
     def __init__(self, network: IntegerNetwork, dtype: torch.dtype = torch.uint8) -> None:
@@ -137,7 +140,11 @@ class Reference(nn.Module):
         layers = {node.name: network.layer(node.name) for node in network.nodes}
         real = [name for name, layer in layers.items() if name not in self.grids or not _in_xnnpack(layer)]
         without = real if dtype is torch.int8 else []  # XNNPACK multiplies integers to integers only
-        self.steps = nn.ModuleList(real_form(layer, name, name in without) for name, layer in layers.items())
+        self.steps, refusals = nn.ModuleList(), Refusals()
+        for name, layer in layers.items():
+            with refusals.noted():
+                self.steps.append(real_form(layer, name, name in without))
+        refusals.raise_any()
 
     @property
     def quantized(self) -> list[str]:

@@ -116,8 +116,8 @@ class Target:
         float_layers: layers that stay float where no rule names them, as a rule's `match` has it.
         graph: `QuantConfig.graph` of a preset.
         formats: of exported files, unless others are asked for; keys of EXPORTERS.
-        fuses: what it puts into one kernel, for reports.
-        rounding: how it rounds where it requantizes. What is trained rounds to even; others differ in exact ties.
+        pairs: whether its ONNX file holds each tensor on a grid as a pair, QuantizeLinear and DequantizeLinear of int8
+            or float8 with zero point 0 and nothing in between, around operations on real numbers; else as integers.
         requantize: how an accumulator becomes the next layer's integer: `float`, by a float32 scale, or `fixed_point`,
             by an int32 multiplier and a shift.
         functions: how GELU, softmax, LayerNorm and the like are computed: in `float`, or in `integer`s of what is on a
@@ -138,8 +138,7 @@ class Target:
     float_layers: tuple[str, ...] = ()
     graph: str = "auto"
     formats: tuple[str, ...] = ("int8", "onnx")
-    fuses: tuple[str, ...] = ("BatchNorm", "ReLU")
-    rounding: Literal["half_even", "half_away", "half_up"] = "half_even"
+    pairs: bool = False
     requantize: Literal["float", "fixed_point"] = "float"
     functions: Literal["float", "integer"] = "float"
     onnxruntime_options: Mapping[str, str] = field(default_factory=lambda: {"session.x64quantprecision": "1"})
@@ -155,6 +154,11 @@ class Target:
     def usual(self) -> tuple[Kernel, ...]:
         """The kernels for what most networks are made of: the default's, and those of linear layers."""
         return tuple(dict.fromkeys((*self.layers["default"], *self.layers.get("linear", ()))))
+
+    @property
+    def rounding(self) -> str:
+        """How exact ties are rounded where it requantizes, in words: as `affine.quantize` and `fixed_point` do it."""
+        return {"float": "halves to even", "fixed_point": "halves up"}[self.requantize]
 
     @property
     def weight_bits(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from qat.numerics.formats import FORMATS
 from qat.targets.limits import ELEMENTWISE, FLOAT, IN_FLOAT, NORMS, Kernel, Limits, Target
-from qat.targets.vllm import FLOAT8, VLLM, blocks
+from qat.targets.vllm import FLOAT8, VLLM
 
 _UP_TO_8 = tuple(range(1, 9))  # fewer bits are integers of 8 bits, too
 
@@ -53,13 +53,11 @@ def _onnxruntime(description: str, weight: Limits, **settings: Any) -> Target:
     weight_only = Kernel(name="DequantizeLinear, in float", weight=_DEQUANTIZED, activation=FLOAT, integers=False)
     mixed = Kernel(name="DequantizeLinear, in float", weight=_DEQUANTIZED, activation=_STATIC, integers=False)
     integer = Kernel(name="QLinearConv, QGemm, QLinearMatMul", weight=weight, activation=_STATIC)
-    block = replace(weight_only, name="MatMulNBits")
     rows = Limits(formats=_WEIGHTS, granularities=("channel", "tensor"), why="rows are looked up one by one")
     return Target(
         description=description,
         layers={
             "default": (integer, weight_only, replace(mixed, weight=_GROUPS), IN_FLOAT),
-            "linear": (integer, block, replace(mixed, weight=_GROUPS), IN_FLOAT),
             "transposed convolution": (mixed, weight_only, IN_FLOAT),
             "embedding": (Kernel(name="Gather", weight=rows, activation=None), IN_FLOAT),
             "lstm": (IN_FLOAT,),
@@ -67,7 +65,6 @@ def _onnxruntime(description: str, weight: Limits, **settings: Any) -> Target:
         },
         function_inputs=ELEMENTWISE,
         keeps_float=(*sorted(ELEMENTWISE), *NORMS),
-        fuses=("BatchNorm", "ReLU", "clamp"),
         source="onnxruntime.ai/docs/performance/model-optimizations/quantization.html",
         **settings,
     )
@@ -98,17 +95,16 @@ _OPENVINO = Target(
     },
     prefers={"weight": {"bits": 7}},  # without VNNI, oneDNN adds pairs of products in int16, too
     keeps_float=(*sorted(ELEMENTWISE), *NORMS),
-    fuses=("BatchNorm", "ReLU", "clamp", "SiLU and the like behind a layer", "add"),
     source="docs.openvino.ai: Low Precision Transformations; NNCF's overflow_fix for CPUs without VNNI",
 )
 
 # ---- TensorRT --------------------------------------------------------------------------------------------------------
 
 _RT = "TensorRT's integers are signed and symmetric"
-_RT_INT8 = Kernel(
+_RT_INT8 = Kernel(  # -128 would be 128 where a BatchNorm turns the sign of a channel; activations are clamped at -128
     name="INT8",
-    weight=Limits(formats=_WEIGHTS, symmetric=True, granularities=("channel", "tensor"), why=_RT),
-    activation=Limits(formats={"int": (8,)}, symmetric=True, signed=True, ranges="static", why=_RT),
+    weight=Limits(formats=_WEIGHTS, symmetric=True, narrow=True, granularities=("channel", "tensor"), why=_RT),
+    activation=Limits(formats={"int": (8,)}, symmetric=True, signed=True, narrow=False, ranges="static", why=_RT),
 )
 _RT_FP8 = Kernel(
     name="FP8",
@@ -123,15 +119,19 @@ _TENSORRT = Target(
             _RT_INT8, _RT_FP8,
             Kernel(name="INT4 weight-only", integers=False, activation=FLOAT, weight=Limits(
                 formats={"int": (4,)}, symmetric=True, granularities=("group",), group_sizes=(64, 128), why=_RT)),
-            blocks("nvfp4", 4, 16), blocks("mxfp8_e4m3", 8, 32), IN_FLOAT,
+            IN_FLOAT,
         ),
         "embedding": (IN_FLOAT,),
         "lstm": (IN_FLOAT,),
         "recurrent": (IN_FLOAT,),
     },
-    prefers={"activation": {"symmetric": True, "signed": True}},
+    prefers={"activation": {"symmetric": True, "signed": True}, "weight": {"narrow_range": True}},
     keeps_float=(*sorted(ELEMENTWISE), *NORMS),
-    fuses=("BatchNorm", "ReLU", "clamp", "SiLU and the like behind a layer", "add"),
+    pairs=True,
+    onnxruntime_options={  # it stands in, and runs the pairs as they are written
+        "session.disable_quant_qdq": "1",
+        "optimization.disable_specified_optimizers": "ReluQuantRewrite",  # takes float8's zero for the least of uint8
+    },
     source="docs.nvidia.com/deeplearning/tensorrt: Working with Quantized Types, Explicit Quantization",
 )  # fmt: skip
 
@@ -147,20 +147,8 @@ _XNNPACK = Target(
     description="ExecuTorch with XNNPACK: int8 activations with a zero point, symmetric int8 weights.",
     layers={
         "default": (_QS8, IN_FLOAT),
-        "linear": (
-            _QS8,
-            Kernel(name="qd8_f32_qc8w", weight=_NARROW, activation=Limits(
-                formats={"int": (8,)}, signed=True, granularities=("token",), ranges="dynamic")),
-            Kernel(name="qd8_f32_qb4w", weight=Limits(
-                formats={"int": (4,)}, symmetric=True, granularities=("group", "channel"), group_sizes=(32, 64, 128)),
-                activation=Limits(formats={"int": (8,)}, signed=True, granularities=("token",), ranges="dynamic")),
-            IN_FLOAT,
-        ),
-        "embedding": (
-            Kernel(name="embedding_byte, embedding_4bit", activation=None, weight=Limits(
-                formats={"int": (2, 4, 8)}, granularities=("channel", "group"))),
-            IN_FLOAT,
-        ),
+        "transposed convolution": (replace(_QS8, name="dequantized, in float", integers=False), IN_FLOAT),
+        "embedding": (IN_FLOAT,),
         "lstm": (IN_FLOAT,),
         "recurrent": (IN_FLOAT,),
     },
@@ -168,7 +156,7 @@ _XNNPACK = Target(
     operations=frozenset({"add", "mul", "average"}),
     function_inputs=ELEMENTWISE,
     keeps_float=("matmul", "sub", "div", *sorted(ELEMENTWISE), *NORMS),
-    fuses=("BatchNorm", "ReLU", "clamp"),
+    formats=("int8", "onnx", "executorch"),
     source="docs.pytorch.org/executorch/stable/backends/xnnpack/xnnpack-quantization.html",
 )  # fmt: skip
 
@@ -183,24 +171,18 @@ _TFLITE_BOUNDS = {
 _S8 = Limits(  # narrower ones by the kernels' own ends; unsigned ones are moved by 128, and so is the zero point
     formats={"int": _UP_TO_8}, ranges="static", why="its activations are int8 with a zero point"
 )
-_S16 = Limits(formats={"int": (16,)}, symmetric=True, signed=True, ranges="static", why="int16 has no zero point")
 _CMSIS = Target(
     description="CMSIS-NN on Cortex-M: int8, requantized by an int32 multiplier and a shift.",
     layers={
-        "default": (
-            Kernel(name="arm_convolve_s8, arm_fully_connected_s8", weight=_NARROW, activation=_S8),
-            Kernel(name="arm_convolve_s16, arm_fully_connected_s16", weight=_NARROW, activation=_S16),
-        ),
+        "default": (Kernel(name="arm_convolve_s8, arm_fully_connected_s8", weight=_NARROW, activation=_S8),),
         "embedding": (Kernel(name="GATHER", weight=replace(_NARROW, granularities=("tensor",)), activation=None),),
-        "lstm": (Kernel(name="arm_lstm_unidirectional_s8", weight=_NARROW, activation=_S8),),
-        "recurrent": (),
+        **dict.fromkeys(("bilinear", "lstm", "recurrent"), ()),
     },
     prefers={"activation": {"symmetric": False, "signed": True}, "weight": {"narrow_range": True}},
     bounds=_TFLITE_BOUNDS,
-    fuses=("BatchNorm", "ReLU", "clamp"),
-    rounding="half_away",
     requantize="fixed_point",
     functions="integer",
+    formats=("int8", "c_header"),
     source="ai.google.dev/edge/litert: 8-bit quantization specification; github.com/ARM-software/CMSIS-NN",
 )
 _INTEGER_ONLY = Target(
@@ -213,10 +195,11 @@ _INTEGER_ONLY = Target(
             ),
         ),
         "embedding": (Kernel(name="int8 rows", weight=_PER_CHANNEL, activation=None),),
+        **dict.fromkeys(("bilinear", "lstm", "recurrent"), ()),
     },
-    rounding="half_away",
     requantize="fixed_point",
     functions="integer",
+    formats=("int8", "c_header"),
     source="Jacob et al. 2018, section 2.2; Kim et al. 2021 (I-BERT), algorithms 1 to 4",
 )  # fmt: skip
 

@@ -66,6 +66,5 @@ VLLM = Target(
     float_layers=("type:Embedding*", "lm_head", "*.lm_head", "embed_out", "*.embed_out"),
     graph="layers",
     formats=("compressed_tensors",),
-    fuses=(),
     source="docs.vllm.ai: llm-compressor, compression schemes; features/quantization",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from qat.export.files import write_atomically
 
 PACKAGES = ("qat", "torch", "lightning", "hydra-core", "safetensors", "numpy")
-ELSEWHERE = ("ckpt_path", "phase", "logger")
+ELSEWHERE = ("ckpt_path", "phase", "logger", "rehearse")
 """Settings that the weights do not depend on."""
 
 

@@ -25,7 +25,7 @@ STALE = (
     *(f"checkpoints/{phase}/{name}" for phase in PHASES for name in ("last.ckpt", LATEST, BEFORE)),
 )  # fmt: skip
 """What of an earlier run in the same directory would be taken for a new run's."""
-VOLATILE = ("ckpt_path", "phase", "sweep")
+VOLATILE = ("ckpt_path", "phase", "sweep", "rehearse")
 """Settings that may differ when a run goes on."""
 SHOWN = ("progress", "prune")
 """And callbacks, which depend on what starts the run."""
