@@ -37,10 +37,14 @@ _ADVICE: tuple[tuple[str, str], ...] = (
 
 
 def advice(error: Exception) -> str:
-    """What to do about an error of the network's code under a recording."""
-    text = str(error)
+    """What to do about an error of the network's code under a recording; nothing for our own, which say it."""
+    text, tb = str(error), error.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    if tb is not None and Path(tb.tb_frame.f_code.co_filename).is_relative_to(_QAT):
+        return ""
     known = (what for pattern, what in _ADVICE if re.search(pattern, text))
-    return next(known, "What cannot be computed with symbols in place of tensors is to be in a submodule of its own.")
+    return next(known, "What cannot be computed with symbols in place of tensors belongs into a submodule of its own.")
 
 
 def last_user_line(error: BaseException) -> str:

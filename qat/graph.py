@@ -119,7 +119,7 @@ class Graph:
             return Kind.layer
         if isinstance(module, FakeQuantize):
             return Kind.quantizer
-        if self.has_places(node) or (node.target is operator.getitem and self.has_places(node.args[0])):
+        if self.has_places(node) or self.takes_part(node):
             return Kind.other
         kind = KINDS.get(self.key(node), Kind.other)
         if str(node.target) in self.module.meta.get("identity_in_eval", ()):
@@ -140,6 +140,15 @@ class Graph:
         if kind is Kind.relu and node in self.passing_relus:
             return Kind.passes
         return kind
+
+    def takes_part(self, node: fx.Node) -> bool:
+        """Whether a node takes one of several results of an operation that only torch, or only Python, knows."""
+        if node.target is not operator.getitem or not isinstance(node.args[1], int):
+            return False
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        known = source.target is pad_packed_sequence or self.key(source) in CALLS
+        return self.has_places(source) or (not known and self.kind(source) is Kind.other)
 
     def why_float(self, node: fx.Node) -> str | None:
         """Why a pooling has no integer form; None for others."""
@@ -173,7 +182,7 @@ class Graph:
         kind = self.kind(node)
         if kind is Kind.result:
             return self.name(self.result(node)[0])  # type: ignore[index]
-        if kind in (Kind.batch_norm, Kind.relu):
+        if kind in (Kind.batch_norm, Kind.relu) or self.takes_part(node):
             return self.name(node.all_input_nodes[0])
         if node.op == "call_module":
             return str(node.target)

@@ -34,8 +34,8 @@ def multihead_attention(
     for setting, used in (("add_bias_kv", m.bias_k is not None), ("add_zero_attn", m.add_zero_attn)):
         if used:
             raise ValueError(
-                f"nn.MultiheadAttention with {setting}=True cannot be prepared: it adds a key that no input has; make "
-                f"it with {setting}=False"
+                f"nn.MultiheadAttention with {setting}=True cannot be recorded: it adds a key that no input has; make "
+                f"it with {setting}=False, or leave it float"
             )
     if is_causal and attn_mask is None:
         raise ValueError("nn.MultiheadAttention: is_causal=True is only a hint about attn_mask; give attn_mask, too")

@@ -29,7 +29,8 @@ from qat.parts import graphs
 from qat.prepared import PreparedPart
 from qat.results import RECURRENT, is_padded
 from qat.runtime import operations as ops
-from qat.runtime.foreign import Foreign
+from qat.runtime.foreign import Foreign, Slot
+from qat.runtime.foreign import Part as ForeignPart
 from qat.runtime.layers import RuntimeLayer
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork
@@ -263,7 +264,12 @@ def _other(lowering: Lowering, node: fx.Node) -> None:
         lower_recurrent.padded(lowering, node)
         return
     if node.op == "call_module" and node.target in lowering.opaque:
-        lowering.real_operation(node, Foreign(lowering.opaque[str(node.target)]), node.all_input_nodes)
+        inputs = node.all_input_nodes
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: Slot(inputs.index(n)))  # type: ignore[arg-type, return-value]
+        lowering.real_operation(node, Foreign(lowering.opaque[str(node.target)], args, kwargs), inputs)
+        return
+    if lowering.graph.takes_part(node) and str(node.all_input_nodes[0].target) in lowering.opaque:
+        lowering.real_operation(node, ForeignPart(node.args[1]), node.all_input_nodes)  # type: ignore[arg-type]
         return
     lowering.real_operation(node, *lower_calls.function(lowering.graph, lowering.sizes, node))
 

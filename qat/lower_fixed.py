@@ -21,6 +21,7 @@ from qat.kinds import POINTWISE
 from qat.refusals import Refusals
 from qat.runtime import fixed
 from qat.runtime import operations as ops
+from qat.runtime.functions import nearest_places
 from qat.runtime.grid import Quantize, Requantize
 from qat.runtime.layers import IntegerConv, RuntimeLayer
 from qat.runtime.lookup import LookUp
@@ -106,6 +107,8 @@ class _Conversion:
 
     def _convert(self, node: Node, layer: RuntimeLayer) -> None:
         name, inputs, output = node.name, list(node.inputs), layer.output
+        if isinstance(layer, ops.Move):
+            layer = _without_floats(layer, self.shapes[inputs[0]])
         if inputs and all(i in self.held for i in inputs):
             self._hold(name, layer(*(self.held[i] for i in inputs)), output)
         elif isinstance(layer, ops.Dequantize):
@@ -358,3 +361,21 @@ class _Conversion:
         self.nodes.append(Node(real, (source,)))
         self.layers[real] = ops.Dequantize(out)
         return real
+
+
+def _without_floats(layer: ops.Move, shape: list[int]) -> RuntimeLayer:
+    """The same move for inputs of one size: places that are computed in floats are given, equal windows are a pooling.
+
+    Other adaptive poolings compare integers as they are.
+    """
+    settings = {key: value for key, value in layer.settings.items() if key != "name"}
+    if layer.settings["name"] == "interpolate":
+        return ops.Move(name="take", places=nearest_places(shape[2:], **settings))
+    if layer.settings["name"] != "adaptive_max_pool":
+        return layer
+    spatial = shape[-len(settings["output_size"]) :]
+    sizes = [n if m is None else m for n, m in zip(spatial, settings["output_size"], strict=True)]
+    if any(n % m for n, m in zip(spatial, sizes, strict=True)):
+        return layer
+    kernel, dims = [n // m for n, m in zip(spatial, sizes, strict=True)], len(sizes)
+    return ops.MaxPool(kernel=kernel, stride=kernel, padding=[0] * dims, dilation=[1] * dims, ceil_mode=False)

@@ -92,7 +92,9 @@ def split(net: nn.Module, calls: Mapping[str, Call], graph: str) -> Parts:
     known = {net.get_submodule(path) for path in covered if has(net, path)}
     for path, module in net.named_modules():
         if type(module) in SWAPS and module not in known:
-            called = "its forward is not what uses its weight" if path in calls else "the example inputs do not run it"
+            around = path.rpartition(".")[0]
+            used = path in calls or (around in parts.untraced and _is_torchs(net.get_submodule(around)))
+            called = "its forward is not what uses its weight" if used else "the example inputs do not run it"
             parts.left_out[path] = called
     return parts
 

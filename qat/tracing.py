@@ -218,7 +218,7 @@ def _record(net: nn.Module, training: bool, whole: set[str], fixed: Mapping[str,
     except Exception as error:  # whatever the network's own code raises when it meets a symbolic tensor
         where = last_user_line(error)
         raise UntraceableError(
-            f"qat cannot trace {type(net).__name__}{where}: {str(error).rstrip('.')}. {advice(error)}",
+            f"qat cannot trace {type(net).__name__}{where}: {str(error).rstrip('.')}. {advice(error)}".rstrip(),
             tracer.culprit or "",
         ) from error
     for name, version in _versions(net).items():

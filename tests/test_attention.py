@@ -1,6 +1,7 @@
 """Torch's attention modules: recorded in steps that compute the same, quantized inside, and lowered to integers."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -224,11 +225,50 @@ def test_attention_drops_in_training_only() -> None:
         assert torch.equal(prepared(x), prepared(x))
 
 
+class Between(nn.Module):
+    """Attention that cannot be recorded between layers that can."""
+
+    def __init__(self, **settings: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, **settings)  # type: ignore[arg-type]
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x)
+        z, shares = self.attention(y, y[:, 1:], y[:, 1:], average_attn_weights=False)  # attends
+        return self.b(z), shares
+
+
 @pytest.mark.parametrize("setting", ["add_bias_kv", "add_zero_attn"])
-def test_keys_that_no_input_has_are_refused(setting: str) -> None:
-    net = One(itself(), nn.MultiheadAttention(WIDTH, HEADS, **{setting: True}))
-    with pytest.raises(ValueError, match=rf"{setting}=True cannot be prepared.*{setting}=False"):
-        qat.prepare(net, config(8), one())
+def test_keys_that_no_input_has_leave_attention_float(setting: str) -> None:
+    torch.manual_seed(0)
+    net, x = Between(**{setting: True}).eval(), torch.randn(SAMPLES, STEPS, WIDTH)
+    prepared = qat.prepare(net, config(8), x)
+    assert all(torch.equal(a, b) for a, b in zip(prepared(x), net(x), strict=True))
+    graph: Any = prepared.graph
+    read = {str(node.target): str(node.args[0]) for node in graph.nodes if node.target in ("a", "b")}
+    assert read == {"a": "quantizers_x", "b": "quantizers_attention"}  # what attention makes is quantized again
+    text = " ".join(qat.report(prepared).split())
+    assert f"qat cannot trace MultiheadAttention: nn.MultiheadAttention with {setting}=True cannot be recorded" in text
+    assert "float: attention.out_proj: its forward is not what uses its weight" in text
+    qat.calibrate(prepared, [x])
+    prepared.train()(x)[0].square().mean().backward()
+    assert net.attention.in_proj_weight.grad is not None
+    with torch.no_grad():
+        for got, expected in zip(qat.lower(prepared.eval())(x), prepared(x), strict=True):
+            assert (got - expected).abs().mean() <= 0.02 * expected.std()
+
+
+@pytest.mark.parametrize("setting", ["add_bias_kv", "add_zero_attn"])
+def test_keys_that_no_input_has_are_refused_where_all_is_to_be_recorded(setting: str) -> None:
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# attends"))
+    net, x = Between(**{setting: True}), torch.randn(2, STEPS, WIDTH)
+    with pytest.raises(ValueError, match=rf"{setting}=True cannot be recorded.*{setting}=False") as error:
+        qat.prepare(net, dataclasses.replace(config(8), graph="required"), x)
+    assert f" at {__file__}:{line}: nn.MultiheadAttention" in str(error.value)
+    alone = One(itself(), nn.MultiheadAttention(WIDTH, HEADS, **{setting: True}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"nothing in One can be quantized: .*{setting}=True cannot be recorded"):
+        qat.prepare(alone, config(8), one())
 
 
 def test_a_hint_without_its_mask_is_refused() -> None:

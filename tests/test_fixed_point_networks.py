@@ -113,6 +113,13 @@ OPERATIONS: dict[str, Case] = {
     "sum": between(lambda s, y: y.sum(dim=1), fixed.FixedMean),
     "max": between(lambda s, y: F.max_pool2d(y, 3, 2, 1, ceil_mode=True)),
     "max_1d": between(lambda s, y: F.max_pool1d(y, 3, 2, 1), dims=1),
+    "adaptive_max": between(lambda s, y: F.adaptive_max_pool2d(y, (3, 5)), ops.Move),
+    "adaptive_max_1d": between(lambda s, y: s.op(y), ops.Move, dims=1, op=nn.AdaptiveMaxPool1d(5)),
+    "adaptive_max_even": between(lambda s, y: F.adaptive_max_pool2d(y, (None, 4)), ops.MaxPool),
+    "nearest": between(lambda s, y: F.interpolate(y, scale_factor=(1.7, 2)), ops.Move),
+    "nearest_exact": between(lambda s, y: F.interpolate(y, size=(5, 11), mode="nearest-exact"), ops.Move),
+    "nearest_smaller": between(lambda s, y: F.interpolate(y, size=(7, 4)), ops.Move),
+    "nearest_3d": between(lambda s, y: s.op(y), ops.Move, dims=3, op=nn.Upsample(scale_factor=2)),
     "sub": between(lambda s, y: s.b(y) - y, fixed.FixedSum, **OTHER),
     "mul": between(lambda s, y: s.b(y) * y, fixed.FixedProduct, **OTHER),
     "gate": between(lambda s, y: y * torch.sigmoid(s.b(y).mean((2, 3), keepdim=True)), fixed.FixedProduct, **OTHER),
@@ -286,6 +293,19 @@ def test_the_result_of_the_network_is_one_grid_of_integers() -> None:
         assert integers.dtype == torch.int32
         assert torch.equal(integers.argmax(1), prepared(x).argmax(1))
         torch.testing.assert_close(network(x), prepared(x), rtol=1e-5, atol=1e-5)
+
+
+def test_sums_are_moved_and_selected_without_loss() -> None:
+    """What the network returns is 31 bits wide: more than float32, in which torch pools and interpolates, holds."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Upsample(scale_factor=1.7), nn.AdaptiveMaxPool2d((4, 7)))
+    network = qat.lower(finalized(net, torch.randn(16, 3, 8, 8), config()))
+    tensors = network.run(torch.randn(4, 3, 8, 8))
+    sums = tensors[network.nodes[-3].inputs[0]]
+    assert sums.dtype == torch.int32
+    assert int(sums.abs().max()) > 2**24
+    expected = F.adaptive_max_pool2d(F.interpolate(sums.double(), scale_factor=1.7), (4, 7))
+    assert torch.equal(tensors[network.nodes[-1].inputs[0]].double(), expected)
 
 
 @pytest.mark.parametrize(

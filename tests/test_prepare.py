@@ -128,6 +128,15 @@ ADDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("take", [lambda pair: pair[0], lambda pair: pair.values], ids=["index", "name"])
+def test_one_of_several_results_of_a_float_operation_is_quantized_where_it_is_read(take: Callable[..., Tensor]) -> None:
+    net = Net(lambda s, x: s.b(take(torch.topk(s.a(x), 4, 1))), a=conv(), b=conv(4))
+    p = prepared(net)
+    assert reads(p)["b"][0].startswith("q:")
+    assert "float: topk: the runtime has no topk: it cannot be lowered" in qat.report(p)
+    assert torch.equal(p(X), net(X))
+
+
 @pytest.mark.parametrize("form", ADDS)
 def test_residual_add(form: str) -> None:
     def run(s: Any, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import qat
 from qat.runtime import IntegerConv, IntegerNetwork, Node, Quantize
 from qat.runtime import operations as ops
 from qat.runtime.accumulate import exact_dtype, reference_conv
+from qat.runtime.functions import MOVES, nearest_places
 from qat.runtime.grid import storage_dtype
 from qat.zoo.models import SmallCNN
 
@@ -461,3 +462,23 @@ def test_integer_operations_by_hand() -> None:
     wide = ops.MaxPool(kernel=[2], stride=[1], padding=[0], dilation=[1], ceil_mode=False)(wide)
     assert wide.tolist() == [[[65535, 65534]]]
     assert wide.dtype == torch.int32
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_nearest_interpolation_takes_values_from_the_places_that_torch_takes(mode: str) -> None:
+    for size in range(1, 24):
+        x = torch.randint(-128, 128, (2, 3, size, 7), dtype=torch.int8)
+        ways: list[dict[str, Any]] = [{"size": (n, 5)} for n in range(1, 40, 3)]
+        ways += [{"scale_factor": f} for f in (0.3, 0.5, 1.1, 1.7, 2, 3) if int(size * f)]
+        ways += [{"scale_factor": (1.3, 2.1), "recompute_scale_factor": True}]
+        for way in ways:
+            made = MOVES["take"](x, places=nearest_places(x.shape[2:], mode=mode, **way))
+            assert made.dtype == torch.int8
+            assert torch.equal(made.float(), F.interpolate(x.float(), mode=mode, **way)), (size, way)
+
+
+@pytest.mark.parametrize("size", [(3, 5), (None, 2), (4, 4), (1, 11)])
+def test_integers_are_pooled_in_torchs_windows(size: tuple[int | None, int]) -> None:
+    x = torch.randint(-(2**30), 2**30, (2, 3, 8, 9), dtype=torch.int32)
+    made = MOVES["adaptive_max_pool"](x, output_size=list(size))
+    assert torch.equal(made.double(), F.adaptive_max_pool2d(x.double(), size))

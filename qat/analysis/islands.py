@@ -1,6 +1,5 @@
 """Operations that the integer network computes in float, and why."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,7 +77,7 @@ def _islands(graph: Graph, opaque: Sequence[str]) -> list[dict[str, str]]:
         reason = f"no integer form: {operation} is computed in float"
         if why := graph.why_float(node):
             reason = f"{why}: it stays float, and cannot be lowered"
-        elif node.target is operator.getitem and graph.has_places(node.args[0]):
+        elif graph.takes_part(node):  # of what is listed
             continue
         elif kind is Kind.other:
             unknown = computed_weight(node) or f"the runtime has no {operation}: it cannot be lowered"

@@ -14,7 +14,7 @@ from qat.runtime.layers import RuntimeLayer
 
 MOVES = {
     "transpose", "movedim", "squeeze", "unsqueeze", "flatten", "unflatten", "expand", "repeat", "select", "narrow",
-    "flip", "index", "part", "stack",
+    "flip", "index", "part", "stack", "take",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from qat.export.onnx_model import Model
+from qat.runtime.functions import windows
 from qat.runtime.layers import RuntimeLayer
 from qat.runtime.network import Node
 from qat.runtime.operations import Function
@@ -254,11 +255,6 @@ def _lp_pool(dims: int) -> Emit:
         return s("Pow", total, 1 / p)
 
     return emit
-
-
-def windows(size: int, output: int) -> list[tuple[int, int]]:
-    """First and one behind the last input of each output of an adaptive pooling."""
-    return [(i * size // output, -(-(i + 1) * size // output)) for i in range(output)]
 
 
 def adaptive_average(s: Steps) -> str:

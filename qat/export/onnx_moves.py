@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from qat.export.onnx_functions import Emit, Steps, finish_steps, interpolate, windows
+from qat.export.onnx_functions import Emit, Steps, finish_steps, interpolate
 from qat.export.onnx_model import Model, storage
 from qat.export.onnx_pairs import held_constant
+from qat.runtime.functions import windows
 from qat.runtime.layers import RuntimeLayer
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import Node

@@ -94,6 +94,42 @@ def _pack(x: Tensor, *lengths: Tensor, batch_first: bool, enforce_sorted: bool, 
     return pack_padded_sequence(x, lengths[0].cpu() if lengths else given, batch_first, enforce_sorted)
 
 
+def windows(size: int, output: int) -> list[tuple[int, int]]:
+    """First and one behind the last input of each output of an adaptive pooling."""
+    return [(i * size // output, -(-(i + 1) * size // output)) for i in range(output)]
+
+
+def _adaptive_max(x: Tensor, output_size: list[int | None]) -> Tensor:
+    """Adaptive max pooling; of integers, which torch has no kernel for, one dimension at a time."""
+    if x.is_floating_point():
+        return _adaptive("max")(x, output_size)
+    for dim, size in enumerate(output_size, start=x.dim() - len(output_size)):
+        if size is not None:
+            cuts = [x.narrow(dim, start, stop - start) for start, stop in windows(x.shape[dim], size)]
+            x = torch.cat([cut.amax(dim, keepdim=True) for cut in cuts], dim)
+    return x
+
+
+def nearest_places(sizes: Sequence[int], **settings: Any) -> list[list[int]]:
+    """Which value of a dimension each result of nearest interpolation is, for each of the dimensions of those sizes.
+
+    Torch computes places in float32: asked of it, they are the same where its arithmetic rounds.
+    """
+    found = []
+    for dim, n in enumerate(sizes):
+        column = [-1 if i == dim else 1 for i in range(len(sizes))]
+        places = F.interpolate(torch.arange(float(n)).reshape(column).expand(1, 1, *sizes), **settings)[0, 0]
+        found.append(places.movedim(dim, -1).reshape(-1, places.shape[dim])[0].long().tolist())
+    return found
+
+
+def _take(x: Tensor, places: Sequence[Sequence[int]]) -> Tensor:
+    """Values of the last dimensions by their places."""
+    for dim, index in enumerate(places, start=x.dim() - len(places)):
+        x = x.index_select(dim, torch.tensor(index, device=x.device))
+    return x
+
+
 def _in_float(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """For what torch has on floats alone; integers of up to 16 bits are exact in float32."""
     return lambda x, **settings: function(x.float(), **settings).to(x.dtype)
@@ -118,8 +154,9 @@ MOVES: dict[str, Callable[..., Any]] = {
     "amin": lambda x, dim, keepdim: x.amin(dim, keepdim),
     "pixel_shuffle": lambda x, upscale_factor: F.pixel_shuffle(x, upscale_factor),
     "pixel_unshuffle": lambda x, downscale_factor: F.pixel_unshuffle(x, downscale_factor),
-    "adaptive_max_pool": _in_float(lambda x, output_size: _adaptive("max")(x, output_size)),
+    "adaptive_max_pool": _adaptive_max,
     "interpolate": _in_float(F.interpolate),
+    "take": _take,
     "masked_fill": lambda x, mask, value: x.masked_fill(mask.bool(), value),
     "pack": _pack,
     "pack_sequence": lambda *tensors, enforce_sorted: pack_sequence(list(tensors), enforce_sorted),

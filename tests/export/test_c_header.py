@@ -20,6 +20,7 @@ from tests.test_fixed_point_networks import NETWORKS, OPERATIONS, build, config,
 
 HELD = ["ds_cnn", "small_cnn", "resnet20", "mobilenet_v2", "mobilenet_v3"]
 OPERATIONS_HELD = [
+    "adaptive_max_even", "nearest_smaller",
     "average", "average_uneven", "average_ceil", "average_1d", "mean", "sum", "max", "max_1d", "sub", "mul", "gate",
     "parameter", "concat", "hardswish_by_hand", "clamp", "pad", "two_readers", "gelu", "a_chain", "function_at_the_end",
     "sum_at_the_end",
@@ -149,6 +150,8 @@ def test_what_the_runners_lack_is_refused_by_name(tmp_path: Path) -> None:
         ("transposed", r"'t' \(FixedConv\): a transposed convolution"),
         ("group_norm", r"'n' \(FixedNorm\): the runners have"),
         ("reflect", r"'pad' \(Pad\): it moves values in a way"),
+        ("nearest", r"'interpolate' \(take\): it moves values in a way"),
+        ("adaptive_max", r"'adaptive_max_pool2d' \(adaptive_max_pool\): the runners have"),
     ):
         net, x = build(OPERATIONS[name], 8)
         network = qat.lower(finalized(net, x, config()))
