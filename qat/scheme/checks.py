@@ -180,7 +180,9 @@ def _ranges(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     if rule.affine is True and scheme.symmetric:
         yield Refusal("range", f"{name} learns a zero point", "symmetric=false", "range=lsq")
     if rule.affine is False and not scheme.symmetric:
-        yield Refusal("range", f"{name} has no zero point", "symmetric=true", "range=lsq_plus")
+        unsigned = role == "weight" and scheme.signed is False  # only affine weights are
+        instead = "symmetric=true signed=null" if unsigned else "symmetric=true"
+        yield Refusal("range", f"{name} has no zero point", instead, "range=lsq_plus")
     if rule.odd and role == "weight":
         if scheme.bits == 1:
             yield Refusal("range", "DoReFa's weights of 1 bit are sign(w) mean|w|", "format=binary range=dynamic")
