@@ -387,7 +387,7 @@ class FakeQuantize(nn.Module):
         return fake_quantize_by(x, scale, zero_point, staircase, grad_scale)
 
     def _drawing(self, moves: bool) -> AbstractContextManager[None]:
-        """Where random numbers come from: of the scheme's seed, the next ones; a repeated forward has the same."""
+        """Where random numbers come from: the next ones of the scheme's seed; a repeated forward has the same again."""
         if self.scheme.rounding_seed is None or not moves:
             return nullcontext()
         if not recomputing():

@@ -71,14 +71,15 @@ def set_mode(net: nn.Module, mode: Mode | str) -> None:
         quantizer.mode = mode
 
 
-def watch(net: nn.Module) -> None:
+def watch(net: nn.Module, on: bool = True) -> None:
     """Let the next forward of every FakeQuantize check its input: NaN or infinity raise a ValueError with its name.
 
-    Otherwise infinity saturates without a word, and NaN comes out at the other end. The check reads each tensor once,
-    so it is made now and then: at every batch of calibration, and at the first one of every epoch.
+    The check reads each tensor once, so it is made now and then: at every batch of calibration, at the first one of
+    every epoch, and where the loss is not finite (`StopOnNonFinite`): NaN comes out at the other end. In between,
+    infinity saturates without a word.
     """
     for _, quantizer in quantizers(net):
-        quantizer.watched = True
+        quantizer.watched = on
 
 
 def set_progress(net: nn.Module, share: float) -> None:

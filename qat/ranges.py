@@ -104,7 +104,7 @@ class Fixed(Range):
     """Set by calibration; stays.
 
     Source: Wu et al. 2020, "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation",
-    section 3.3 (calibration).
+    section 3.4 (calibration).
     """
 
     kept = True
@@ -138,8 +138,8 @@ class Running(Fixed):
 class Dynamic(Range):
     """Computed from the tensor at hand at every use. The natural choice for weights, whose values are all known.
 
-    Source: Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference: A whitepaper",
-    section 3 (weights); Yao et al. 2022, "ZeroQuant", section 4.1 (activations, a scale a token).
+    Source: Jacob et al. 2018, section 3.1 (weights); Yao et al. 2022, "ZeroQuant", section 4.1 (activations, with a
+    scale a token).
     """
 
     dynamic = True

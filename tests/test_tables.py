@@ -210,6 +210,11 @@ def test_digits_keep_their_accuracy_and_errors_fall_with_entries(
     assert accuracy(net) > 0.94
     assert accuracy(results[16][0]) > accuracy(net) - 0.06
     assert accuracy(results[64][0]) > accuracy(net) - 0.02
+    first = results[16][1][0]
+    assert str(first) == (
+        f"0: error {100 * first.relative_error:.1f} % of the output ({first.sqnr_db:.1f} dB); "
+        "4,096 multiply-adds a vector become 1,024 look-ups and 1,024 multiply-adds"
+    )
     for layer in range(3):
         few, some, many = (results[entries][1][layer].relative_error for entries in (4, 16, 64))
         assert 0 < many < some < few < 1

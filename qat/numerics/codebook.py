@@ -31,9 +31,10 @@ def fit_codebook(
 ) -> Tensor:  # fmt: skip
     """k-means of the values of each row, starting from entries evenly spaced between the row's ends.
 
-    The linear start keeps entries for the few large weights, which matter most (Han et al. 2016, section 3.2). With
-    many entries it ends in a poor optimum where there are far more small weights than large ones: on a million Gaussian
-    values, with 4, 16, 64 and 256 entries, its squared error is 1.0, 1.0, 1.4 and 2.4 times that of `k-means++`.
+    It minimises the sum of `|w - c|^2` over all clusters (Han et al. 2016, "Deep Compression", equation 2). The linear
+    start keeps entries for the few large weights, which matter most (section 3.2 there). With many entries it ends in a
+    poor optimum where there are far more small weights than large ones: on a million Gaussian values, with 4, 16, 64
+    and 256 entries, its squared error is 1.0, 1.0, 1.4 and 2.4 times that of `k-means++`.
 
     A row with more than `EXACT_VALUES` distinct values is replaced by a weighted histogram, so that the cost a row is
     bounded. Its bins are narrow in width and in count (at most 1 / `BINS` of the range, and of the distinct values), so

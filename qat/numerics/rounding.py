@@ -8,8 +8,9 @@
 | truncate    | -2   | -1   | 0    | 0   | 1   | 2   | 2   | 5   |
 | logarithmic | -2   | -2   | 0    | 0   | 2   | 2   | 4   | 8   |
 
-`stochastic` gives one of both neighbours, at random: 0.25 becomes 1 once in four times. `adaptive` learns for each
-weight whether it goes up or down.
+The first four are IEEE 754-2019's (section 4.3): roundTiesToEven, roundTowardNegative, roundTowardPositive and
+roundTowardZero. `stochastic` gives one of both neighbours, at random: 0.25 becomes 1 once in four times. `adaptive`
+learns for each weight whether it goes up or down.
 """
 
 from collections.abc import Callable
@@ -142,10 +143,10 @@ class Rounding:
 
 
 ROUNDING: dict[str, Rounding] = {
-    "nearest": Rounding(torch.round),  # ties to even, as ONNX's QuantizeLinear and IEEE 754's roundTiesToEven do
-    "floor": Rounding(torch.floor),  # IEEE 754-2019, section 4.3.2: roundTowardNegative
-    "ceil": Rounding(torch.ceil),  # roundTowardPositive
-    "truncate": Rounding(torch.trunc),  # roundTowardZero
+    "nearest": Rounding(torch.round),  # ties to even, as ONNX's QuantizeLinear does
+    "floor": Rounding(torch.floor),
+    "ceil": Rounding(torch.ceil),
+    "truncate": Rounding(torch.trunc),
     "stochastic": Rounding(stochastic, settled="nearest"),
     "logarithmic": Rounding(logarithmic, powers=True),
     "adaptive": Rounding(torch.round, learned=True),

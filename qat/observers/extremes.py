@@ -38,7 +38,11 @@ class Extremes(Observer):
 
 
 class MinMax(Extremes):
-    """Smallest and largest value ever seen."""
+    """Smallest and largest value ever seen.
+
+    Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", section 3.1 (`a = min w`, `b = max w`).
+    """
 
     reduce = {"low": "min", "high": "max"}  # noqa: RUF012
 

@@ -78,7 +78,8 @@ class Histogram(Observer):
 class Percentile(Histogram):
     """The range between two percentiles (`percentiles`, in percent), interpolated linearly inside a bin.
 
-    Source: Wu et al. 2020, "Integer Quantization for Deep Learning Inference", section 5.
+    Source: McKinstry et al. 2019, "Discovering Low-Precision Networks Close to Full-Precision Networks for Efficient
+    Inference"; Wu et al. 2020, "Integer Quantization for Deep Learning Inference", sections 3.4 and 5.
     """
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102

@@ -41,6 +41,13 @@ class TableError:
     look_ups: int
     encoding_multiply_adds: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.layer}: error {100 * self.relative_error:.1f} % of the output ({self.sqnr_db:.1f} dB); "
+            f"{self.multiply_adds:,} multiply-adds a vector become {self.look_ups:,} look-ups "
+            f"and {self.encoding_multiply_adds:,} multiply-adds"
+        )
+
 
 @torch.no_grad()
 def tabulate(
@@ -55,6 +62,8 @@ def tabulate(
 ) -> tuple[nn.Module, list[TableError]]:
     """A copy of a network with linear layers as table look-ups.
 
+    An approximate matrix product: vectors of inputs are looked up among prototypes, whose products with the weights are
+    known. (`format=product` is about storage: there vectors of *weights* are prototypes, and products are exact.)
     Layers are replaced in order of execution. Each learns its prototypes from inputs as they arrive through the layers
     replaced before it, and so adapts to their errors. Runs all batches once for each layer.
 

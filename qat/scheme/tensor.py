@@ -43,8 +43,8 @@ class TensorScheme:
         block_size: [rows, columns] that share a scale, with granularity `block`; -1 takes all.
         allow_padding: let the last group of a row be shorter.
         rounding: key of ROUNDING.
-        rounding_seed: what `stochastic` rounding and `noise` are drawn from: a function of this number, the tensor's
-            name and the count of its draws, equal in all processes of a distributed run. None: from torch's generator,
+        rounding_seed: what `stochastic` rounding and `noise` draw is a function of this number, the tensor's name and
+            the count of its draws, equal in all processes of a distributed run. None: they draw from torch's generator,
             in each process differently.
         rounding_penalty: weight of the term that drives `adaptive` rounding to a decision.
         observer: key of OBSERVERS.

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
+from qat.modes import watch
 from qat.processes import alone
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class StopOnNonFinite(L.Callback):
 
 @torch.no_grad()
 def first_non_finite(module: L.LightningModule, batch: Any) -> str:
-    """Run the batch once more and say in words where the first non-finite number arises."""
+    """Run the batch once more and say in words where the first non-finite number arises: layer and quantized tensor."""
     inputs = batch[0] if isinstance(batch, list | tuple) else batch
     if isinstance(inputs, Tensor) and not bool(torch.isfinite(inputs).all()):
         return f"the input batch itself holds {int((~torch.isfinite(inputs)).sum())} non-finite values"
@@ -63,7 +64,7 @@ def first_non_finite(module: L.LightningModule, batch: Any) -> str:
             return f"parameter '{name}' holds non-finite values"
     found: list[str] = []
 
-    def watch(name: str) -> Any:
+    def seen(name: str) -> Any:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
             if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
                 found.append(f"the first non-finite value arises in layer '{name}' ({type(layer).__name__})")
@@ -71,14 +72,18 @@ def first_non_finite(module: L.LightningModule, batch: Any) -> str:
         return hook
 
     # Quantized layers have children too; an inner layer's hook runs before the hook of what contains it.
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in module.named_modules() if name]
+    handles = [layer.register_forward_hook(seen(name)) for name, layer in module.named_modules() if name]
+    watch(module)
     try:
         with alone():  # the other processes may have found nothing
             module(inputs)
+    except ValueError as error:  # of a quantizer: its tensor's name, and how many values
+        found.append(str(error))
     finally:
+        watch(module, False)
         for handle in handles:
             handle.remove()
-    return found[0] if found else "every layer's output is finite, so it arises in the loss"
+    return "; ".join(found) if found else "every layer's output is finite, so it arises in the loss"
 
 
 @rank_zero_only

@@ -277,7 +277,7 @@ VOCABULARY = [
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize("fields", VOCABULARY, ids=lambda fields: fields[0])
 def test_every_name_is_drawn(fields: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a picture, by the command: every format, rounding and observer, of weights and activations."""
+    """By the command, as a picture: every format, rounding and observer, of weights, and of activations where valid."""
     name, _, value = fields[0].partition("=")
     parts = ["weight"] + (["activation"] if name == "observer" or (name == "format" and GRIDS[value][2]) else [])
     out = tmp_path / "scheme.svg"

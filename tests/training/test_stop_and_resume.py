@@ -1,5 +1,6 @@
 """What happens when a number is no longer finite, or training fails."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qat
+from qat.modes import quantizers
 from qat.training import AtomicCheckpointIO, NonFiniteError, QATModule, QATSchedule, Resumable, StopOnNonFinite
 from qat.training.callbacks import first_non_finite
 from qat.training.checkpoints import newest
@@ -123,12 +125,14 @@ def test_a_layer_that_overflows_is_named_and_the_last_checkpoint_is_good(
 
     module, at = module_of(quantized), AtStep(6, explode)
     schedule = [QATSchedule(freeze_ranges_at=None)] if quantized else []
-    kind = "QuantLinear" if quantized else "Linear"
+    layer = r"layer 'net\.second' \(%s\)" % ("QuantLinear" if quantized else "Linear")
     with (
         caplog.at_level("INFO", logger="qat"),
-        pytest.raises(NonFiniteError, match=rf"the loss is \S+ at step 6; .* layer 'net\.second' \({kind}\)"),
+        pytest.raises(NonFiniteError, match=rf"the loss is \S+ at step 6; .* {layer}") as stopped,
     ):
         fit(module, tmp_path, *schedule, at)
+    tensor = r"; tensor 'second' has \d+ NaN and 0 infinite of 64 values \(shape \[8, 8\], the first at \["
+    assert bool(re.search(tensor, str(stopped.value))) == quantized  # a quantizer knows what it reads
     assert unchanged(module, at.weights)
     kept = tmp_path / "step.ckpt"  # of before: BatchNorm has seen the infinities
     assert f"Training stopped at step 6. Go on with: ckpt_path={kept}" in caplog.text
@@ -182,6 +186,10 @@ def test_the_diagnosis_leaves_no_hooks() -> None:
     module.net.second.register_forward_hook(overflow)
     assert "net.second" in first_non_finite(module, next(iter(loader())))
     assert sum(len(m._forward_hooks) for m in module.modules()) == 1
+    module = module_of(quantized=True)
+    module.net.second.register_forward_hook(overflow)
+    assert "has 0 NaN and 32 infinite of 64 values" in first_non_finite(module, next(iter(loader())))
+    assert not any(quantizer.watched for _, quantizer in quantizers(module))
 
 
 def test_any_other_failure_names_the_last_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -51,8 +51,8 @@ def nvfp4_scales(amax: Tensor, grid: Grid) -> Tensor:
     division by zero. A tensor scale is at least 2**-117, which keeps every product a normal float32, and costs range
     only where the whole tensor is below 1e-32. For a tensor of zeros it is 1.
 
-    Source: NVIDIA 2025, "Pretraining Large Language Models with NVFP4", appendix on quantization; NVIDIA Model
-    Optimizer's NVFP4QTensor.
+    Source: NVIDIA 2025, "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149), the appendix on
+    quantization (global and local scales); NVIDIA Model Optimizer's NVFP4QTensor.
 
     >>> from qat.numerics.formats.minifloat import E2M1
     >>> nvfp4_scales(torch.tensor([[2688.0, 6.0], [306.0, 0.0]]), E2M1.grid(4, signed=True, narrow=False)).tolist()

@@ -25,8 +25,9 @@ def pow2(bits: int, signed: bool, narrow: bool) -> Grid:
     of the smallest power to 0; `logarithmic` is nearest in the log domain, where the smallest power ends at its
     `2 ** -0.5`.
 
-    Sources: Miyashita, Lee, Murmann 2016, "Convolutional Neural Networks using Logarithmic Data Representation"; Zhou
-    et al. 2017, "Incremental Network Quantization" (INQ), which rounds ties between powers up, too.
+    Sources: Miyashita, Lee, Murmann 2016, "Convolutional Neural Networks using Logarithmic Data Representation",
+    equation 3; Zhou et al. 2017, "Incremental Network Quantization" (INQ), section 2.1, which rounds ties between
+    powers up, too.
 
     >>> pow2(3, signed=True, narrow=False).values().tolist()
     [-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0]
