@@ -195,7 +195,7 @@ def compared(a: Side, b: Side, data: Data, layer_samples: int) -> Parity:
     first, second = (next(iter(tensors.values())) for tensors in outputs)
     if first.shape == second.shape:  # else compare says so
         whole["metrics"] = data.metrics(first), data.metrics(second)
-    asks, answers = (a, b) if a.made is not None and b.given is not None else (b, a)
+    asks, answers = (a, b) if a.made is not None and b.given is not None and not b.trains else (b, a)
     if asks.made is None or asks.network is None or answers.given is None:
         return compare(outputs, [], notes=[_why_whole(asks, answers)], **whole)
     found = {"a": outputs[0], "b": outputs[1]}

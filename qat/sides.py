@@ -20,6 +20,9 @@ from qat.ptq.bias import round_biases
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 
+FOLDERS = {"model.xml": "openvino", "model.h": "c_header", "config.json": "compressed_tensors"}
+"""The file that tells a folder's format -> key of EXPORTERS."""
+
 
 @dataclass
 class Side:
@@ -34,6 +37,7 @@ class Side:
         made: (batch) -> its own integers, and its outputs; None where it shows none.
         given: (grids, batch, integers) -> what each layer makes of these integers; None where it cannot be asked.
         whole: why it cannot be asked.
+        trains: it is what training simulates, whose tensors every file has.
     """
 
     label: str
@@ -44,6 +48,7 @@ class Side:
     made: Callable[[Inputs], Made] | None = None
     given: Callable[[Mapping[str, Quantize], Inputs, Integers], Made] | None = None
     whole: str = ""
+    trains: bool = False
 
     @torch.no_grad()
     def __call__(self, inputs: Inputs) -> Outputs:
@@ -72,6 +77,7 @@ def open_side(text: str, target: str | None = None) -> Side:
     path = Path(rest)
     if not path.exists():
         raise FileNotFoundError(f"there is no '{rest}'")
+    path = path.parent if path.name in FOLDERS else path
     if not name and path.suffix == ".ckpt":
         return _training(path)
     name = name or format_of(path)
@@ -99,10 +105,14 @@ def open_side(text: str, target: str | None = None) -> Side:
 
 
 def format_of(path: Path) -> str:
-    """The key of EXPORTERS whose file has this name, or else this suffix (a file that failed keeps its own)."""
+    """The key of EXPORTERS whose file has this name, or else this suffix (a file that failed keeps its own).
+
+    A folder is told by what is in it, whatever its name.
+    """
     plain = path.with_suffix("") if path.suffix == ".failed" else path
     same = [name for name, e in EXPORTERS.items() if e.file == plain.name]
     same += [name for name, e in EXPORTERS.items() if plain.suffix and Path(e.file).suffix == plain.suffix]
+    same += [name for file, name in FOLDERS.items() if (path / file).is_file()]
     if not same:
         known = ", ".join(f"{name} ({e.file})" for name, e in EXPORTERS.items())
         raise ValueError(
@@ -130,7 +140,7 @@ def _training(path: Path) -> Side:
     side = Side(label="QAT", outputs=prepared, target=target, says_target=True)
     if isinstance(prepared, fx.GraphModule):
         recorded, network = prepared, lower(prepared)
-        side.network = network
+        side.network, side.trains = network, True
         side.made = lambda x: training_made(recorded, network, *x)
         side.given = lambda grids, x, given: training_made(recorded, network, *x, given=given)
     return side

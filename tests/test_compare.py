@@ -1,9 +1,12 @@
 """`python -m qat compare`: what agrees, what departs, what cannot be compared, and what is no input."""
 
 import json
+import shutil
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,9 @@ from torch import nn
 import qat
 from qat.__main__ import main
 from qat.export.checkpoint import save_checkpoint
+from qat.export.onnxruntime import OnnxNetwork
 from qat.ptq import PTQConfig, finalize
+from qat.training import QATModule
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +114,73 @@ def test_the_tables_fit_a_terminal(folder: Path, capsys: Any, monkeypatch: pytes
     assert "layer '2' departs" in said
     assert "int8 checkpoint A" in said
     assert "its grid: scale " in said
+
+
+# --------------------------------------------------------------------------------------------- any two of the forms
+
+RECORDED = ["x.quantized", "stem.0", "block.conv1", "block.conv2", "block.add", "conv1.0", "conv2.0", "pool"]
+FORMS = {
+    "training": "@generic/last.ckpt", "training again": "@generic/last.ckpt", "int8": "@generic/model.safetensors",
+    "onnx": "@generic/model.onnx", "onnx by openvino": "openvino:@generic/model.onnx", "pt2": "@generic/model.pt2",
+    "openvino": "@generic/openvino", "renamed openvino": "@generic/ir/model.xml",
+}  # fmt: skip
+FIXED = {
+    "fixed training": "@cmsis_nn/last.ckpt", "fixed int8": "@cmsis_nn/model.safetensors",
+    "header": "@cmsis_nn/c_header/model.h",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network as a checkpoint of training, and in every format; for floats, and for a target without them."""
+    path = tmp_path_factory.mktemp("forms")
+    x = torch.randn(40, 1, 8, 8)
+    np.save(path / "x.npy", x.numpy())
+    for target, formats in (("generic", ["int8", "onnx", "openvino", "pt2"]), ("cmsis_nn", ["int8", "c_header"])):
+        module = QATModule(
+            model={"_target_": "qat.zoo.models.SmallCNN", "in_channels": 1, "num_classes": 10, "width": 4},
+            task={"_target_": "qat.zoo.tasks.Classification", "num_classes": 10},
+            optimizer={"_target_": "torch.optim.SGD", "lr": 0.1},
+            quant=qat.preset("int8", target=target).to_dict(), input_shape=[1, 8, 8],
+        )  # fmt: skip
+        finalize(module.prepared, [x], PTQConfig(), trained=False)
+        checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+        module.on_save_checkpoint(checkpoint)
+        qat.export(qat.lower(module.prepared), path / target, x[:2], formats=formats)
+        torch.save(checkpoint | {"pytorch-lightning_version": lightning.__version__}, path / target / "last.ckpt")
+    shutil.copytree(path / "generic" / "openvino", path / "generic" / "ir")
+    return path
+
+
+@pytest.mark.sampled(9)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [*permutations(FORMS, 2), *permutations(FIXED, 2)],
+)
+def test_any_two_forms_agree(forms: Path, capsys: Any, first: str, second: str) -> None:
+    pytest.importorskip("openvino", reason="pip install 'qat[openvino]'")
+    paths = FORMS | FIXED
+    code, found = compare(capsys, forms, paths[first], paths[second], "--data", "@x.npy")
+    assert (code, found["breach"], found["missing"]) == (0, None, [])
+    assert (found["agreement"], found["samples"]) == (1.0, 40)
+    if any(paths[form].endswith((".ckpt", ".safetensors")) for form in (first, second)):
+        own = [] if "fixed training" in (first, second) or first in FORMS else ["linear.integers"]  # of 31 bits
+        assert [layer["name"] for layer in found["layers"]] == RECORDED + own
+        assert found["outputs"][0]["rounding"] <= 1
+        assert found["notes"] == []
+    else:
+        assert found["layers"] == []
+        assert found["outputs"][0]["rounding"] is None
+        assert "Compared from end to end only" in found["notes"][0]
+
+
+def test_an_onnx_file_is_run_by_the_engine_of_its_target(forms: Path, capsys: Any) -> None:
+    pytest.importorskip("openvino", reason="pip install 'qat[openvino]'")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnnxNetwork, "__init__", None)  # ONNX Runtime is not called
+        files = ("@generic/model.safetensors", "@generic/model.onnx")
+        code, found = compare(capsys, forms, *files, "--data", "@x.npy", "--target", "openvino")
+    assert (code, [layer["name"] for layer in found["layers"]]) == (0, RECORDED)
 
 
 GOOD = ("@good/model.safetensors", "@good/model.onnx", "--data")

@@ -75,7 +75,7 @@ def step_of(checkpoint: Path) -> int:
 def check_parity(summary: dict[str, Any]) -> None:
     assert set(summary["parity"]) == {pair for pair in PAIRS if "onnx" in summary["stages"] or "onnx" not in pair}
     for pair, measured in summary["parity"].items():
-        assert measured["agreement"] >= 0.999, pair
+        assert measured["agreement_outside_ties"] == 1, pair
         assert measured["max_steps"] <= 1, pair
         assert measured["equal_share"] >= 0.999, pair
 
@@ -106,11 +106,15 @@ def test_summary_has_the_structure_that_was_promised(default: tuple[Path, str]) 
     for pair, measured in summary["parity"].items():
         assert set(measured) == {
             "max_abs", "max_steps", "mean_steps", "agreement", "agreement_outside_ties", "equal_share", "metrics",
-            "layers",
+            "layers", "outputs", "missing", "notes",
         }, pair  # fmt: skip
+        assert [row["name"] for row in measured["outputs"]] == ["output"], pair
+        assert 0 <= measured["outputs"][0]["rounding"] <= 1, pair
+        assert (measured["missing"], measured["notes"]) == ([], []), pair
         assert measured["metrics"] == {"accuracy": 0.0}, pair
-        assert measured["layers"][0]["name"] == "x.quantized", pair
-        assert {layer["name"] for layer in measured["layers"]} >= {"stem.0", "block.conv1", "block.add"}, pair
+        assert [layer["name"] for layer in measured["layers"]] == [
+            "x.quantized", "stem.0", "block.conv1", "block.conv2", "block.add", "conv1.0", "conv2.0", "pool"
+        ], pair  # fmt: skip
         assert 0 <= measured["max_abs"] < 0.1, pair
         assert isinstance(measured["max_steps"], int), pair
     assert set(summary["seconds"]) == {"float", "qat", "export", "report"}
@@ -183,9 +187,42 @@ def test_the_int8_file_is_small_and_says_what_it_is(default: tuple[Path, str]) -
     assert info["data"]["classes"] == [str(i) for i in range(10)]
     summary = summary_of(folder)
     assert info["metrics"] == summary["stages"]["qat"]["metrics"]
-    assert info["provenance"]["data_sha256"] == summary["data_sha256"]
-    assert info["architecture"]["_target_"] == "qat.zoo.models.SmallCNN"
+    raw = Digits(name="digits", channels=1, image_size=8, num_classes=10, mean=[0.0], std=[1.0]).test_tensors()[0]
+    seen = Digits(name="digits", channels=1, image_size=8, num_classes=10, mean=summary["config"]["data.mean"],
+                  std=summary["config"]["data.std"]).test_tensors()[0]  # fmt: skip
+    mean, std = (torch.tensor(info["data"][key]).reshape(-1, 1, 1) for key in ("mean", "std"))
+    assert torch.allclose((raw - mean) / std, seen, atol=1e-6)  # a deployed network normalises by what the file says
+    assert (float(mean), float(std)) == pytest.approx((float(raw.mean()), float(raw.std())), rel=0.05)
+    assert info["data"]["input_shape"] == [1, 8, 8]
+    told = info["provenance"]
+    assert told["data_sha256"] == summary["data_sha256"]
+    assert re.fullmatch("[0-9a-f]{64}", told["config_sha256"])
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TRAIN.parent, capture_output=True, text=True, check=False)
+    assert (told["git"] or {}).get("commit") == (git.stdout.strip() or None if git.returncode == 0 else None)
+    assert told["packages"]["torch"] == torch.__version__
+    assert info["architecture"] == {
+        "_target_": "qat.zoo.models.SmallCNN", "in_channels": 1, "num_classes": 10, "width": 16
+    }  # fmt: skip
     assert info["inputs"] == [{"name": "x", "shape": [None, 1, 8, 8], "dtype": "float32"}]
+
+
+def test_the_kernels_of_the_engine_are_shown(default: tuple[Path, str]) -> None:
+    """All of the network runs in integers: five convolutions, the sum, both pools and the linear layer."""
+    import onnxruntime
+
+    folder, console = default
+    (ran,) = summary_of(folder)["kernels"].items()
+    assert ran[0] == "onnx"
+    assert ran[1]["engine"] == f"ONNX Runtime {onnxruntime.__version__}"
+    assert ran[1]["floating"] == []
+    counts = ran[1]["counts"]
+    assert {name: counts[name] for name in ("QLinearConv", "QLinearAdd", "QGemm")} == {
+        "QLinearConv": 5, "QLinearAdd": 1, "QGemm": 1
+    }  # fmt: skip
+    assert not counts.keys() & {"Conv", "Gemm", "MatMul", "Add", "Relu"}
+    for text in (" ".join(console.split()), (folder / "report.html").read_text()):
+        assert f"ONNX in ONNX Runtime {onnxruntime.__version__}: 5 QLinearConv, " in text
+        assert "nothing is computed in float." in text
 
 
 def test_checkpoints_of_both_phases_are_kept(default: tuple[Path, str]) -> None:

@@ -25,6 +25,7 @@ from qat.analysis.preparation import Totals, count_text, totals
 from qat.export.checkpoint import DESCRIPTION
 from qat.inspection import prepared_report
 from qat.ptq import PTQConfig, finalize
+from qat.runtime.fixed import FixedConv
 from qat.zoo.gpt import CharGPT
 from qat.zoo.models import SmallCNN
 from tests import zygote
@@ -455,6 +456,30 @@ def test_every_kind_of_layer_of_a_checkpoint_is_shown(kind: str, tmp_path: Path)
     text = " ".join(describe(tmp_path / "model.safetensors").split())
     for words in said:
         assert words in text
+
+
+def test_inspect_shows_a_network_in_fixed_point(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command, on a file for a target without floats: every layer and grid, with its own numbers."""
+    build, x = NETWORKS["small_cnn"]
+    config = qat.preset("int8", target="cmsis_nn")
+    exported_bytes(qat.prepare(build(), config, x), x, tmp_path)
+    network = qat.load(tmp_path / "model.safetensors")
+    assert main(["inspect", str(tmp_path / "model.safetensors")]) == 0
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    convolutions = [node.name for node in network.nodes if isinstance(network.layer(node.name), FixedConv)]
+    assert convolutions == ["stem.0", "block.conv1", "block.conv2", "conv1.0", "conv2.0", "linear.integers"]
+    for name in convolutions:
+        shape = "x".join(map(str, network.layer(name).weight.shape))
+        assert any(line.startswith(f"{name} integers 8 {shape} ") for line in said), name
+    rounded = {name: grid for name, grid in network.grids().items() if network.layer(name).output is not None}
+    assert len(rounded) == 9
+    for name, grid in rounded.items():
+        zero = int(grid.zero_point)
+        ends = [f"{(end - zero) * float(grid.scale):.3g}" for end in (grid.quant_min, grid.quant_max)]
+        words = f"{name} [{grid.quant_min}, {grid.quant_max}] {float(grid.scale):.3g} {zero} {ends[0]} .. {ends[1]}"
+        assert words in said, name
+    assert "6 computed in integers" in " ".join(said)
+    assert any("1 fixed_sum" in line and "1 fixed_mean" in line and "1 dequantize" in line for line in said)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

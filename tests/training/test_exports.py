@@ -1,5 +1,6 @@
 """What becomes of a run's files: those that agree with training take their place, the others are marked."""
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,18 @@ class Points:
         return "0" * 64
 
 
-@pytest.fixture(scope="module")
-def networks() -> tuple[fx.GraphModule, IntegerNetwork]:
+def lowered(target: str) -> tuple[fx.GraphModule, IntegerNetwork]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     x = Points().inputs
-    prepared = qat.prepare(net, qat.preset("int8"), x[:2])
+    prepared = qat.prepare(net, qat.preset("int8", target=target), x[:2])
     finalize(prepared, [x], PTQConfig(), trained=False)
     return prepared, qat.lower(prepared)
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[fx.GraphModule, IntegerNetwork]:
+    return lowered("generic")
 
 
 def run_in(folder: Path, fresh: bool = False) -> Run:
@@ -79,6 +84,50 @@ def test_a_fresh_process_measures_what_this_one_does(
     outputs = network(Points().inputs)
     accuracy = float((outputs.argmax(1) == Points().test_tensors()[1]).float().mean())
     assert fresh["stages"]["int8"]["metrics"]["accuracy"] == pytest.approx(accuracy)
+
+
+LAYERS = ["input.quantized", "0", "2"]
+
+
+@pytest.mark.parametrize(("target", "name"), [("generic", "pt2"), ("generic", "openvino"), ("cmsis_nn", "c_header")])
+@torch.no_grad()
+def test_every_format_that_shows_its_layers_is_compared_layer_by_layer(tmp_path: Path, target: str, name: str) -> None:
+    if name == "openvino":
+        pytest.importorskip("openvino", reason="pip install 'qat[openvino]'")
+    prepared, network = lowered(target)
+    run = run_in(tmp_path)
+    run.exports(prepared, network, Points().inputs[:2], ["int8", name])
+    run.check()
+    for pair in (f"qat_{name}", f"int8_{name}"):
+        measured = run.summary["parity"][pair]
+        assert [row["name"] for row in measured["layers"]] == LAYERS
+        assert measured["max_steps"] <= 1
+        assert measured["outputs"][0]["rounding"] <= 1
+        assert measured["notes"] == []
+
+
+@pytest.mark.parametrize(("array", "layer"), [("n0_bias", "0"), ("n2_shift", "2"), ("n4_integers_bias", "4.integers")])
+@torch.no_grad()
+def test_a_wrong_number_in_a_c_header_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array: str, layer: str
+) -> None:
+    def damage(network: IntegerNetwork, path: Path, inputs: Any) -> None:
+        write(network, path, inputs)
+        text = (path / "model.h").read_text()
+        changed, count = re.subn(rf"( {array}\[\d+\] = {{)(-?\d+)", add, text)
+        assert count == 1
+        (path / "model.h").write_text(changed)
+
+    def add(found: re.Match[str]) -> str:
+        return f"{found[1]}{int(found[2]) + (1 if 'shift' in array else 400)}"
+
+    write = EXPORTERS["c_header"].write
+    monkeypatch.setitem(EXPORTERS, "c_header", replace(EXPORTERS["c_header"], write=damage))
+    prepared, network = lowered("cmsis_nn")
+    run = run_in(tmp_path)
+    assert run.exports(prepared, network, Points().inputs[:2], ["c_header"]) == {}
+    with pytest.raises(ParityError, match=f"qat_c_header: layer '{layer}' departs given equal inputs"):
+        run.check()
 
 
 @torch.no_grad()
