@@ -19,6 +19,7 @@ from torch.fx.graph import inplace_methods
 
 from qat.advice import line_of
 from qat.graph import Graph
+from qat.record import Call
 from qat.tracing import DROPOUTS, UntraceableError, is_constant
 from qat.trial import Trial
 
@@ -31,12 +32,13 @@ _OPERATORS: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def drop_in_place(traced: fx.GraphModule, trial: Trial) -> bool:
+def drop_in_place(traced: fx.GraphModule, trial: Trial, call: Call) -> bool:
     """Make operations that write into a tensor return a new one, and let later readers of that memory read this.
 
     Args:
         traced: a recording; it is changed.
         trial: its run.
+        call: the example.
 
     Returns:
         Whether there was one.
@@ -46,6 +48,10 @@ def drop_in_place(traced: fx.GraphModule, trial: Trial) -> bool:
             network itself is overwritten; names the line.
     """
     graph, found = Graph(traced), False
+    flagged = any(getattr(module, "inplace", False) is True for module in traced.modules())
+    if not trial.written and not flagged and not any(node.target in _OPERATORS for node in graph.nodes):
+        return False
+    trial = Trial(traced, call, keep=True)
     for node in graph.nodes:
         if node.op == "placeholder":
             continue
