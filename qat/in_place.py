@@ -19,6 +19,7 @@ from torch.fx.graph import inplace_methods
 
 from qat.advice import line_of
 from qat.graph import Graph
+from qat.record import Call
 from qat.tracing import DROPOUTS, UntraceableError, is_constant
 from qat.trial import Trial
 
@@ -31,12 +32,13 @@ _OPERATORS: dict[Any, Any] = {
 }  # fmt: skip
 
 
-def drop_in_place(traced: fx.GraphModule, trial: Trial) -> bool:
+def drop_in_place(traced: fx.GraphModule, trial: Trial, call: Call) -> bool:
     """Make operations that write into a tensor return a new one, and let later readers of that memory read this.
 
     Args:
         traced: a recording; it is changed.
         trial: its run.
+        call: the example.
 
     Returns:
         Whether there was one.
@@ -46,10 +48,15 @@ def drop_in_place(traced: fx.GraphModule, trial: Trial) -> bool:
             network itself is overwritten; names the line.
     """
     graph, found = Graph(traced), False
+    given = {node: _without_argument(node) for node in graph.nodes}
+    flagged = any(getattr(module, "inplace", False) is True for module in traced.modules())
+    if not trial.written and not flagged and not any(node.target in _OPERATORS for node in graph.nodes):
+        return False
+    trial = Trial(traced, call, keep=True)
     for node in graph.nodes:
         if node.op == "placeholder":
             continue
-        module, asked = graph.submodule(node), _without_argument(node)
+        module, asked = graph.submodule(node), given[node]
         if module is not None and getattr(module, "inplace", False) is True:
             asked = True
             module = copy.copy(module)  # the original keeps its setting
@@ -158,10 +165,10 @@ class _Overwriting:
         chain, other = self._chain(name), self._chain(target)
         if not self.converted:
             raise self._refused("writes into a tensor that is read again, and has no form that returns a new one")
-        mode = [n for n in chain + other if (n in chain) != (n in other) and self._depends_on_mode(n)]
+        apart = [why for n in chain + other if (n in chain) != (n in other) and (why := self._apart(n))]
         same = next((i for i, n in enumerate(chain) if self._same(n, target)), None)
-        if mode or same is None:
-            why = "in evaluation only" if mode else "in part, or in another order"
+        if apart or same is None:
+            why = apart[0] if apart else "in part, or in another order"
             raise self._refused(f"writes into memory that '{name.name}', which is read later, shares {why}")
         made = self.node
         for step in reversed(chain[:same]):
@@ -195,10 +202,13 @@ class _Overwriting:
         a, b = self.values[name], self.values[target]
         return len(a) == len(b) == 1 and _place(a[0]) == _place(b[0])
 
-    def _depends_on_mode(self, node: fx.Node) -> bool:
-        """Whether a node hands its input on when it is evaluated, but not when it trains."""
+    def _apart(self, node: fx.Node) -> str | None:
+        """How far a node shares what it reads; None where it does in all."""
         identity = str(node.target) in self.graph.module.meta.get("identity_in_eval", ())
-        return identity or type(self.graph.submodule(node)) in set(DROPOUTS.values())
+        if identity or type(self.graph.submodule(node)) in set(DROPOUTS.values()):
+            return "in evaluation only"
+        data = node.target is getattr and node.args[1] == "data"
+        return "without its gradient" if data or node.target in ("detach", torch.detach) else None
 
     def _refused(self, why: str) -> UntraceableError:
         stack = [str(path) for path, _ in self.node.meta.get("nn_module_stack", {}).values()]

@@ -49,7 +49,7 @@ def normalize(
     trial, expected = Trial(traced, call), float_output(net, call, fixed)
     tolerance = 1e-4 if any(type(module) in INSIDE for module in net.modules()) else 0.0  # sums in another order
     check_same(net, trial, expected, tolerance)
-    if drop_in_place(traced, trial):
+    if drop_in_place(traced, trial, call):
         trial = Trial(traced, call)
         check_same(net, trial, expected, tolerance)
     if decompose_attention(traced, trial.shapes) | decompose_extremes(traced) | insert_functional(traced):

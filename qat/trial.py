@@ -16,17 +16,23 @@ from qat.tracing import is_constant
 class Trial(fx.Interpreter):
     """One run in eval mode.
 
+    Args:
+        traced: a recording.
+        call: the example.
+        keep: keep every tensor, for `values`.
+
     Attributes:
         returned: what the network returned.
         shapes: of every tensor of real numbers.
-        values: node -> the tensors that it made. They are kept, so that memory that two of them share is theirs; what
-            they hold at the end is not what they held when they were made.
+        values: node -> the tensors that it made, if they are kept: memory that two of them share is theirs then, and
+            not a second tensor's. What they hold at the end is not what they held when they were made.
         written: node -> those of its inputs that it wrote into.
     """
 
     @torch.no_grad()
-    def __init__(self, traced: fx.GraphModule, call: Call) -> None:
+    def __init__(self, traced: fx.GraphModule, call: Call, keep: bool = False) -> None:
         super().__init__(traced)
+        self.keep = keep
         self.shapes: dict[fx.Node, torch.Size] = {}
         self.values: dict[fx.Node, list[Tensor]] = {}
         self.written: dict[fx.Node, list[fx.Node]] = {}
@@ -40,7 +46,8 @@ class Trial(fx.Interpreter):
         """Run one operation."""
         before = {arg: self._versions(arg) for arg in n.all_input_nodes}
         result = super().run_node(n)
-        self.values[n] = list(tensors(result))
+        if self.keep:
+            self.values[n] = list(tensors(result))
         if isinstance(result, Tensor) and result.is_floating_point():
             self.shapes[n] = result.shape
         if found := [arg for arg, versions in before.items() if self._versions(arg) != versions]:
@@ -56,7 +63,7 @@ class Trial(fx.Interpreter):
 
     def _versions(self, node: fx.Node) -> list[int]:
         """How often each tensor was written into; what shares memory shares the count."""
-        return [t._version for t in self.values[node] if not t.is_inference()]
+        return [t._version for t in tensors(self.env[node]) if not t.is_inference()]
 
 
 @contextmanager
@@ -83,7 +90,8 @@ def check_same(net: nn.Module, trial: Trial, expected: list[Tensor], tolerance: 
     Raises:
         ValueError: they differ by more than `tolerance`, relative to a value or to the largest one.
     """
-    largest = max((float(t[t.isfinite()].abs().max()) for t in expected if t.isfinite().any()), default=1.0)
+    finite = [t[t.isfinite()] for t in expected if t.is_floating_point()]
+    largest = max((float(t.abs().max()) for t in finite if t.numel()), default=1.0)
     try:
         torch.testing.assert_close(
             list(tensors(trial.returned)), expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True

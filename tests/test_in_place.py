@@ -143,6 +143,8 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "setitem": (written(lambda s, y: y, zeroed), r"'y\[x\] = .*'"),
     "zero_": (written(lambda s, y: y, lambda z: z.zero_()), "'zero_'"),
     "out=": (written(lambda s, y: y, lambda z: torch.mul(z, 2, out=z)), "'mul'"),
+    "detach": (written(lambda s, y: y.detach(), lambda z: z.clamp_(min=0)), "'clamp_'.* without its gradient"),
+    "data": (written(lambda s, y: y.data, lambda z: z.clamp_(min=0)), "'clamp_'.* without its gradient"),
     "an alias in evaluation only": (written(lambda s, y: s.drop(y), lambda z: z.relu_()), "'relu_'"),
 }  # fmt: skip
 

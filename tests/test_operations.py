@@ -296,6 +296,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.log_softmax": lambda y: F.log_softmax(y, 1), "F.softplus": F.softplus, "method sigmoid": lambda y: y.sigmoid(),
     "sigmoid_": lambda y: y.sigmoid_(), "method tanh": lambda y: y.tanh(), "torch.tanh_": lambda y: torch.tanh_(y),
     "F.hardswish": F.hardswish, "F.hardsigmoid": F.hardsigmoid, "torch.sigmoid": torch.sigmoid,
+    "F.silu, not in place": lambda y: F.silu(y, False),
 }  # fmt: skip
 CLAMPS = ("Hardtanh", "ReLU6", "F.relu6", "F.hardtanh")  # clamps of the integers that the layer makes
 NORMS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
