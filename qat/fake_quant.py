@@ -20,7 +20,7 @@ from qat.numerics.formats import FORMATS, Format, Grid
 from qat.numerics.gradients import GRADIENTS
 from qat.numerics.granularity import Layout, in_order_of
 from qat.numerics.rounding import ROUNDING, adaptive, penalized, rectified_logits, settled
-from qat.observers import OBSERVERS, ObserverOptions
+from qat.observers import OBSERVERS, Ema, MinMax, ObserverOptions
 from qat.ranges import RANGES, RangeOptions
 from qat.recompute import recomputing
 from qat.scheme import Granularity, TensorScheme
@@ -236,8 +236,11 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The range of this one tensor (after the absorbed ReLU), shape [rows] each; observers keep what they saw."""
-        rows = self.rows(x)
-        return self.observer.measure(rows.relu() if self.relu else rows, self.layout.real(x))
+        rows, real = self.rows(x), self.layout.real(x)
+        if self.relu and isinstance(self.observer, MinMax | Ema):  # the range of relu(x) is relu of the range
+            low, high = self.observer.measure(rows, real)
+            return low.clamp(min=0), high.clamp(min=0)
+        return self.observer.measure(rows.relu() if self.relu else rows, real)
 
     @property
     def follows(self) -> bool:

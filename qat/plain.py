@@ -49,7 +49,7 @@ def quantize(node: FakeQuantize, x: Tensor, taken: fast.Plan, site: int, looks: 
     """What `FakeQuantize.forward` returns of a plain node that quantizes."""
     symmetric, codes = node.scheme.symmetric, node.kept and node.quant_max - node.quant_min < LEVELS
     if node.dynamic:
-        low, high = node.observer.measure(node.rows(x.detach()))
+        low, high = node.measure(x)
         scale, _, bottom, top = fast.choose(low, high, _constants(node, x), symmetric)
         both_ways = symmetric and node.quant_min <= -node.quant_max  # an unsigned grid clips what is negative
         whole = both_ways and not node.relu and isinstance(node.observer, Extremes)

@@ -228,3 +228,28 @@ def test_trains_on_digits_by_hydra_override_and_is_lowered(
         simulated, lowered = prepared(digits[0]), integer(digits[0])
     assert (simulated.argmax(1) == lowered.argmax(1)).float().mean() >= 0.95
     assert (simulated - lowered).abs().mean() <= 0.02 * simulated.std()
+
+
+GROUPS = {"granularity": "group", "group_size": 2}  # of which scales have two dimensions, as weights do
+LEARNED: dict[str, dict[str, dict[str, Any]]] = {
+    "weight_quantizer.range.scale": {"weight": {"range": "lsq", **GROUPS}},
+    "input.range.scale": {"input": {"range": "lsq"}},
+    "input.range.offset": {"input": {"range": "lsq_plus", "symmetric": False}},
+    "input.range.alpha": {"input": {"range": "pact"}},
+    "weight_quantizer.range.log2_threshold": {"weight": {"range": "tqt", **GROUPS}},
+    "weight_quantizer.fitted.entries": {"weight": {"format": "codebook", "range": "learned"}},
+    "fitted.entries": {"weight": {"format": "product", "range": "learned", **GROUPS}},
+    "weight_quantizer.logits": {"weight": {"rounding": "adaptive", "range": "fixed"}},
+}
+
+
+@pytest.mark.parametrize("learned", LEARNED)
+def test_weight_decay_is_of_weights_alone(learned: str) -> None:
+    parts = {part: {"bits": 4, **LEARNED[learned].get(part, {})} for part in ("weight", "activation", "input")}
+    net = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    prepared = qat.prepare(net, qat.QuantConfig.from_dict(parts), torch.randn(2, 6))
+    names = {parameter: name for name, parameter in prepared.named_parameters()}
+    assert any(name.endswith(learned) for name in names.values())
+    groups = parameter_groups(prepared, weight_decay=0.1)
+    assert {names[p] for group in groups for p in group["params"]} == set(names.values())
+    assert {names[p] for group in groups if group["weight_decay"] for p in group["params"]} == {"0.weight", "2.weight"}

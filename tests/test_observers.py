@@ -239,7 +239,7 @@ def test_a_tiny_negative_value_stays_on_its_side_of_zero() -> None:
 
 # ---- percentile ------------------------------------------------------------------------------------------------------
 
-PERCENTILES = [(0.0, 100.0), (0.01, 99.99), (1.0, 99.0), (25.0, 60.0)]
+PERCENTILES = [(0.0, 100.0), (0.01, 99.99), (1.0, 99.0), (10.0, 90.0), (25.0, 60.0)]
 
 
 @pytest.mark.parametrize("percentiles", PERCENTILES)
@@ -263,6 +263,17 @@ def test_percentile_of_a_stream_is_numpys_to_a_bin(percentiles: tuple[float, flo
     for got, want in zip(observer.range(), expected, strict=True):
         width = 2 * observer.limit.numpy() / BINS
         assert (np.abs(got.numpy() - want) <= 1.01 * width).all()
+
+
+def test_the_10th_and_the_90th_percentile_of_a_scheme() -> None:
+    x = torch.arange(-100.0, 101.0)[torch.randperm(201)]
+    scheme = TensorScheme(bits=8, symmetric=False, observer="percentile", percentiles=[10.0, 90.0])
+    node = FakeQuantize(scheme)
+    assert [end.tolist() for end in node.measure(x)] == [[-80.0], [80.0]]
+    node.observe(x)
+    node.set_range_from_observer()
+    assert node.scale.item() == pytest.approx(160 / 255, rel=1e-3)
+    assert abs(node.zero_point.item() - 127.5) <= 0.5
 
 
 def test_percentile_is_interpolated_inside_a_bin() -> None:

@@ -1,5 +1,10 @@
 """The fast path, compiled and in blocks, against the formulas written out."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis.strategies as st
@@ -7,6 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from qat.numerics import blocks, fast, kernels
 from qat.numerics.affine import choose_qparams, dequantize, quantize
@@ -265,29 +271,55 @@ def test_the_second_derivative(form: str) -> None:
         assert torch.equal(inside, ((q >= -8) & (q <= 7)).float())
 
 
-def test_kernels_are_compiled_once_for_all_extents() -> None:
+def train(shape: tuple[int, ...], scale: tuple[int, ...]) -> None:
+    for grad_scale in (None, 1.0):
+        x, s = values(shape, torch.float32).requires_grad_(), scales(scale).requires_grad_()
+        fast.fake_quantize(x, s, torch.zeros(scale), -8, 7, grad_scale=grad_scale).sum().backward()
+
+
+def test_one_compilation_serves_every_extent() -> None:
+    """Counted by the compiler: one of each kernel, and none for other extents."""
     if not kernels.available(False, "rows"):
         pytest.skip("no compiler at hand")
-
-    def train() -> None:
-        for shape, scale in (
-            *((shape, scale) for _, shape, scale in LARGE),
-            ((N,), ()),
-            ((2 * N + 64,), ()),
-            ((131111,), ()),
-            ((131113,), ()),
-            ((2, 3, 200, 200), (3, 1, 1)),
-            ((256, 256, 3, 3), (256, 1, 1, 1)),
-            ((512, 257), (257,)),
-        ):
-            x = values(shape, torch.float32).requires_grad_()
-            for grad_scale in (None, 1.0):
-                s = scales(scale).requires_grad_()
-                fast.fake_quantize(x, s, torch.zeros(scale), -8, 7, grad_scale=grad_scale).sum().backward()
-
     kernels.compiled.cache_clear()
-    train()
-    assert 0 < kernels.compiled.cache_info().misses <= len(kernels.KERNELS)
+    before = counters["aot_autograd"]["total"]
+    for shape, scale in (((N,), ()), ((N // 16, 16), (N // 16, 1)), ((N // 16, 16), (16,))):
+        train(shape, scale)
+    first = counters["aot_autograd"]["total"] - before
+    assert 0 < first <= len(kernels.KERNELS)
+    others = [((n,), ()) for n in (2 * N + 64, 131111, 131113)]
+    others += [((2, 3, 200, 200), (3, 1, 1)), ((256, 256, 3, 3), (256, 1, 1, 1)), ((512, 257), (257,))]
+    for shape, scale in [(shape, scale) for _, shape, scale in LARGE] + others:
+        train(shape, scale)
+    assert counters["aot_autograd"]["total"] - before == first
+
+
+PROCESS = """
+import json, torch
+from torch._dynamo.utils import counters
+from qat.numerics import fast
+torch.set_num_threads(1)
+x = torch.linspace(-1, 1, fast.SMALLEST).requires_grad_()
+fast.fake_quantize(x, torch.tensor(0.1), None, -8, 7).sum().backward()
+print(json.dumps({name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("miss", "hit")}))
+"""
+
+
+@pytest.mark.slow
+def test_another_process_compiles_nothing(tmp_path: Path) -> None:
+    if not kernels.available(False, "flat"):
+        pytest.skip("no compiler at hand")
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    counted, files = [], []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", PROCESS], env=environment, check=True, capture_output=True, text=True
+        )
+        counted.append(json.loads(run.stdout.splitlines()[-1]))
+        files.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")})
+    assert counted == [{"miss": 2, "hit": 0}, {"miss": 0, "hit": 2}]  # forward and backward
+    assert files[0]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(
