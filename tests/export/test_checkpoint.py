@@ -161,7 +161,7 @@ def test_files_of_version_1_still_load() -> None:
     for tensor in ("weight", "activation", "input"):
         assert quant[tensor].pop("refresh") == 10  # the default of that time
         quant[tensor]["refresh"] = qat.TensorScheme().refresh
-    assert quant == qat.preset("w4a8").to_dict()
+    assert qat.QuantConfig.from_dict(quant) == qat.preset("w4a8")  # fields that came later have their defaults
 
 
 BUILD = """
