@@ -1,3 +1,4 @@
+import importlib.util
 import itertools
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import qat
 from qat import hydra_schema
 from qat.scheme import Granularity, QuantConfig
 from qat.targets import TARGETS
-from tests.target_table import RUNS
+from tests.target_table import AROUND, RUNS
 
 CONF = Path(__file__).parents[1] / "conf"
 GROUPS = ("data", "model", "quant", "target", "trainer", "logger", "callbacks", "export", "optimizer")
@@ -120,7 +121,8 @@ def test_every_option_composes_with_every_option_of_every_other_group() -> None:
         no_onnx = row["quant"] in ("mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4", "apot4")  # its activations
         possible = {"int8"} | ({"c_header"} if fixed_point else set() if no_onnx else {"onnx"})
         possible |= {"compressed_tensors"} if row["quant"] in IN_VLLM and config.weight.bits != 7 else set()
-        default = ["compressed_tensors"] if row["target"] == "vllm" else ["int8", "onnx"]
+        possible |= {"executorch"} if importlib.util.find_spec("executorch") and not no_onnx else set()
+        default = list(AROUND[row["target"]][-1])  # the target's own files
         wanted = {"default": default, "int8": ["int8"], "c_header": ["int8", "c_header"],
                   "compressed_tensors": ["compressed_tensors"]}[row["export"]]  # fmt: skip
         assert list(cfg.export.formats) == [name for name in wanted if name in possible]
