@@ -225,6 +225,12 @@ def number(text: str) -> int | float | str:
     return text
 
 
+def parity_notes(summary: Summary) -> list[str]:
+    """What was not compared, and why, a sentence each."""
+    pairs = (summary.get("parity") or {}).values()
+    return list(dict.fromkeys(note for pair in pairs for note in pair.get("notes") or ()))
+
+
 def kernel_lines(summary: Summary) -> list[str]:
     """What engines run of each exported file, a sentence a file: how often which kernel, and what stayed float."""
     lines = []

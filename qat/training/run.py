@@ -300,7 +300,7 @@ class Run:
         from qat.analysis.console import parity_table, summary_table, verdict
         from qat.analysis.plots import read_history, save, stages_figure
         from qat.analysis.report import write_report
-        from qat.analysis.summary import kernel_lines
+        from qat.analysis.summary import kernel_lines, parity_notes
 
         self.summary["paired"] = paired_tests(self.scores, self.summary)
         write_json(self.summary, self.folder / "summary.json")
@@ -317,7 +317,7 @@ class Run:
         if self.summary["parity"]:
             console.print()
             console.print(parity_table(self.summary))
-        for line in kernel_lines(self.summary):
+        for line in (*parity_notes(self.summary), *kernel_lines(self.summary)):
             console.print()
             console.print(line)
         console.print()
