@@ -18,6 +18,12 @@ _ENDS_AT_8_BITS = [
 ]  # customary since Choi et al. 2018 (PACT): both ends are small, and sensitive
 _INT8_ENDS = [{"match": end, "weight": {"format": "int", "bits": 8}} for end in ("first", "last")]
 _WEIGHT = {"narrow_range": True, "granularity": "channel", "range": "dynamic"}
+_TOKEN = {"bits": 8, "granularity": "token", "range": "dynamic"}
+
+
+def _groups(bits: int, size: int) -> dict[str, Any]:
+    """Weights in groups of `size` inputs that share a scale; the last group of a channel may be smaller."""
+    return {**_WEIGHT, "bits": bits, "granularity": "group", "group_size": size, "allow_padding": True}
 
 
 def _blocks(format: str, bits: int, size: int) -> dict[str, Any]:
@@ -62,13 +68,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "input": {"bits": 8, **_EMA},
         "rules": _ENDS_AT_8_BITS,
     },
-    "w4g32": {
-        "weight": {**_WEIGHT, "bits": 4, "granularity": "group", "group_size": 32, "allow_padding": True},
-    },
+    "w4g32": {"weight": _groups(4, 32)},
+    "w4g128": {"weight": _groups(4, 128)},
+    "w2g32": {"weight": _groups(2, 32)},
+    "w4g32a8_dynamic": {"weight": _groups(4, 32), "activation": _TOKEN, "input": _TOKEN},
+    "w4g128a8_dynamic": {"weight": _groups(4, 128), "activation": _TOKEN, "input": _TOKEN},
     "w8a8_dynamic": {
         "weight": {**_WEIGHT, "bits": 8},
-        "activation": {"bits": 8, "granularity": "token", "range": "dynamic"},
-        "input": {"bits": 8, "granularity": "token", "range": "dynamic"},
+        "activation": _TOKEN,
+        "input": _TOKEN,
     },
     "fp8": {
         "weight": {**_WEIGHT, "bits": 8, "format": "e4m3fn"},
@@ -113,6 +121,10 @@ DESCRIPTIONS: dict[str, str] = {
     "w4a4_lsq": "4-bit weights and activations with learned scales (LSQ), first and last layer at 8 bits",
     "w2a2_lsq": "2-bit weights and activations with learned scales (LSQ), first and last layer at 8 bits",
     "w4g32": "4-bit weights in groups of 32, float activations",
+    "w4g128": "4-bit weights in groups of 128, float activations",
+    "w2g32": "2-bit weights in groups of 32, float activations",
+    "w4g32a8_dynamic": "4-bit weights in groups of 32; 8-bit activations with a range a token, computed as they come",
+    "w4g128a8_dynamic": "4-bit weights in groups of 128; 8-bit activations with a range a token, computed as they come",
     "w8a8_dynamic": "8-bit weights; 8-bit activations with a range a token, computed as they come",
     "fp8": "float8 (e4m3fn) weights, per channel, and activations",
     "mxfp8": "OCP MXFP8 (e4m3fn, blocks of 32) weights and activations",

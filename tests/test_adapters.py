@@ -97,7 +97,7 @@ def test_what_finalize_did_not_see_is_merged_when_it_is_lowered(caplog: pytest.L
     assert not torch.allclose(lowered(x), before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("preset", ["w4g32", "w8a8_dynamic"])
+@pytest.mark.parametrize("preset", ["w4g32", "w4g32a8_dynamic"])
 def test_a_llama_with_adapters_is_exported_for_vllm(preset: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="pip install 'qat[hf]'")
     pytest.importorskip("compressed_tensors", reason="pip install 'qat[hf]'")

@@ -81,7 +81,7 @@ def test_the_groups_of_the_issue_have_their_options() -> None:
     }  # fmt: skip
 
 
-IN_VLLM = ("off", "int8", "w4g32", "w8a8_dynamic", "fp8")
+IN_VLLM = ("off", "int8", "w4g32", "w4g128", "w4g32a8_dynamic", "w4g128a8_dynamic", "w8a8_dynamic", "fp8")
 """Presets that a folder of compressed-tensors holds, with weights of 4 or 8 bits."""
 
 
@@ -120,7 +120,9 @@ def test_every_option_composes_with_every_option_of_every_other_group() -> None:
         fixed_point = TARGETS[row["target"]].requantize == "fixed_point"
         no_onnx = row["quant"] in ("mxfp8", "mxfp6", "mxfp4", "mxint8", "nvfp4", "apot4")  # its activations
         possible = {"int8"} | ({"c_header"} if fixed_point else set() if no_onnx else {"onnx"})
-        possible |= {"compressed_tensors"} if row["quant"] in IN_VLLM and config.weight.bits != 7 else set()
+        zero_points = config.activation.range == "dynamic" and not config.activation.symmetric  # of XNNPACK's tokens
+        in_vllm = row["quant"] in IN_VLLM and config.weight.bits != 7 and not zero_points
+        possible |= {"compressed_tensors"} if in_vllm else set()
         possible |= {"executorch"} if importlib.util.find_spec("executorch") and not no_onnx else set()
         default = list(AROUND[row["target"]][-1])  # the target's own files
         wanted = {"default": default, "int8": ["int8"], "c_header": ["int8", "c_header"],

@@ -209,3 +209,43 @@ def test_lowered_it_computes_what_was_simulated(
     with torch.no_grad():
         simulated, integer = prepared(**batches[0]).logits, lowered(**batches[0]).logits
     torch.testing.assert_close(integer, simulated, rtol=1e-5, atol=1e-5)
+
+
+LOWERED: dict[str, qat.QuantConfig] = {
+    "int8": qat.preset("int8"),
+    "w4g32": qat.preset("w4g32"),
+    "w4g32a8_dynamic": qat.preset("w4g32a8_dynamic"),
+    "w2g32": qat.preset("w2g32"),
+    "nvfp4": qat.preset("nvfp4"),
+    "mxfp4": qat.preset("mxfp4"),
+}
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("scheme", LOWERED)
+@pytest.mark.parametrize("name", BUILD)
+def test_trained_and_lowered_it_computes_what_was_simulated(
+    name: str, scheme: str, trained: dict[str, nn.Module], text: Tensor
+) -> None:
+    ids = text[: 4 * 16].reshape(4, 16)
+    result = prepared(copy.deepcopy(trained[name]), LOWERED[scheme], ids)
+    before = logits(result, ids)
+    huggingface.train(result, text, name == "bert", 4, 1e-3)
+    finalize(result, [{"input_ids": ids}], PTQConfig(), trained=True)
+    simulated = logits(result, ids)
+    assert relative(simulated, before) > 1e-3  # it has learned
+    torch.testing.assert_close(logits(qat.lower(result), ids), simulated, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_trained_and_lowered_at_16_bits_it_is_the_float_model(
+    name: str, trained: dict[str, nn.Module], text: Tensor
+) -> None:
+    ids = text[: 4 * 16].reshape(4, 16)
+    weight = {"bits": 16, "granularity": "channel", "range": "dynamic"}
+    config = qat.QuantConfig.from_dict({"weight": weight, "activation": SIXTEEN, "input": SIXTEEN})
+    net = copy.deepcopy(trained[name])
+    result = prepared(net, config, ids)
+    huggingface.train(result, text, name == "bert", 2, 1e-3)  # the float model has the same parameters
+    finalize(result, [{"input_ids": ids}], PTQConfig(reestimate_ranges=True), trained=True)
+    assert relative(logits(qat.lower(result), ids), logits(net.eval(), ids)) < 1e-3

@@ -30,15 +30,20 @@ def test_names_say_the_bits() -> None:
     bits = {name: (c.weight.bits, c.activation.bits) for name in PRESETS for c in [qat.preset(name)]}
     assert bits == {
         "off": (None, None), "int8": (8, 8), "w8a8_asymmetric": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4),
-        "w4a4_lsq": (4, 4), "w2a2_lsq": (2, 2), "w4g32": (4, None), "w8a8_dynamic": (8, 8), "fp8": (8, 8),
+        "w4a4_lsq": (4, 4), "w2a2_lsq": (2, 2), "w4g32": (4, None), "w4g128": (4, None), "w2g32": (2, None),
+        "w4g32a8_dynamic": (4, 8), "w4g128a8_dynamic": (4, 8), "w8a8_dynamic": (8, 8), "fp8": (8, 8),
         "mxfp8": (8, 8), "mxfp6": (6, 6), "mxfp4": (4, 4), "mxint8": (8, 8), "nvfp4": (4, 4), "apot4": (4, 4),
         "binary": (1, 8), "ternary": (2, 8), "codebook4": (4, None),
     }  # fmt: skip
     assert {name for name in PRESETS if not qat.preset(name).weight.symmetric} == {"w8a8_asymmetric"}
     learned = {name for name in PRESETS if qat.preset(name).weight.range == "learned"}
     assert learned == {"w4a4_lsq", "w2a2_lsq", "apot4", "codebook4"}
-    groups = qat.preset("w4g32").weight
-    assert (groups.granularity, groups.group_size) == (Granularity.group, 32)
+    groups = {name: c.weight.group_size for name in PRESETS for c in [qat.preset(name)]
+              if c.weight.granularity is Granularity.group and c.weight.format == "int"}  # fmt: skip
+    assert groups == {"w4g32": 32, "w4g128": 128, "w2g32": 32, "w4g32a8_dynamic": 32, "w4g128a8_dynamic": 128}
+    for name in PRESETS:
+        inputs = qat.preset(name).activation
+        assert (inputs.granularity is Granularity.token) == name.endswith("_dynamic"), name
 
 
 def test_changes_to_a_scheme_are_merged_and_rules_are_replaced() -> None:

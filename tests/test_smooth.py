@@ -2,13 +2,16 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
 import qat
+from qat import hydra_schema
 from qat.ptq import PTQConfig, finalize, smooth
 from qat.zoo.gpt import CharGPT
 
@@ -208,3 +211,9 @@ def test_bad_arguments_are_named() -> None:
         smooth(Net(), [])
     with pytest.raises(ValueError, match=re.escape("input of layer 'up' holds non-finite")):
         smooth(Net(), [torch.full((2, WIDTH), torch.nan)])
+
+
+def test_a_run_takes_it_as_a_setting() -> None:
+    for given, alpha in (([], None), (["ptq.smooth=0.25"], 0.25)):
+        cfg = hydra_schema.composed(given, Path(__file__).parents[1] / "conf")
+        assert instantiate(cfg.ptq).smooth == alpha
