@@ -86,3 +86,28 @@ def test_a_stochastic_weight_is_rounded_at_random_in_training_only(
 def test_logarithmic_rounding_has_no_learned_scale() -> None:
     with pytest.raises(ValueError, match=r"rounding=logarithmic: .*learned scale.*use quant\.weight\.range=dynamic"):
         qat.preset("w4a4_lsq", weight={"rounding": "logarithmic"})
+
+
+def test_seeded_draws_go_on_where_a_checkpoint_ends() -> None:
+    def prepared() -> torch.nn.Module:
+        torch.manual_seed(0)
+        weight = {"bits": 3, "range": "dynamic", "rounding": "stochastic", "rounding_seed": 1}
+        layers = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+        layers[1].weight = torch.nn.Parameter(layers[0].weight.detach().clone())
+        net = qat.prepare(layers, qat.QuantConfig.from_dict({"weight": weight}), torch.randn(2, 16))
+        qat.calibrate(net, [torch.randn(2, 16)])
+        return net.train()
+
+    def rounded(net: torch.nn.Module, layer: str = "0") -> torch.Tensor:
+        return net.get_submodule(layer).quantized_weight()
+
+    net, again = prepared(), prepared()
+    for _ in range(3):
+        rounded(net)
+    again.load_state_dict(net.state_dict())
+    qat.set_mode(again, "quantize")
+    following = rounded(net)
+    assert torch.equal(rounded(again), following)
+    assert not torch.equal(rounded(net), following)
+    first = prepared()
+    assert not torch.equal(rounded(first, "0"), rounded(first, "1"))  # equal weights of two names
