@@ -203,6 +203,7 @@ EXPORTERS: dict[str, Exporter] = {
         open=open_compressed_tensors,
         check=check_compressed,
         reference=_reference_of_compressed_tensors,
+        whole="its layers are code of transformers, which is run as a whole",
         of_prepared=True,
         check_network=_check_compressed_tensors,
         packages=("transformers",),

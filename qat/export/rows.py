@@ -17,7 +17,8 @@ class ParityLimits:
     """What is allowed.
 
     Attributes:
-        agreement: smallest share of equal top-1 decisions, those at ties apart.
+        agreement: smallest share of equal top-1 decisions, those at ties apart; None for all, and 0.999 where
+            ties are not known (ranges of the tensor at hand, floats of few bits, an engine that shows no layers).
         max_steps: largest difference of an integer, given equal inputs.
         equal_share: smallest share of integers that are equal, given equal inputs, ties apart; asked of grids of up to
             8 bits (a step of a 16-bit grid is as small as the rounding of a float32 convolution).
@@ -28,12 +29,16 @@ class ParityLimits:
         metric: largest difference of a metric of the task; None for any.
     """
 
-    agreement: float = 1.0
+    agreement: float | None = None
     max_steps: int = 1
     equal_share: float = 0.999
     rounding: float | None = 1.0
     max_abs: float | None = None
     metric: float | None = None
+
+    def least_agreement(self, ties_known: bool) -> float:
+        """The share of top-1 decisions that have to be equal."""
+        return self.agreement if self.agreement is not None else 1.0 if ties_known else 0.999
 
 
 @dataclass(kw_only=True)

@@ -384,12 +384,17 @@ def test_decisions_at_ties_are_counted_apart() -> None:
     second = {"u": torch.tensor([[7, 9], [7, 8], [6, 8]])}
     ties = [{"u": torch.tensor([[False, True], [False, True], [True, False]])}]
     made = [(handed(first, torch.zeros(3)), handed(second, torch.zeros(3)))]
-    parity = compare((a, b), made, asked=Asked(ties=ties, samples=samples))
+    parity = compare((a, b), made, asked=Asked(ties=ties, samples=samples, rounding=[[torch.ones(3)]]))
     assert parity.agreement == pytest.approx(3 / 6)
     assert parity.agreement_outside_ties == pytest.approx(5 / 6)  # all but sample 3
     with pytest.raises(ParityError, match=r"top-1 agreement 83\.3333% is below 100"):
         parity.check("pair", ParityLimits())
     parity.check("pair", ParityLimits(agreement=0.8))
+    parity.agreement_outside_ties = 0.9995
+    with pytest.raises(ParityError, match=r"is below 100\.00%"):
+        parity.check("pair", ParityLimits())
+    parity.outputs[0].rounding = None  # ties are not known
+    parity.check("pair", ParityLimits())
     no_ties = [{"u": torch.zeros(3, 2, dtype=torch.bool)}]
     untied = compare((a, b), made, asked=Asked(ties=no_ties, samples=samples))
     assert untied.agreement_outside_ties == pytest.approx(4 / 6)
