@@ -115,6 +115,8 @@ def openvino_integers_given(
     made = {
         name: output for op in model.get_ops() for output in op.outputs() for name in output.get_names() & set(given)
     }
+    if not made:  # nothing of it lies on a grid
+        return {}
     feeds = {value.get_any_name(): x.numpy() for value, x in zip(model.inputs, inputs, strict=True)}
     for name, output in made.items():
         parameter = openvino.opset15.parameter(output.get_partial_shape(), output.get_element_type(), f"{name}/given")
