@@ -126,7 +126,7 @@ def _most(values: Iterable[Any]) -> float:
         if isinstance(value, Tensor):
             most *= max(value.numel(), 1)
         elif isinstance(value, int | float):
-            most *= max(abs(value), 1)
+            most *= max(abs(value), 1) ** 3  # one factor for up to three dimensions
         elif isinstance(value, Iterable) and not isinstance(value, str):
             most *= _most(value)
     return most

@@ -130,7 +130,8 @@ def openvino_given(
         model.add_parameters([parameter])
         dtype, offset = storage(grids[name])
         feeds[f"{name}/given"] = (given[name].int() + offset).numpy().astype(dtype)
-    model.add_outputs(list(made.values()))
+    if made:
+        model.add_outputs(list(made.values()))
     results = [result.copy() for result in OpenVinoNetwork(model).compiled(feeds).values()]
     integers = {
         name: torch.from_numpy(result.astype(np.int32)) - storage(grids[name])[1]

@@ -170,7 +170,7 @@ def write_tensors(network: IntegerNetwork, empty: IntegerNetwork | None) -> tupl
 def smallest(name: str, x: Tensor, codes: Codes | None) -> tuple[str, Tensor, Any]:
     """The first form that holds `x`, shape [n], exactly; what is stored, and the argument to read it."""
     for form, how in FORMS.items():
-        if form in ("uint8", "int8", "int16") and not name.endswith("zero_point"):
+        if form in ("uint8", "int8", "int16") and not name.endswith(("zero_point", "shift")):
             continue  # a bias is int32 whatever it happens to be
         written = how.write(x, codes)
         if written is not None and same_bits(how.read(*written, x.dtype, x.numel(), codes), x):

@@ -202,6 +202,17 @@ def test_operations_that_onnxruntime_lacks_are_named(tmp_path: Path) -> None:
             use(path)
 
 
+def test_openvino_has_no_integers_of_a_network_that_has_none(tmp_path: Path) -> None:
+    """Quantized weights alone: nothing to be given, and so nothing made."""
+    pytest.importorskip("openvino", reason="pip install 'qat[openvino]'")
+    net, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(6, 8)
+    prepared = qat.prepare(net, qat.preset("w4g32", target="openvino"), x)
+    finalize(prepared, [x], PTQConfig(), trained=False)
+    network = qat.lower(prepared)
+    path = qat.export(network, tmp_path, x, formats=["onnx"])["onnx"]
+    assert OPENVINO.given(path, "openvino", network.grids(), (x,), {}) == {}
+
+
 def test_operations_that_openvino_lacks_are_named(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="pip install 'qat[openvino]'")
     with pytest.raises(ValueError, match=r"(?s)OpenVINO .* cannot open .*foreign\.onnx.*Transmogrify"):

@@ -1,9 +1,11 @@
 """Random small networks: a recipe of steps, each of which reads earlier values of the network.
 
-A value is an image [C, H, W], a signal [C, L], a sequence of vectors [T, D], or a vector [D], each behind a batch
-dimension. STEPS says which steps a value of each shape can take.
+A value is a volume [C, D, H, W], an image [C, H, W], a signal [C, L], a sequence of vectors [T, D], or a vector [D],
+each behind a batch dimension. STEPS says which steps a value of each shape can take.
 """
 
+import contextlib
+import itertools
 import operator
 import random
 from collections.abc import Callable, Sequence
@@ -31,6 +33,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[Step] = []
+        self.more: tuple[int, ...] = ()
         self.parts = nn.ModuleDict()
 
     def add(self, module: nn.Module) -> str:
@@ -39,11 +42,25 @@ class Network(nn.Module):
         self.parts[name] = module
         return name
 
-    def forward(self, x: Tensor) -> Tensor:
-        values = [x]
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.outputs_of([x])
+
+    def outputs_of(self, values: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """The newest value, and earlier ones where `more` asks for them."""
         for step in self.steps:
             values.append(step.compute(self, *(values[i] for i in step.reads)))
-        return values[-1]
+        return (values[-1], *(values[i] for i in self.more)) if self.more else values[-1]
+
+
+class OfTwo(Network):
+    """Of two inputs."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor | tuple[Tensor, ...]:  # type: ignore[override]
+        return self.outputs_of([x, y])
+
+
+class DegenerateError(Exception):
+    """Nearly one number, as the mean of what was normalized is: nothing but float32's own rounding is left."""
 
 
 class Builder:
@@ -54,12 +71,29 @@ class Builder:
     """
 
     def __init__(self, rng: random.Random) -> None:
-        self.rng, self.net = rng, Network()
-        self.floats = {"image": (rng.choice((1, 2, 3)), rng.randint(5, 8), rng.randint(5, 8)),
+        self.rng = rng
+        self.floats = {"volume": (rng.choice((1, 2)), 4, rng.randint(4, 5), 4),
+                       "image": (rng.choice((1, 2, 3)), rng.randint(5, 8), rng.randint(5, 8)),
                        "signal": (rng.choice((2, 3)), rng.randint(8, 16)),
                        "sequence": (rng.randint(3, 6), rng.choice((4, 6))),
                        "vector": (rng.randint(4, 10),)}  # fmt: skip
-        self.kind = rng.choice(("image", "image", "signal", "sequence", "vector", "indices"))
+        self.kind = rng.choice(
+            (
+                "image",
+                "image",
+                "image",
+                "signal",
+                "signal",
+                "sequence",
+                "sequence",
+                "vector",
+                "indices",
+                "volume",
+                "bags",
+            )
+        )
+        self.two = self.kind in self.floats and rng.random() < 0.15
+        self.net = OfTwo() if self.two else Network()
         self.values: list[Tensor] = []
 
     # ---- what steps are made of -------------------------------------------------------------------------------------
@@ -72,7 +106,10 @@ class Builder:
         step = Step(words, compute, reads or (-1,))
         with torch.no_grad():
             self.values.append(compute(self.net, *(self.values[i] for i in step.reads)))
-        assert self.values[-1].isfinite().all(), words
+        made, read = self.values[-1], self.values[-2]
+        if made.std() == 0 or (read.is_floating_point() and made.std() < 0.02 * read.std()):
+            raise DegenerateError(words)
+        assert made.isfinite().all(), words
         self.net.steps.append(step)
 
     def module(self, module: nn.Module, *reads: int) -> str:
@@ -88,26 +125,35 @@ class Builder:
 
     # ---- the network ------------------------------------------------------------------------------------------------
 
-    def build(self, inputs: Tensor) -> Network:
-        self.values = [inputs]
+    def build(self, inputs: tuple[Tensor, ...]) -> Network:
+        self.values = list(inputs)
         if self.kind == "indices":
-            self.module(nn.Embedding(int(inputs.max()) + 1, self.one((4, 6))))
+            self.module(nn.Embedding(int(inputs[0].max()) + 1, self.one((4, 6))))
             self.kind = "sequence"
+        elif self.kind == "bags":
+            self.module(nn.EmbeddingBag(int(inputs[0].max()) + 1, self.one((4, 6)), mode=self.one(("sum", "mean"))))
+            self.kind = "vector"
+        elif self.two:
+            joined = self.one((torch.add, torch.sub, torch.mul))
+            self.step(f"{joined.__name__} of both inputs", lambda net, x, y: joined(x, y), 0, 1)
         for _ in range(self.rng.randint(2, 6)):
             steps = STEPS[self.kind]
             steps[self.rng.randrange(len(steps))](self)
         if self.rng.random() < 0.9 or not any(p.dim() > 1 for p in self.net.parameters()):
             self.head()
+        made = range(len(inputs), len(self.values) - 1)
+        if made and self.rng.random() < 0.15:
+            self.net.more = (self.one(made),)
         return self.net
 
     def head(self) -> None:
-        if self.kind in ("image", "signal"):
+        if self.kind in ("volume", "image", "signal"):
             dims = tuple(range(2, self.values[-1].dim()))
             how = self.one(("mean", "flatten", "pool"))
             if how == "mean":
                 self.step(f"mean over {dims}", lambda net, x: x.mean(dims))
             elif how == "pool":
-                self.module((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)[len(dims) - 1](1))
+                self.module((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[len(dims) - 1](1))
             if how != "mean":
                 self.step("flatten", lambda net, x: torch.flatten(x, 1))
         elif self.kind == "sequence":
@@ -153,7 +199,7 @@ def maybe(b: Builder, step: Callable[[Builder], None]) -> None:
 
 
 def batch_norm(b: Builder) -> None:
-    kind = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[len(b.shape)]
+    kind = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d}[len(b.shape)]
     b.module(normed(b, kind(b.shape[0], affine=b.one((True, True, False)))))
 
 
@@ -182,7 +228,7 @@ def new_convolution(b: Builder, channels: int | None = None, same: bool = False)
     stride = 1 if same else b.one((1, 1, 2))
     modes = ("zeros", "zeros", "reflect", "replicate", "circular")
     mode = b.one(modes) if padding < min(b.shape[1:]) else "zeros"
-    return (nn.Conv1d, nn.Conv2d)[rank - 1](
+    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](
         c, out, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=b.one((True, False)),
         padding_mode=mode,
     )  # fmt: skip
@@ -198,7 +244,7 @@ def transposed(b: Builder) -> None:
     if max(b.shape[1:]) > 16:
         convolution(b)
         return
-    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d)[len(b.shape) - 2]
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[len(b.shape) - 2]
     groups = b.one((1, b.shape[0]))
     stride = b.one((1, 2))
     b.module(kind(b.shape[0], groups * b.one((1, 2)), b.one((2, 3)), stride=stride, padding=b.one((0, 1)),
@@ -212,12 +258,13 @@ def pooling(b: Builder) -> None:
         activation(b)
         return
     i = len(b.shape) - 2
+    average = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[i]
+    largest = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[i]
     choices: tuple[Callable[[], nn.Module], ...] = (
-        lambda: (nn.MaxPool1d, nn.MaxPool2d)[i](2), lambda: (nn.MaxPool1d, nn.MaxPool2d)[i](3, 2, 1, ceil_mode=True),
-        lambda: (nn.AvgPool1d, nn.AvgPool2d)[i](2), lambda: (nn.AvgPool1d, nn.AvgPool2d)[i](3, 1, 1),
-        lambda: (nn.AvgPool1d, nn.AvgPool2d)[i](3, 2, 1, count_include_pad=False),
-        lambda: (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)[i](2),
-        lambda: (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)[i](3),
+        lambda: largest(2), lambda: largest(3, 2, 1, ceil_mode=True), lambda: average(2), lambda: average(3, 1, 1),
+        lambda: average(3, 2, 1, count_include_pad=False),
+        lambda: (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[i](2),
+        lambda: (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)[i](3),
     )  # fmt: skip
     b.module(b.one(choices)())
 
@@ -258,7 +305,7 @@ def excite(b: Builder) -> None:
     before = len(b.values) - 1
     dims = tuple(range(2, len(b.shape) + 1))
     b.step("mean", lambda net, x: x.mean(dims, keepdim=True))
-    b.module((nn.Conv1d, nn.Conv2d)[len(dims) - 1](b.shape[0], b.shape[0], 1))
+    b.module((nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(dims) - 1](b.shape[0], b.shape[0], 1))
     gate = b.one((torch.sigmoid, F.hardsigmoid))
     b.step("excite", lambda net, x, y: x * gate(y), before, -1)
 
@@ -302,7 +349,11 @@ def norm(b: Builder) -> None:
     elif b.one((True, False)):
         b.module(normed(b, nn.GroupNorm(b.one([g for g in (1, 2, 3) if c % g == 0]), c)))
     else:
-        b.module((nn.InstanceNorm1d, nn.InstanceNorm2d)[len(b.shape) - 2](c) if min(b.shape[1:]) > 1 else nn.ReLU())
+        b.module(
+            (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[len(b.shape) - 2](c)
+            if min(b.shape[1:]) > 1
+            else nn.ReLU()
+        )
 
 
 def to_sequence(b: Builder) -> None:
@@ -351,26 +402,41 @@ def recurrent(b: Builder) -> None:
     b.step(f"{kind.__name__}", lambda net, x: net.parts[name](x)[0])
 
 
+def encoder(b: Builder) -> None:
+    b.module(nn.Linear(b.shape[-1], 12))  # of four or six numbers, rows with hardly any variance would be common
+    b.module(nn.TransformerEncoderLayer(12, b.one((1, 2, 3)), 8, 0.0, b.one(("relu", "gelu")), batch_first=True,
+                                        norm_first=b.one((True, False))))  # fmt: skip
+
+
 _SPATIAL = (convolution,) * 5 + (transposed, pooling, pooling, residual, residual, concatenation, product, excite,
             same_layer_twice, moves, norm, activation, batch_norm, to_vector)  # fmt: skip
 STEPS: dict[str, tuple[Callable[[Builder], None], ...]] = {
-    "image": (*_SPATIAL, to_sequence), "signal": _SPATIAL,
+    "volume": _SPATIAL, "image": (*_SPATIAL, to_sequence), "signal": _SPATIAL,
     "sequence": (linear, linear, linear, attention, attention, residual, concatenation, product, same_layer_twice,
-                 moves, norm, activation, recurrent, to_signal, to_vector),
+                 moves, norm, activation, recurrent, encoder, to_signal, to_vector),
     "vector": (linear, linear, linear, residual, concatenation, product, same_layer_twice, activation, batch_norm,
                norm),
 }  # fmt: skip
 """Kind of value -> steps, those that are drawn more often several times."""
 
 
-def random_network(seed: int, samples: int = 32) -> tuple[Network, Tensor]:
+def random_network(seed: int, samples: int = 32) -> tuple[Network, tuple[Tensor, ...]]:
     """(network in evaluation mode, inputs)."""
-    torch.manual_seed(seed)
-    builder = Builder(random.Random(seed))
-    if builder.kind == "indices":
-        inputs = torch.randint(0, 12, (samples, 5))
+    for attempt in itertools.count():
+        torch.manual_seed(seed)
+        with contextlib.suppress(DegenerateError):
+            return _drawn(random.Random(f"{seed} {attempt}"), samples)
+    raise AssertionError
+
+
+def _drawn(rng: random.Random, samples: int) -> tuple[Network, tuple[Tensor, ...]]:
+    builder = Builder(rng)
+    inputs: tuple[Tensor, ...]
+    if builder.kind in ("indices", "bags"):
+        inputs = (torch.randint(0, 12, (samples, 5)),)
     else:
         spread, offset = builder.rng.choice((0.1, 1, 1, 5)), builder.rng.choice((0, 0, 0.5, -2))
-        inputs = torch.randn(samples, *builder.floats[builder.kind]) * spread + offset
+        shape = (samples, *builder.floats[builder.kind])
+        inputs = tuple(torch.randn(shape) * spread + offset for _ in range(1 + builder.two))
     net = builder.build(inputs)
     return net.eval(), inputs
