@@ -18,11 +18,10 @@ from torch import Tensor, fx
 
 import qat
 from qat.export.c_header import open_c_header
-from qat.export.formats import integers_given
+from qat.export.given import integers_given
 from qat.export.onnx_stored import check_onnx
 from qat.export.onnxruntime import OnnxNetwork, onnx_given
 from qat.export.parity import ParityLimits, decisions, measure, ties_given, training_integers
-from qat.export.reloaded import first
 from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerConv, IntegerNetwork
 from qat.runtime.operations import Dequantize, QuantizeInput
@@ -139,6 +138,10 @@ def example(x: Inputs) -> Inputs:
 
 def every(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def first(outputs: Any) -> Tensor:
+    return every(outputs)[0]
 
 
 def unequal(equal: Tensor) -> list[int]:
