@@ -87,7 +87,10 @@ def assert_files_agree(prepared: fx.GraphModule, config: qat.QuantConfig, x: Inp
     files = {"int8": (first(reloaded(*x)), integers_given(reloaded, x, given))}
     if "onnx" in paths:
         onnx, target = paths["onnx"], config.target
-        files["onnx"] = OnnxNetwork(onnx, target)(*x), onnx_given(onnx, target, network.grids(), x, given).integers
+        files["onnx"] = (
+            first(OnnxNetwork(onnx, target)(*x)),
+            onnx_given(onnx, target, network.grids(), x, given).integers,
+        )
     samples = len(expected)
     for name, (outputs, integers) in files.items():
         difference = (outputs - expected).abs().reshape(samples, -1).mean(1) / expected.std().clamp(min=1e-5)
