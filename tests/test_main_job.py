@@ -595,6 +595,7 @@ def test_wandb_runs_offline_without_an_account(home: Path, default: tuple[Path, 
     assert (tmp_path / "csv" / "qat" / "metrics.csv").is_file()
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_metrics_and_scales(home: Path, default: tuple[Path, str], tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     given = f"float_checkpoint={default[0] / 'float.safetensors'}"

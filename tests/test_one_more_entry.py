@@ -45,8 +45,8 @@ class NineTenths(MinMax):
         low, high = super().range()
         return low * 0.9, high * 0.9
 
-    def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = super().measure(x)
+    def measure(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        low, high = super().measure(x, real)
         return low * 0.9, high * 0.9
 
 

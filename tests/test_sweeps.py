@@ -52,27 +52,38 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def on_ray(home: Path) -> tuple[Path, str]:
-    """Three jobs on two workers of Ray; one of them fails."""
-    pytest.importorskip("ray", reason="pip install 'qat[sweep]'")
-    console = sweep(home, "hydra/launcher=ray", "hydra.launcher.init.num_cpus=2", "quant.weight.bits=4,33,8")
+def swept(home: Path) -> tuple[Path, str]:
+    """Three jobs, one after another; one of them fails."""
+    console = sweep(home, "quant.weight.bits=4,33,8")
     [folder] = (home / "multirun").glob("*/*")
     return folder, console
 
 
-def test_jobs_on_ray_and_one_that_fails_there(on_ray: tuple[Path, str]) -> None:
-    folder, console = on_ray
-    assert results(folder) == [("0", "4", "finished"), ("1", "33", "failed"), ("2", "8", "finished")]
+def test_one_of_three_jobs_fails(swept: tuple[Path, str]) -> None:
+    check_that_one_failed(*swept)
+
+
+@pytest.mark.slow
+def test_jobs_on_ray_and_one_that_fails_there(tmp_path: Path) -> None:
+    """On two workers of a local cluster."""
+    pytest.importorskip("ray", reason="pip install 'qat[sweep]'")
+    console = sweep(tmp_path, "hydra/launcher=ray", "hydra.launcher.init.num_cpus=2", "quant.weight.bits=4,33,8")
     assert "3 of 3 jobs have ended" in console
+    [folder] = (tmp_path / "multirun").glob("*/*")
+    check_that_one_failed(folder, console)
+
+
+def check_that_one_failed(folder: Path, console: str) -> None:
+    assert results(folder) == [("0", "4", "finished"), ("1", "33", "failed"), ("2", "8", "finished")]
     assert "1 of 3 jobs failed" in console
     assert "quant.weight.bits=33" in (folder / "1" / "error.txt").read_text()
 
 
-def test_a_repeated_command_on_joblib_skips_and_goes_on(on_ray: tuple[Path, str], home: Path) -> None:
+def test_a_repeated_command_on_joblib_skips_and_goes_on(swept: tuple[Path, str], home: Path) -> None:
     """Of four jobs one has finished, one was interrupted while training, one failed, one is new."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install 'qat[sweep]'")
     folder = home / "multirun" / "named"
-    shutil.copytree(on_ray[0], folder)
+    shutil.copytree(swept[0], folder)
     kept = (folder / "0" / "summary.json").read_bytes()
     (folder / "2" / "summary.json").unlink()
     console = sweep(home, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "sweep=named",
@@ -84,14 +95,14 @@ def test_a_repeated_command_on_joblib_skips_and_goes_on(on_ray: tuple[Path, str]
         ("0", "4", "finished"), ("1", "33", "failed"), ("2", "8", "finished"), ("3", "2", "finished")
     ]  # fmt: skip
     assert (folder / "0" / "summary.json").read_bytes() == kept
-    before, after = (json.loads((place / "2" / "summary.json").read_text()) for place in (on_ray[0], folder))
+    before, after = (json.loads((place / "2" / "summary.json").read_text()) for place in (swept[0], folder))
     assert before["stages"]["qat"]["metrics"] == after["stages"]["qat"]["metrics"]
     assert after["stages"]["ptq"] == before["stages"]["ptq"]  # not measured again
 
 
-def test_the_same_command_finds_its_sweep_and_submitit_runs_the_rest(on_ray: tuple[Path, str], home: Path) -> None:
+def test_the_same_command_finds_its_sweep_and_submitit_runs_the_rest(swept: tuple[Path, str], home: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="pip install 'qat[sweep]'")
-    folder, _ = on_ray
+    folder, _ = swept
     (folder / "sweep.json").write_text(
         json.dumps({**json.loads((folder / "sweep.json").read_text()), "git": {"commit": "0", "dirty": False}})
     )

@@ -80,6 +80,7 @@ def become(cwd: str, env: Mapping[str, str], outputs: Sequence[str]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ |= env
+    sys.path[:0] = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
     for number, path in enumerate((os.devnull, *outputs)):
         with contextlib.closing(open(path, "r" if number == 0 else "w")) as file:
             os.dup2(file.fileno(), number)

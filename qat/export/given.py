@@ -88,7 +88,7 @@ def levels_of(grid: Quantize) -> Levels:
 def tensors_of(result: Any, name: str = "") -> dict[str, Tensor]:
     """Every tensor that a network returns, in order, by where it stands.
 
-    >>> list(tensors_of({"logits": torch.zeros(1), "aux": [torch.zeros(1), None]})), list(tensors_of(torch.zeros(1)))
+    >>> list(tensors_of({"logits": Tensor(), "aux": [Tensor(), None]})), list(tensors_of(Tensor()))
     (['logits', 'aux.0'], ['output'])
     """
     if isinstance(result, PackedSequence):

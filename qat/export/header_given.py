@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qat.export.firmware.run import OPERATIONS, Model
 from qat.export.given import Inputs, Integers, Made
+from qat.export.sums import verify
 from qat.runtime.grid import Quantize
 
 MADE_BY = re.compile(r"^  /\* (.+): \[[\d, ]*\] \*/$", re.MULTILINE)
@@ -23,6 +24,7 @@ def c_header_given(
     folder: Path, target: str, grids: Mapping[str, Quantize], inputs: Inputs, given: Integers
 ) -> Made:  # fmt: skip
     """What each step makes of `given` integers. A header says scale and zero point of its input and output only."""
+    verify(folder)
     path = folder / "model.h"
     model, names = Model(path), MADE_BY.findall(path.read_text(encoding="ascii"))
     last = {name: i for i, name in enumerate(names)}  # a concatenation is made in several steps

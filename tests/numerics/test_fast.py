@@ -81,7 +81,8 @@ def check(
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         y = fast.fake_quantize(leaf, learned, zero_point, low, high, relu=relu, grad_scale=grad_scale)
     ranges = 4 * scale.numel() + 8 * chosen.layout.spread(scale).numel()  # the scale, and both ends of the grid
-    assert ranges <= 12 * scale.numel() or ranges <= x.numel() // 4 or x.numel() < 4096
+    small = x.numel() < fast.SMALLEST_LEARNED  # which the composed form takes
+    assert ranges <= 12 * scale.numel() or ranges <= x.numel() // 4 or small
     assert x.numel() <= sum(kept) <= x.numel() + ranges
     y.backward(grad)
     expected = definition(x.detach(), scale, zero_point, low, high, relu, grad, grad_scale is not None)
@@ -168,7 +169,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     grad_scale=st.sampled_from([None, 0.5]),
     block=st.sampled_from([1, 3, 64]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @example(case=(torch.tensor(0.3), torch.tensor(0.1)), grid=GRIDS[0], relu=True, grad_scale=0.5, block=1)
 def test_every_shape_and_order_of_memory(
     compiler: bool, case: tuple[Tensor, Tensor], grid: tuple[int, int, int], relu: bool, grad_scale: float | None,
@@ -283,7 +284,7 @@ def test_one_compilation_serves_every_extent() -> None:
         pytest.skip("no compiler at hand")
     kernels.compiled.cache_clear()
     before = counters["aot_autograd"]["total"]
-    for shape, scale in (((N,), ()), ((N // 16, 16), (N // 16, 1)), ((N // 16, 16), (16,))):
+    for shape, scale in (((N,), ()), ((131101,), ()), ((N // 16, 16), (N // 16, 1)), ((N // 16, 16), (16,))):
         train(shape, scale)
     first = counters["aot_autograd"]["total"] - before
     assert 0 < first <= len(kernels.KERNELS)

@@ -34,6 +34,7 @@ def train(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_main_job_trains_a_llama_and_exports_it(tmp_path: Path) -> None:
     done = train(tmp_path, "target=vllm", "quant=w4g32")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -105,15 +105,20 @@ def padded(x: Array, size: Any, kernel: Any, stride: Any, before: Any, dilation:
     return x[:, :, : need[0], : need[1]]
 
 
+def product(a: Array, b: Array) -> Array:
+    """A product of matrices of integers; real numbers of 64 bits hold its sums exactly, and are much faster."""
+    return (a.astype(np.float64) @ b.astype(np.float64)).astype(np.int64)
+
+
 def conv(model: Model, p: list[int], weight: Array, bias: Array, multiplier: Array, shift: Array) -> None:
     """Convolution, depthwise too: sum (x - zero) w + bias for each output channel."""
     source, out, zero, to_zero, low, high, c, h, w, o, rows, columns = p[:12]
     kernel, stride, before, dilation, groups = p[12:14], p[14:16], p[16:18], p[18:20], p[20]
-    x = model.tensors[source].astype(np.int64).reshape(-1, c, h, w) - zero
+    x = model.tensors[source].astype(np.float64).reshape(-1, c, h, w) - zero
     x = windows(padded(x, (rows, columns), kernel, stride, before, dilation, 0), kernel, stride, dilation)
     x = x.transpose(0, 2, 3, 1, 4, 5).reshape(len(x), rows * columns, groups, -1).swapaxes(1, 2)
-    by = weight.astype(np.int64).reshape(groups, o // groups, -1)
-    total = (x @ by.swapaxes(1, 2)).swapaxes(2, 3).reshape(len(x), o, -1) + bias[:, None]
+    by = weight.reshape(groups, o // groups, -1)
+    total = product(x, by.swapaxes(1, 2)).swapaxes(2, 3).reshape(len(x), o, -1) + bias[:, None]
     model.emit(out, to_grid(total, multiplier[:, None], shift[:, None], to_zero, low, high))
 
 
@@ -121,7 +126,7 @@ def linear(model: Model, p: list[int], weight: Array, bias: Array, multiplier: A
     """A product with a weight for each position."""
     source, out, zero, to_zero, low, high, positions, inputs, outputs = p
     x = model.tensors[source].astype(np.int64).reshape(-1, positions, inputs) - zero
-    total = x @ weight.astype(np.int64).reshape(outputs, inputs).T + bias
+    total = product(x, weight.reshape(outputs, inputs).T) + bias
     model.emit(out, to_grid(total, multiplier, shift, to_zero, low, high))
 
 
@@ -145,8 +150,7 @@ def multiply(model: Model, p: list[int], _weight: Array, _bias: Array, multiplie
 
 def mean(model: Model, p: list[int], _weight: Array, _bias: Array, multiplier: Array, shift: Array) -> None:
     """Mean (or sum) over some dimensions."""
-    source, out, zero, to_zero, low, high, kept, summed = p[:8]
-    rest = p[8:]
+    source, out, zero, to_zero, low, high, kept, summed, *rest = p
     dims, strides = rest[:kept] + rest[2 * kept : 2 * kept + summed], rest[kept : 2 * kept] + rest[2 * kept + summed :]
     x = model.view(source, 0, dims, strides) - zero
     total = x.sum(axis=tuple(range(1 + kept, 1 + kept + summed)))
@@ -160,9 +164,8 @@ def average(model: Model, p: list[int], _weight: Array, _bias: Array, multiplier
     x = model.tensors[source].astype(np.int64).reshape(-1, c, h, w) - zero
 
     def sums(x: Array) -> Array:
-        return windows(padded(x, (rows, columns), kernel, stride, before, (1, 1), 0), kernel, stride, (1, 1)).sum(
-            (4, 5)
-        )
+        x = padded(x, (rows, columns), kernel, stride, before, (1, 1), 0)
+        return windows(x, kernel, stride, (1, 1)).sum((4, 5))
 
     total = sums(x)
     if common:
