@@ -17,6 +17,11 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many again as there are cores: many tests wait for a process that they have started."""
+    return max(2, (os.cpu_count() or 1) * 3 // 2)
+
+
 LONG = (
     "test_main_job.py", "test_interrupted_runs.py", "test_language_model.py", "test_distributed.py", "test_shard.py",
     "test_config.py", "test_sweeps.py", "test_search.py", "test_distributed_runs.py", "test_studies.py",

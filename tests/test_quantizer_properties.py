@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import qat
 from qat.encoding import encode
 from qat.fake_quant import FakeQuantize
-from qat.fitted import Table
+from qat.fitted import Mean, Table
 from qat.mode import Mode
 from qat.modes import watch
 from qat.numerics.formats import FORMATS
@@ -192,7 +192,8 @@ def promises(name: str, quantizer: FakeQuantize, x: Tensor) -> None:
     x = x.float().contiguous()
     y = quantizer(x).detach()
     assert y.isfinite().all()
-    assert torch.equal(given, y.to(given.dtype))  # whatever the memory: float32 arithmetic, then rounded once
+    summed = 2 * torch.finfo(given.dtype).eps if isinstance(quantizer.fitted, Mean) else 0.0  # in the order of memory
+    torch.testing.assert_close(given, y.to(given.dtype), rtol=summed, atol=0)  # else float32, then rounded once
     if not x.numel():
         return
     again, of_x, of_y = pinned(quantizer, x), quantizer.rows(x.relu() if quantizer.relu else x), quantizer.rows(y)
