@@ -13,7 +13,9 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "qat needs Python 3.11 or newer; this is $$($(PYTHON) --version). Try: make PYTHON=python3.12 train"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --no-compile --constraint constraints.txt torch
-	$(VENV)/bin/pip install --quiet --no-compile --constraint constraints.txt --editable '.[all]'
+	@echo "installing the rest, and compiling kernels beside it"
+	@$(RUN) -P -W ignore qat/numerics/native.py & \
+		$(VENV)/bin/pip install --quiet --no-compile --constraint constraints.txt --editable '.[all]' && wait
 	@touch $@
 
 train: $(STAMP) ## install what is missing and run the main job; ARGS="quant=w4a4_lsq" for another

@@ -10,7 +10,7 @@ from torch import Tensor
 from qat.numerics.codes import gathered, kept_as_integers
 
 
-def _one_operation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def one_operation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let a trace record a call as it is: what traces a network anew, as unpickling does, must find the same graph."""
 
     @functools.wraps(function)
@@ -24,20 +24,20 @@ def _one_operation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-@_one_operation
+@one_operation
 def causal(scores: Tensor) -> Tensor:
     """Scores [..., queries, keys] with minus infinity where a key comes after the query."""
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
     return scores.masked_fill(later, -torch.inf)
 
 
-@_one_operation
+@one_operation
 def add_mask(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores [..., queries, keys] plus a float mask, or minus infinity where a boolean one is false."""
     return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
-@_one_operation
+@one_operation
 def mask_out(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores [..., heads, queries, keys] plus a float mask, or minus infinity where a boolean one is true.
 
@@ -50,7 +50,7 @@ def mask_out(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
-@_one_operation
+@one_operation
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """`torch.matmul` of tensors of one dtype; for backward, of those on a grid their integers are kept."""
     left, right = gathered(input), gathered(other)

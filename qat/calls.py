@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qat.attention import add_mask, causal, mask_out, matmul
+from qat.places import max_places
 from qat.smoothing import scale_channels
 
 
@@ -104,6 +105,9 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("adaptive_max_pool", "passes", "input output_size return_indices=False",
      (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
       nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)),
+    ("pad", "passes", "input pad mode='constant' value=None", (F.pad,)),
+    ("max_unpool", "passes", "input indices kernel_size stride=None padding=0 output_size=None",
+     (F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)),
     ("masked_fill", "passes", "input mask value", (torch.masked_fill, "masked_fill")),
     ("where", "select", "condition input other", (torch.where,)),
     ("interpolate", "other",
@@ -141,6 +145,7 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("sum", "other", "input dim keepdim=False", (torch.sum, "sum")),
     ("argmax", "other", "input dim=None keepdim=False", (torch.argmax, "argmax")),
     ("argmin", "other", "input dim=None keepdim=False", (torch.argmin, "argmin")),
+    ("max_places", "other", "input kernel_size stride=None padding=0 dilation=1 ceil_mode=False", (max_places,)),
     # ---- normalisation ----------------------------------------------------------------------------------------------
     ("layer_norm", "other", "input normalized_shape weight=None bias=None eps=1e-05", (nn.LayerNorm, F.layer_norm)),
     ("rms_norm", "other", "input normalized_shape weight=None eps=None", (nn.RMSNorm, F.rms_norm, torch.rms_norm)),

@@ -11,6 +11,7 @@ from torch import fx, nn
 from qat.attention import add_mask, causal, matmul
 from qat.graph import Graph
 from qat.kinds import WITH_PLACES
+from qat.places import max_places
 from qat.tracing import MODES, ByMode
 
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -98,7 +99,7 @@ def _repeated(
 def decompose_extremes(prepared: fx.GraphModule) -> bool:
     """Replace maxima and minima that come with their places by what is read of them.
 
-    Along a dimension, the values, which are moved, or their places; of a pooling, the values if nothing else is read.
+    The values are moved, the places are computed. Of an adaptive pooling only the values, if nothing else is read.
 
     Returns:
         Whether there was one.
@@ -109,9 +110,8 @@ def decompose_extremes(prepared: fx.GraphModule) -> bool:
             if node.target in _EXTREMES or graph.has_places(node):
                 prepared.graph.erase_node(reader)
         parts = [_part(user) for user in node.users]
-        known = _along_dimension(node) if None not in parts else None
-        known = known or (_pooling(graph, node) if set(parts) == {0} else None)
-        if known is None:
+        known = (_along_dimension(node) or _pooling(graph, node)) if None not in parts else None
+        if known is None or any((part or 0) >= len(known[0]) for part in parts):
             continue
         functions, args, kwargs = known
         for reader in list(node.users):
@@ -143,22 +143,52 @@ def _along_dimension(node: fx.Node) -> _Known | None:
 
 
 def _pooling(graph: Graph, node: fx.Node) -> _Known | None:
-    """The function of values alone, and its arguments, of a pooling that has places; None where there is none."""
+    """The functions of values and, but for adaptive poolings, of places, and their arguments; None for no pooling."""
     module, key = graph.submodule(node), graph.key(node)
     if not graph.has_places(node):
         return None
-    kwargs: dict[str, Any]
-    if isinstance(module, nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d):
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-        kwargs = {name: getattr(module, name) for name in names}
-    elif isinstance(module, nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d | nn.AdaptiveMaxPool3d):
-        kwargs = {"output_size": module.output_size}
+    adaptive = "adaptive" in key.__name__.lower()
+    names = ("output_size",) if adaptive else ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    given: dict[str, Any]
+    if isinstance(module, _POOLS):
+        function = getattr(F, f"{'adaptive_' * adaptive}max_pool{key.__name__[-2:]}")
+        given = {name: getattr(module, name) for name in names}
     else:
         function = WITH_PLACES.get(key)
-        kwargs = {name: value for name, value in node.kwargs.items() if name != "return_indices"}
-        return None if function is None else ((function,), node.args, kwargs)
-    dims, kind = key.__name__[-2:], "adaptive_max_pool" if "Adaptive" in key.__name__ else "max_pool"
-    return (getattr(F, kind + dims),), (node.all_input_nodes[0],), kwargs
+        given = dict(zip(("input", *names), node.args, strict=False)) | node.kwargs
+        given = {name: value for name, value in given.items() if name in names}
+    if function is None:
+        return None
+    if adaptive:
+        return (function,), (node.all_input_nodes[0],), given
+    dims, kernel = int(function.__name__[-2]), given["kernel_size"]
+    given["kernel_size"] = tuple(kernel) if isinstance(kernel, list | tuple) else (kernel,) * dims
+    return (function, max_places), (node.all_input_nodes[0],), given
+
+
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+
+
+def unpool_by_function(prepared: fx.GraphModule) -> bool:
+    """Replace calls of nn.MaxUnpool1d and its kind by the functions that they call.
+
+    Returns:
+        Whether there was one.
+    """
+    graph = Graph(prepared)
+    calls = [n for n in graph.nodes if isinstance(graph.submodule(n), nn.MaxUnpool1d | nn.MaxUnpool2d | nn.MaxUnpool3d)]
+    for node in calls:
+        module: Any = graph.submodule(node)
+        given = dict(zip(("input", "indices", "output_size"), node.args, strict=False)) | node.kwargs
+        given |= {name: getattr(module, name) for name in ("kernel_size", "stride", "padding")}
+        function = getattr(F, f"max_unpool{type(module).__name__[-2:]}")
+        with prepared.graph.inserting_before(node):
+            result = prepared.graph.call_function(function, (given.pop("input"), given.pop("indices")), given)
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
+        prepared.graph.erase_node(node)
+    prepared.recompile()
+    return bool(calls)
 
 
 def _part(reader: fx.Node) -> int | None:

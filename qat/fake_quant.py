@@ -24,6 +24,7 @@ from qat.observers import OBSERVERS, Ema, MinMax, ObserverOptions
 from qat.ranges import RANGES, RangeOptions
 from qat.recompute import recomputing
 from qat.scheme import Granularity, TensorScheme
+from qat.scheme.checks import keeps_tensor_scale
 
 LSQ_LEVELS = 7
 """Learned scales of other formats are kept as if their largest level were this, that of a 4-bit integer. The largest of
@@ -52,6 +53,7 @@ class FakeQuantize(nn.Module):
         reason: what chose the scheme of an activation, for reports.
         progress: share of training that has passed, for gradients and penalties that change with it (`anneals`); a
             tensor, so that a compiled or captured step reads it anew.
+        local: a scale of the tensor is kept, and those of its blocks are computed from the tensor at hand with it.
         plain: few operations can do it (`qat.plain`).
         kept: what reads the result keeps it for backward, so that its integers are of use (`qat.numerics.codes`).
         watched: the next forward checks its input for NaN and infinity.
@@ -90,8 +92,9 @@ class FakeQuantize(nn.Module):
             block_size=(scheme.block_size[0], scheme.block_size[1]) if scheme.block_size else None,
         )
         rule = RANGES[scheme.range]
+        self.local = keeps_tensor_scale(scheme, "weight" if weight else "activation")
         self.scale_shape: tuple[int, ...] = ()
-        if scheme.granularity is not Granularity.tensor and (weight or not rule.dynamic):
+        if scheme.granularity is not Granularity.tensor and (weight or not rule.dynamic) and not self.local:
             known = shape if shape is not None else activation
             if known is None:
                 raise ValueError("a scale per channel of an activation needs its shape: FakeQuantize(activation=shape)")
@@ -231,16 +234,21 @@ class FakeQuantize(nn.Module):
         if self.dynamic or self.fitted is not None or recomputing():
             return
         together = self.training or self.observer.ordered
-        self.observer.update(self.rows(x), site, relu=self.relu, together=together, real=self.layout.real(x))
+        rows, real = self._with_kept_range(x)
+        self.observer.update(rows, site, relu=self.relu, together=together, real=real)
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The range of this one tensor (after the absorbed ReLU), shape [rows] each; observers keep what they saw."""
-        rows, real = self.rows(x), self.layout.real(x)
+        rows, real = self._with_kept_range(x)
         if self.relu and isinstance(self.observer, MinMax | Ema):  # the range of relu(x) is relu of the range
             low, high = self.observer.measure(rows, real)
             return low.clamp(min=0), high.clamp(min=0)
         return self.observer.measure(rows.relu() if self.relu else rows, real)
+
+    def _with_kept_range(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`x` with one row a range, and which of its values count (`Layout.real`)."""
+        return (x.reshape(1, -1), None) if self.local else (self.rows(x), self.layout.real(x))
 
     @property
     def follows(self) -> bool:
@@ -296,14 +304,19 @@ class FakeQuantize(nn.Module):
         assert grid is not None
         if kind.unit_scale:
             return torch.ones_like(largest)
+        if self.local and kind.tensor_scale is not None:
+            return kind.tensor_scale(largest, grid)
         if kind.scales is not None:
             return kind.scales(largest, grid)
         scale = largest / grid.high
         return torch.where(scale > SMALLEST_SCALE, scale, torch.ones_like(scale))
 
     def qparams(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(scale, zero_point) in use, of the scale's shape; a dynamic range reads the tensor `x`."""
-        if not self.dynamic:
+        """(scale, zero_point) in use, of the scale's shape; a dynamic range reads the tensor `x`.
+
+        So do the scales of blocks where their tensor's is kept (`local`), which is what they are without `x`.
+        """
+        if not self.dynamic and (x is None or not self.local):
             return self.range.qparams()
         if x is None:
             raise ValueError("a dynamic range has no scale of its own: pass the tensor")
@@ -311,7 +324,17 @@ class FakeQuantize(nn.Module):
             if x.numel() == 0:
                 one = torch.ones(self.layout.scale_shape(x.shape), dtype=torch.float32, device=x.device)
                 return one, torch.zeros_like(one)
-            return self._choose(*self.measure(x), self.layout.scale_shape(x.shape))
+            shape = self.layout.scale_shape(x.shape)
+            return self._local(x, shape) if self.local else self._choose(*self.measure(x), shape)
+
+    def _local(self, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the shape `shape`, of the blocks of a tensor whose scale is kept."""
+        rows, of_blocks = self.rows(x), self.format.block_scales
+        assert of_blocks is not None
+        assert self.grid is not None
+        largest = (rows.relu() if self.relu else rows.abs()).amax(dim=1)
+        scale = of_blocks(largest.reshape(shape), self.range.qparams()[0], self.grid)
+        return scale, torch.zeros_like(scale)
 
     @torch.no_grad()
     def scales(self, x: Tensor | None = None) -> Tensor:

@@ -59,7 +59,7 @@ def signed(grid: Quantize) -> Quantize:
     """The same real numbers as integers around 0: [0, 255] becomes [-128, 127], and int8 holds it."""
     offset = 2 ** (grid.quant_max.bit_length() - 1) if grid.quant_min >= 0 < grid.quant_max else 0
     low, high = grid.quant_min - offset, grid.quant_max - offset
-    return Quantize(low, high, grid.relu, float(grid.scale), int(grid.zero_point) - offset)
+    return Quantize(low, high, grid.relu, float(grid.scale), int(grid.zero_point) - offset, grid.rounding)
 
 
 def fine(largest: float) -> Quantize:

@@ -15,6 +15,9 @@ from qat.layers import QuantizedLayer, Weight
 LARGEST_BIAS = 2**30
 """int32 biases stay below this, so that a sum of products can be added without overflow."""
 
+LARGEST_WIDE_BIAS = 2**52
+"""Those of bilinear layers are int64, as the product of two scales is a small unit."""
+
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 """The normalisations that fold."""
 
@@ -87,8 +90,10 @@ def batch_norm_affine(batch_norm: nn.Module | None, channels: int) -> tuple[Tens
     return gain, shift
 
 
-def integer_bias(folded: FoldedWeight, input_scale: float, dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The bias as integers at scale `input_scale * weight_scale`.
+def integer_bias(
+    folded: FoldedWeight, input_scale: float, dims: int, largest: int = LARGEST_BIAS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The bias as integers at scale `input_scale * weight_scale`, at most `largest`.
 
     A channel whose BatchNorm gain is next to nothing has a scale so small that its bias does not fit an int32. Its
     scale is raised until it does, and its integers are divided to match: that loses less than a thousandth of the bias.
@@ -97,7 +102,7 @@ def integer_bias(folded: FoldedWeight, input_scale: float, dims: int) -> tuple[T
         weight scale (float64, [out]), weight integers and bias integers (float64, [out]).
     """
     smallest = torch.finfo(torch.float32).tiny / min(input_scale, 1.0)
-    needed = (folded.bias.abs() / (LARGEST_BIAS * input_scale)).clamp(min=smallest)
+    needed = (folded.bias.abs() / (largest * input_scale)).clamp(min=smallest)
     scale = torch.maximum(folded.scale, needed)
     shrink = (folded.scale / scale).reshape(-1, *[1] * (dims - 1))
     zero = folded.zero_point.double().reshape(-1, *[1] * (dims - 1))

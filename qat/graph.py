@@ -135,8 +135,6 @@ class Graph:
             return Kind.passes if on_grid else Kind.other
         if node.target is operator.getitem and not all(self.is_size(n) for n in _nodes_in(node.args[1])):
             return Kind.other
-        if node.target is F.pad and not _pads_within(node):
-            return Kind.other
         if kind is Kind.relu and node in self.passing_relus:
             return Kind.passes
         return kind
@@ -171,6 +169,9 @@ class Graph:
         if CALLS[self.key(node)].name == "masked_fill":
             value = self.arguments(node)["value"]
             return isinstance(value, int | float) and value == 0
+        if CALLS[self.key(node)].name == "pad":  # with zeros, or values that are repeated
+            bound = self.arguments(node)
+            return bound["mode"] != "constant" or bound["value"] in (None, 0)
         return True
 
     def _interpolation(self, node: fx.Node) -> Kind:
@@ -229,6 +230,8 @@ class Graph:
             return True
         if kind in (Kind.passes, Kind.average):
             return node in self.passing_relus or self.nonnegative(node.all_input_nodes[0])
+        if kind is Kind.other and operation is not None and operation.name == "pad":
+            return bool(self.arguments(node)["value"] > 0) and self.nonnegative(node.all_input_nodes[0])
         if kind is Kind.select or (kind is Kind.arithmetic and operation is not None and operation.name in KEEPS_SIGN):
             return all(self.nonnegative(arg) for arg in self.tensors(node))
         if kind in (Kind.add, Kind.concat):
@@ -334,10 +337,3 @@ def _nodes_in(index: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(index, found.append)
     return found
-
-
-def _pads_within(node: fx.Node) -> bool:
-    """Whether a padding lies on any grid that the tensor has: zeros, or values repeated."""
-    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return mode != "constant" or value in (None, 0)

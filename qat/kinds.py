@@ -50,7 +50,7 @@ KINDS: dict[Any, Kind] = {
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), Kind.passes),
     **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), Kind.passes),
     **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), Kind.passes),
-    **dict.fromkeys((torch.reshape, torch.permute, operator.getitem, F.pad), Kind.passes),
+    **dict.fromkeys((torch.reshape, torch.permute, operator.getitem), Kind.passes),
     **dict.fromkeys((pack_padded_sequence, pad_packed_sequence), Kind.passes),
     **dict.fromkeys((pack_sequence,), Kind.concat),
     **dict.fromkeys(("reshape", "view", "permute"), Kind.passes),
@@ -90,7 +90,7 @@ POINTWISE = {
 }  # fmt: skip
 """Operations (of CALLS) that make each value from one value of a tensor (and numbers)."""
 
-ROW_WISE = {"softmax", "layer_norm", "rms_norm", "group_norm", "instance_norm", "sum", "argmax", "argmin"}
+ROW_WISE = {"softmax", "layer_norm", "rms_norm", "group_norm", "instance_norm", "sum", "argmax", "argmin", "max_places"}
 """Operations of one tensor that make values from many of its values."""
 
 NEAREST, AVERAGED = ("nearest", "nearest-exact"), ("linear", "bilinear", "trilinear", "area")

@@ -11,7 +11,7 @@ from typing import Any, overload
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
 
 from qat import lower_calls, lower_recurrent, translate
 from qat.adapters import without_adapters
@@ -22,7 +22,7 @@ from qat.graph import Graph, is_structure, output_form, tensor_list, tensors_ret
 from qat.kinds import IDENTITIES, Kind
 from qat.layers import Functional, QuantizedLayer
 from qat.lower_fixed import fixed_point
-from qat.lower_layers import float_layer, integer_layer, look_up, real_layer
+from qat.lower_layers import float_layer, integer_grids, integer_layer, look_up, real_layer
 from qat.lowering import Lowering, grid_of_quantizer
 from qat.modes import check_simulates
 from qat.parts import graphs
@@ -71,6 +71,11 @@ def lower(prepared: nn.Module) -> nn.Module:
 def _lowered(module: nn.Module, path: str, parts: dict[str, fx.GraphModule]) -> nn.Module:
     if path in parts:
         graph = parts[path]
+        if any(isinstance(given, PackedSequence) for given in graph.meta["qat"]["inputs"].values()):
+            raise ValueError(
+                f"layer '{path}' is given a packed sequence by code that was not recorded, and no integer network "
+                f"takes one as its input; let that code be recorded (qat.report says what stopped it), or pad instead"
+            )
         opaque = graph.meta.get("opaque", ())
         return _run(Lowering(graph, {n: _lowered(graph.get_submodule(n), join(path, n), parts) for n in opaque}))
     children = {id(child): _lowered(child, join(path, name), parts) for name, child in module.named_children()}
@@ -145,17 +150,17 @@ def _layer(lowering: Lowering, node: fx.Node) -> None:
     norm_node = lowering.graph.batch_norm_after(node)
     norm = lowering.graph.submodule(norm_node) if norm_node else None
     tail = norm_node or node
-    source = node.all_input_nodes[0]
-    grid = lowering.grids[lowering.made[source]]
     made = [node, tail, *lowering.fused_quantizer(tail)]
     geometry = lowering.geometry(layer, node) | {"output": lowering.output_grid(tail)}
+    inputs = [lowering.made[source] for source in translate.factors(layer, node)]
+    grids = integer_grids(layer, [lowering.grids[name] for name in inputs])
     step: RuntimeLayer
-    if grid is not None and layer.weight_quantizer.integer and layer.multiplies:
+    if grids is not None:
         shared = lowering.biases[id(layer.bias)] > 1
-        step, x = integer_layer(layer, norm, grid, geometry, remainder=shared), lowering.made[source]
+        step = integer_layer(layer, norm, grids, geometry, remainder=shared)
     else:
-        step, x = real_layer(layer, norm, geometry), lowering.real_input(layer, node)
-    lowering.add(str(node.target), step, [lowering.padded(layer, node, x)], *made)
+        step, inputs = real_layer(layer, norm, geometry), [lowering.real_input(layer, node)]
+    lowering.add(str(node.target), step, [lowering.padded(layer, node, x) for x in inputs], *made)
 
 
 def _ordinary(layer: nn.Module | None) -> nn.Module | None:
@@ -259,7 +264,24 @@ def _concat(lowering: Lowering, node: fx.Node) -> None:
     lowering.integer_operation(node, step, tensor_list(node))
 
 
+def _filled(lowering: Lowering, node: fx.Node) -> None:
+    """Padding with a number; where the result is put on a grid, its integers are padded with that of the number."""
+    grid = lowering.output_grid(node)
+    layer, args = lower_calls.function(lowering.graph, lowering.sizes, node)
+    if grid is None:
+        lowering.real_operation(node, layer, args)
+        return
+    name, inside = lowering.graph.name(node), ops.QuantizeInput(copy.deepcopy(grid))
+    source = lowering.add(f"{name}.inside", inside, [lowering.to_real(args[0])])
+    number = int(grid(torch.tensor(float(layer.settings["value"]))))
+    step = ops.Pad(pads=lower_calls.pads(layer.settings["pad"]), value=number, mode="constant")
+    lowering.add(name, step, [source], node, *lowering.fused_quantizer(node), grid=grid)
+
+
 def _other(lowering: Lowering, node: fx.Node) -> None:
+    if lowering.graph.key(node) is F.pad:
+        _filled(lowering, node)
+        return
     if node.target is pad_packed_sequence or is_padded(node):
         lower_recurrent.padded(lowering, node)
         return

@@ -1,6 +1,7 @@
 """Calls of operations of CALLS -> layers of the runtime, with the tensors that they read."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,6 +102,12 @@ def move(graph: Graph, sizes: Sizes, node: fx.Node, zero_point: int) -> tuple[An
         return ops.Move(name=name.removesuffix("_as"), sizes=entries), [source, *like]
     if name == "masked_fill":
         return ops.Move(name=name, value=zero_point), [source, bound["mask"]]
+    if name == "pad":
+        around = pads(plain(graph, sizes, node, bound["pad"]))
+        return ops.Pad(pads=around, value=zero_point, mode=bound["mode"]), [source]
+    if name == "max_unpool":
+        dims = int(key.__name__[-2])
+        return ops.Move(name=name, size=sizes.shape(node)[-dims:], value=zero_point), [source, bound["indices"]]
     settings = {k: plain(graph, sizes, node, v) for k, v in bound.items() if k not in UNUSED}
     if name == "adaptive_max_pool":
         settings["output_size"] = spatial_sizes(key, settings["output_size"])
@@ -109,6 +116,11 @@ def move(graph: Graph, sizes: Sizes, node: fx.Node, zero_point: int) -> tuple[An
     if name == "unflatten":
         settings["sizes"] = settings.pop("unflattened_size", settings.get("sizes"))
     return ops.Move(name=name, **settings), [source]
+
+
+def pads(flat: Sequence[int]) -> list[list[int]]:
+    """(before, after) for the last dimensions in order, of the list that F.pad takes: the last dimension first."""
+    return [[flat[i], flat[i + 1]] for i in range(0, len(flat), 2)][::-1]
 
 
 def output_padding(graph: Graph, sizes: Sizes, node: fx.Node, geometry: dict[str, Any]) -> dict[str, Any]:

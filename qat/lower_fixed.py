@@ -27,6 +27,7 @@ from qat.runtime.layers import IntegerConv, RuntimeLayer
 from qat.runtime.lookup import LookUp
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork, Node
+from qat.runtime.outer import IntegerBilinear
 
 MOVES = (
     ops.Relu | ops.MaxPool | ops.Reshape | ops.Permute | ops.Slice | ops.Pad | ops.Concat | ops.Move
@@ -120,7 +121,7 @@ class _Conversion:
             self._add(name, ops.QuantizeInput(signed(output)), inputs)
         elif isinstance(layer, ops.QuantizeInput):
             self._put(name, inputs[0], output)
-        elif isinstance(layer, IntegerConv):
+        elif isinstance(layer, IntegerConv) and not isinstance(layer, IntegerBilinear):
             step, total = make.conv(layer, self.grids[inputs[0]])
             self._emit(name, Sums(step, inputs, total), output)
         elif isinstance(layer, IntegerMatmul):
@@ -131,7 +132,8 @@ class _Conversion:
             rows = layer.rows(torch.arange(layer.weight.shape[0], device=layer.weight.device))
             self._table(name, rows, 0, inputs[0], output)
         elif isinstance(layer, MOVES) and all(i in self.grids or i in self.plain for i in inputs):
-            self._move(name, layer, inputs)
+            grid = self.network.grid(inputs[0])
+            self._move(name, layer, inputs, 0 if grid is None else int(grid.zero_point))
         else:
             self._operation(node, layer)
 
@@ -170,7 +172,7 @@ class _Conversion:
                     raise self._refused(name, layer, "its input is masked with minus infinity")
                 step.masked = hidden
             self._emit(name, Sums(step, [source, *mask], total), output)
-        elif kind in ("argmax", "argmin"):
+        elif kind in ("argmax", "argmin", "max_places"):
             self._add(name, layer, [self._integers(inputs[0])])
         elif isinstance(layer, MOVES):
             value, joined = self.values.get(inputs[0]), [i for i in inputs if i not in self.plain]
@@ -233,16 +235,17 @@ class _Conversion:
             raise self._refused(name, layer, make.ADVICE["mask"])
         self.masks[name] = (how, [mask])
 
-    def _move(self, name: str, layer: RuntimeLayer, inputs: list[str]) -> None:
+    def _move(self, name: str, layer: RuntimeLayer, inputs: list[str], zero: int = 0) -> None:
+        """Append a move of integers; `zero` stands for 0 among the numbers that the layer itself moves."""
         step = copy.deepcopy(layer)
         grid = self.grids.get(inputs[0])
         if grid is None:  # of masks
             self._add(name, step, inputs)
             return
         assert isinstance(step, MOVES)
-        for key in ("zero", "value"):  # what stands for 0
+        for key in ("zero", "value"):
             if key in step.settings:
-                step.settings[key] = int(grid.zero_point)
+                step.settings[key] += int(grid.zero_point) - zero
         step.output = None
         self.nodes.append(Node(name, tuple(inputs)))
         self.layers[name], self.grids[name] = step, grid

@@ -1,5 +1,6 @@
 """Layers of a prepared network -> layers of the runtime, their numbers copied."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,12 +9,13 @@ from torch import Tensor, nn
 from qat.encoding import encode
 from qat.fake_quant import FakeQuantize
 from qat.fitted import Product
-from qat.fold import FoldedWeight, batch_norm_affine, fold, integer_bias
+from qat.fold import LARGEST_BIAS, LARGEST_WIDE_BIAS, FoldedWeight, batch_norm_affine, fold, integer_bias
 from qat.layers import QuantizedLayer, Weight
 from qat.numerics.granularity import rows_of, swap_channels
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import FloatConv, IntegerConv
 from qat.runtime.lookup import LookUp, ProductLookUp, TableLookUp
+from qat.runtime.outer import IntegerBilinear
 from qat.runtime.stored import ProductConv, StoredConv, TableConv
 
 
@@ -21,21 +23,44 @@ def grid_of(quantizer: FakeQuantize) -> Quantize:
     """The grid of an integer quantizer, as the runtime's."""
     scale, zero_point = (t.detach() for t in quantizer.qparams())
     relu = quantizer.relu and int(zero_point) != quantizer.quant_min
-    return Quantize(int(quantizer.quant_min), int(quantizer.quant_max), relu, float(scale), int(zero_point))
+    ends = int(quantizer.quant_min), int(quantizer.quant_max)
+    return Quantize(*ends, relu, float(scale), int(zero_point), quantizer.rounding_in_use)
+
+
+def integer_grids(layer: QuantizedLayer, grids: Sequence[Quantize | None]) -> list[Quantize] | None:
+    """The grids of a layer's inputs, if the runtime multiplies their integers by the layer's; None if it does not."""
+    known = [grid for grid in grids if grid is not None]
+    if len(known) < len(grids) or not layer.weight_quantizer.integer or not layer.multiplies:
+        return None
+    if len(known) > 1 and not IntegerBilinear.fits(IntegerBilinear.products(*known), layer.outputs_first()[0].numel()):
+        return None
+    return known
 
 
 def integer_layer(
     layer: QuantizedLayer | Weight,
     norm: nn.Module | None,
-    grid: Quantize,
+    grids: Sequence[Quantize],
     geometry: dict[str, Any],
     remainder: bool = False,
 ) -> IntegerConv:
-    """A layer that takes integers of `grid`; with a `remainder` where its bias could not be rounded for that grid."""
+    """A layer on integers.
+
+    Args:
+        layer: with an integer weight.
+        norm: the BatchNorm behind it.
+        grids: of its inputs: two of a bilinear layer.
+        geometry: settings of a convolution, and the output's grid.
+        remainder: its bias could not be rounded for these grids.
+    """
     folded = fold(layer, norm)
-    scale, q, bias = integer_bias(folded, float(grid.scale), folded.q.dim())
+    kind: type[IntegerConv] = IntegerConv
+    grid, largest = grids[0], LARGEST_BIAS
+    if len(grids) > 1:
+        kind, grid, largest = IntegerBilinear, IntegerBilinear.products(*grids), LARGEST_WIDE_BIAS
+    scale, q, bias = integer_bias(folded, float(grid.scale), folded.q.dim(), largest)
     between = bool(((q - folded.bounds[0]) % folded.step).any())  # a channel that was scaled down for its bias
-    step = IntegerConv(
+    step = kind(
         list(folded.q.shape), list(folded.bounds), [grid.quant_min, grid.quant_max], **geometry,
         weight_step=1 if between else folded.step, remainder=remainder,
     )  # fmt: skip
@@ -48,6 +73,9 @@ def integer_layer(
     step.input_zero_point.copy_(grid.zero_point)
     if step.remainder is not None:
         step.remainder.copy_(folded.bias - step.bias.double() * scale * float(grid.scale))
+    if isinstance(step, IntegerBilinear):
+        for zero, side in zip((step.left_zero_point, step.right_zero_point), grids, strict=True):
+            zero.copy_(side.zero_point)
     return step
 
 

@@ -52,7 +52,7 @@ def _cell(layer: QuantizedRecurrent, i: int, grid: Quantize | None) -> RuntimeCe
         own = next((s for s in sources if s is not None and s.integer), None)
         x = grid if read else None if own is None else grid_of(own)
         if x is not None and weight.weight_quantizer.integer:
-            parts[name] = integer_layer(weight, None, x, {})
+            parts[name] = integer_layer(weight, None, [x], {})
             if name == "read" and not read:
                 parts["below"] = x
         else:

@@ -121,9 +121,8 @@ class Lowering:
 
     def real_input(self, layer: nn.Module, node: fx.Node) -> str:
         """Name of the real numbers that a layer multiplies its weight by: of a bilinear one, products of its inputs."""
-        if not isinstance(layer, nn.Bilinear):
-            return self.to_real(node.all_input_nodes[0])
-        return self.add(f"{node.target}.outer", Outer(), [self.to_real(arg) for arg in translate.bilinear_inputs(node)])
+        inputs = [self.to_real(arg) for arg in translate.factors(layer, node)]
+        return inputs[0] if len(inputs) == 1 else self.add(f"{node.target}.outer", Outer(), inputs)
 
     def geometry(self, layer: nn.Module, node: fx.Node) -> dict[str, Any]:
         """Stride, padding and so on of a convolution; nothing for other layers."""
@@ -160,7 +159,7 @@ def grid_of_quantizer(module: nn.Module | None) -> Quantize:
 
 def copy_grid(grid: Quantize, relu: bool) -> Quantize:
     """A grid of its own with the same integers."""
-    return Quantize(grid.quant_min, grid.quant_max, relu, float(grid.scale), int(grid.zero_point))
+    return Quantize(grid.quant_min, grid.quant_max, relu, float(grid.scale), int(grid.zero_point), grid.rounding)
 
 
 def _same(a: Quantize, b: Quantize | None) -> bool:

@@ -4,6 +4,7 @@ import operator
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from qat.fake_quant import FakeQuantize
 from qat.layers import Quantized
@@ -62,9 +63,9 @@ def _single(layer: Quantized, path: str, about: dict[str, Any]) -> PreparedNetwo
 
 def _taken(node: fx.Node, value: Any) -> Any:
     """The tensors in an argument as nodes; what is no tensor as it is."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not isinstance(value, PackedSequence):
         return tuple(_taken(node.graph.call_function(operator.getitem, (node, i)), v) for i, v in enumerate(value))
-    return node if isinstance(value, Tensor) else value
+    return node if isinstance(value, Tensor | PackedSequence) else value
 
 
 def _parts_of(result: fx.Node, layer: nn.Module) -> Any:

@@ -1,5 +1,6 @@
 """Quantizers into a recorded network: layers swapped, a FakeQuantize on every edge that a quantized operation reads."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +10,25 @@ from torch import fx, nn
 
 from qat.attention import matmul
 from qat.choices import Ask, Choice, Quantizable
-from qat.decompose import decompose_attention, decompose_extremes
+from qat.decompose import decompose_attention, decompose_extremes, unpool_by_function
+from qat.einsum import decompose_einsum
 from qat.fake_quant import FakeQuantize
 from qat.functional import insert_functional
 from qat.graph import Graph
 from qat.in_place import drop_in_place
 from qat.inside import INSIDE
 from qat.kinds import Kind
-from qat.layers import SWAPS, Functional, Quantized, type_name
+from qat.layers import (
+    SWAPS,
+    Functional,
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    Quantized,
+    QuantLinear,
+    float_type,
+    type_name,
+)  # fmt: skip
 from qat.layers.tied import share_weight_quantizers
 from qat.prepared import bind_functional
 from qat.record import Call
@@ -52,7 +64,9 @@ def normalize(
     if drop_in_place(traced, trial, call):
         trial = Trial(traced, call)
         check_same(net, trial, expected, tolerance)
-    if decompose_attention(traced, trial.shapes) | decompose_extremes(traced) | insert_functional(traced):
+    decomposed = decompose_einsum(traced, trial.shapes) | decompose_attention(traced, trial.shapes)
+    decomposed |= decompose_extremes(traced) | unpool_by_function(traced)
+    if insert_functional(traced) or decomposed:
         bind_functional(traced)
         trial = Trial(traced, call)
         check_same(net, trial, expected, 1e-4)
@@ -104,6 +118,7 @@ def place(
         wanted = requests(graph, config, choices, reads, shapes)
     _insert(graph, wanted, config, shapes, at)
     _tell_recurrent_layers(Graph(traced))
+    _tell_layers_that_functions_read(Graph(traced))
     _tell_what_is_kept(Graph(traced))
     return ties
 
@@ -128,7 +143,7 @@ def _insert(
     for request in wanted:
         if not request.ask.scheme.quantized:
             continue
-        edges, scheme = request.edges, request.ask.scheme
+        edges, scheme = request.edges, _along_channels(graph, request)
         relu = request.reader is None and all(graph.kind(edge) is Kind.relu for edge in edges)
         nonnegative = all(graph.nonnegative(edge) for edge in edges)
         _check_axis(graph, edges, scheme, shapes)
@@ -178,6 +193,19 @@ def _tell_recurrent_layers(graph: Graph) -> None:
             layer.sources = (*layer.sources, quantizer)
 
 
+def _tell_layers_that_functions_read(graph: Graph) -> None:
+    """Let layers whose real output is read know the grid of their input, so that sums are exact in evaluation."""
+    for node in graph.nodes:
+        layer, readers = graph.submodule(node), [graph.submodule(user) for user in node.users]
+        if not isinstance(layer, QuantLinear | QuantConv1d | QuantConv2d | QuantConv3d):
+            continue
+        if all(isinstance(reader, FakeQuantize | nn.modules.batchnorm._BatchNorm) for reader in readers):
+            continue
+        quantizer = graph.quantizer_of(graph.operands(node)[0])
+        if quantizer is not None and quantizer not in layer.sources:
+            layer.sources = (*layer.sources, quantizer)
+
+
 def _tell_what_is_kept(graph: Graph) -> None:
     """Let quantizers know whether a layer or a product reads them, and keeps for backward what it has read."""
     read = set()
@@ -188,6 +216,23 @@ def _tell_what_is_kept(graph: Graph) -> None:
         quantizer = graph.submodule(node)
         if isinstance(quantizer, FakeQuantize):
             quantizer.kept = quantizer in read
+
+
+def _along_channels(graph: Graph, request: Request) -> TensorScheme:
+    """The scheme with the last axis for its channels, where none is given and a product of matrices sums along it."""
+    scheme = request.ask.scheme
+    if scheme.axis is not None or scheme.granularity not in (Granularity.channel, Granularity.group):
+        return scheme
+    multiplied = any(_is_multiplied(graph, user) for edge in request.edges for user in edge.users)
+    return dataclasses.replace(scheme, axis=-1) if multiplied else scheme
+
+
+def _is_multiplied(graph: Graph, reader: fx.Node) -> bool:
+    """Whether a reader, or what it moves its tensor to, is a linear layer or a product of two tensors."""
+    layer = graph.submodule(reader)
+    if reader.target is matmul or (layer is not None and issubclass(float_type(layer), nn.Linear)):
+        return True
+    return graph.kind(reader) is Kind.passes and any(_is_multiplied(graph, user) for user in reader.users)
 
 
 def _check_axis(graph: Graph, edges: list[fx.Node], scheme: TensorScheme, shapes: dict[fx.Node, torch.Size]) -> None:

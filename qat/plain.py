@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qat import processes
 from qat.mode import Mode
-from qat.numerics import fast
+from qat.numerics import fast, native
 from qat.numerics.codes import LEVELS
 from qat.numerics.gradients import GRADIENTS
 from qat.observers import Ema, Extremes
@@ -38,9 +38,9 @@ def plan(node: FakeQuantize, x: Tensor) -> fast.Plan | None:
         return None
     learns = node.range.learned and node.mode is not Mode.frozen and node.scale.requires_grad
     shape: tuple[int, ...] = ()
-    if node.scale_shape:
+    if scales := node.layout.scale_shape(x.shape) if node.dynamic else node.scale_shape:
         axis = node.layout.axis % x.dim()
-        shape = (1,) * axis + node.scale_shape + (1,) * (x.dim() - axis - 1)
+        shape = (1,) * axis + scales + (1,) * (x.dim() - axis - 1)
     taken = fast.plan(x, shape, learns)
     return taken if fast.pays(x, taken) else None
 
@@ -48,22 +48,43 @@ def plan(node: FakeQuantize, x: Tensor) -> fast.Plan | None:
 def quantize(node: FakeQuantize, x: Tensor, taken: fast.Plan, site: int, looks: bool) -> Tensor:
     """What `FakeQuantize.forward` returns of a plain node that quantizes."""
     symmetric, codes = node.scheme.symmetric, node.kept and node.quant_max - node.quant_min < LEVELS
+    if taken.form == "native" and (y := _at_once(node, x, taken, looks, codes)) is not None:
+        return y
     if node.dynamic:
         low, high = node.measure(x)
         scale, _, bottom, top = fast.choose(low, high, _constants(node, x), symmetric)
-        both_ways = symmetric and node.quant_min <= -node.quant_max  # an unsigned grid clips what is negative
-        whole = both_ways and not node.relu and isinstance(node.observer, Extremes)
-        return fast.take(x, taken, scale, bottom, top, node.relu, whole=whole, codes=codes)
+        return fast.take(x, taken, scale, bottom, top, node.relu, whole=_whole(node), codes=codes)
     if looks and node.follows:
-        if isinstance(node.observer, Ema) and node.observer.simple and not processes.several():
+        if type(node.observer) is Ema and node.observer.simple and not processes.several():
             return fast.take(x, taken, *_follow(node, node.observer, x), node.relu, codes=codes)
         node.observe(x, site)
         node.set_range_from_observer()
-    scale = node.scale if taken.lsq else node.qparams()[0].detach().clone()  # of one that was learned the magnitude
+    # of one that was learned the magnitude
+    scale = node.scale if taken.lsq or taken.form == "native" else node.qparams()[0].detach().clone()
     return fast.fake_quantize(
         x, scale, None if symmetric else node.zero_point, int(node.quant_min), int(node.quant_max), relu=node.relu,
         grad_scale=node.grad_scale(x, node.scale) if taken.lsq else None, taken=taken, codes=codes,
     )  # fmt: skip
+
+
+def _at_once(node: FakeQuantize, x: Tensor, taken: fast.Plan, looks: bool, codes: bool) -> Tensor | None:
+    """One call for the range and the values, where the range is that of `x` or a moving average; else None."""
+    moves, observer = looks and node.follows, node.observer
+    if not (node.dynamic or moves):
+        return None
+    grid = native.options(node.quant_min, node.quant_max, node.scheme.symmetric, node.relu, codes)
+    if node.dynamic and type(observer).measure is Extremes.measure and taken.layout.outer == 1:
+        return fast.known(native.measured(x, taken.layout.channels, _whole(node), grid), taken.inner)
+    if moves and type(observer) is Ema and observer.simple and not processes.several():
+        kept = observer.low, observer.high, node.scale, node.zero_point
+        return fast.known(native.following(x, *kept, node.scheme.momentum, grid), taken.inner)
+    return None
+
+
+def _whole(node: FakeQuantize) -> bool:
+    """Whether the range of a tensor itself clips nothing of it."""
+    both_ways = node.scheme.symmetric and node.quant_min <= -node.quant_max  # an unsigned grid clips what is negative
+    return both_ways and not node.relu and isinstance(node.observer, Extremes)
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from qat.scheme import QuantConfig
 from qat.split import Part, Parts, join, split
 from qat.structures import map_tensors, tensors
 from qat.subclass import is_lightning, prepared_class, with_graph
-from qat.targets import Asked, check_layers, check_target
+from qat.targets import Asked, check_layers, check_target, with_ties_of_target
 from qat.tracing import has
+from qat.turns import keep_in_turn, noting_order
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Any = None) -> 
     """
     config.validate()
     check_target(config)
+    config = with_ties_of_target(config)
     if is_lightning(net):
         net.configure_model()  # type: ignore[operator]  # of some, makes the layers; Lightning asks that it may repeat
     args, kwargs = arguments(net, example_inputs)
@@ -84,6 +86,8 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Any = None) -> 
     for module in prepared.modules():
         if module not in own:  # what is shared with the float network keeps its mode
             module.training = net.training
+    with noting_order(prepared) as order:
+        macs = count(prepared, *map_tensors(torch.clone, (args, kwargs)))
     about = {
         "config": config,
         "network": type(net).__name__,
@@ -91,9 +95,12 @@ def prepare(net: nn.Module, config: QuantConfig, example_inputs: Any = None) -> 
         "inputs": _described(parts.found[""].call if "" in parts.found else calls[""], net),
         "untraced": parts.untraced,
         "left_out": parts.left_out,
-        "macs": count(prepared, *map_tensors(torch.clone, (args, kwargs))),
+        "order": order,
+        "macs": macs,
     }
     vars(prepared).setdefault("meta", {})["qat"] = about
+    if parts.untraced or len(parts.found) > 1:
+        keep_in_turn(prepared)
     return prepared
 
 

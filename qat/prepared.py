@@ -9,6 +9,9 @@ from torch import fx, nn
 
 from qat.layers import Functional
 
+HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
+"""Attributes in which a module keeps what its user has registered; copies of a GraphModule lose most of them."""
+
 
 class RecordedSequential(nn.Sequential):
     """Layers of a recording: listed and indexed, as they were; but what stands between them is the recording's."""
@@ -21,7 +24,7 @@ class RecordedSequential(nn.Sequential):
 
 
 class PreparedNetwork(fx.GraphModule):
-    """A GraphModule whose copies keep what a GraphModule's lose: modules that `forward` does not call, attributes.
+    """A GraphModule whose copies keep what a GraphModule's lose: modules that `forward` does not call, hooks, data.
 
     Of an `nn.Sequential`, its layers are indexed as they were: `prepared[0]`, `prepared[:-1]`.
     """
@@ -39,12 +42,14 @@ class PreparedNetwork(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         attributes = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("training", "graph")}
+        attributes |= {name: vars(self)[name] for name in HOOKS}
         kind = PreparedPart if isinstance(self, PreparedPart) else PreparedNetwork  # each has a class of its own
         return _unpickle, (kind, super().__reduce__(), attributes, self._modules)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PreparedNetwork":
         result: Any = super().__deepcopy__(memo)
         result._modules = copy.deepcopy(self._modules, memo)
+        vars(result).update({name: copy.deepcopy(vars(self)[name], memo) for name in HOOKS})
         bind_functional(result)
         result.adopt(copy.deepcopy({k: v for k, v in vars(self).items() if not k.startswith("_")}, memo))
         return result
@@ -88,6 +93,7 @@ def _unpickle(
     prepared = kind(module, module.graph)
     prepared.meta.update(attributes.pop("meta"))
     prepared._modules = modules
+    vars(prepared).update({name: attributes.pop(name) for name in HOOKS})
     bind_functional(prepared)
     prepared.adopt(attributes)
     return prepared

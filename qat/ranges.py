@@ -51,6 +51,8 @@ class Range(nn.Module):
         formats: the kinds of format that it is defined for: "any", or "int".
         roles: the tensors that it is made for.
         tables: it also says what becomes of a table of fitted levels: it stays, or is learned.
+        ratios: scales are powers of two or constants, so that those of different tensors stand in simple ratios, and
+            what is computed of several lies on exact ties.
         odd: weights are squashed as a whole onto odd integers, without zero (`transform`, `weight_grid`: DoReFa).
     """
 
@@ -64,6 +66,7 @@ class Range(nn.Module):
     formats: ClassVar[str] = "any"
     roles: ClassVar[tuple[str, ...]] = ("weight", "activation")
     tables: ClassVar[bool] = False
+    ratios: ClassVar[bool] = False
     odd: ClassVar[bool] = False
 
     def __init__(self, options: RangeOptions) -> None:
@@ -241,7 +244,7 @@ class Tqt(Range):
     equations 4 to 8.
     """
 
-    learned = True
+    learned = ratios = True
     affine = False
     formats = "int"
 
@@ -273,7 +276,7 @@ class Dorefa(Range):
 
     affine = False
     formats = "int"
-    odd = True
+    odd = ratios = True
 
     def __init__(self, options: RangeOptions) -> None:
         super().__init__(options)

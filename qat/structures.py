@@ -34,7 +34,8 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
-        return type(value)(*(map_tensors(function, item) for item in value))
+        made: Any = type(value)
+        return made._make(map_tensors(function, item) for item in value)  # of a PackedSequence, without its checks
     if isinstance(value, list | tuple):
         return type(value)(map_tensors(function, item) for item in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

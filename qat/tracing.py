@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.proxy import Attribute, TracerBase
 from torch.nn.modules import padding
+from torch.overrides import _get_current_function_mode_stack
 
 from qat.advice import advice, last_user_line, line_of
 from qat.fake_quant import FakeQuantize
@@ -106,6 +107,19 @@ class _Tracer(fx.Tracer):
         self._autowrap_search.append(torch.nn.utils.rnn)  # where `nn.utils.rnn.pack_padded_sequence(...)` finds them
         self.whole = whole or set()
         self.culprit: str | None = None
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """A graph whose generated code asks for no wrapping, which later traces trip over; to unpickle is to trace."""
+        self.added = [getattr(mode, "device", None) for mode in _get_current_function_mode_stack()]
+        graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            node.meta.pop("is_wrapped", None)
+        return graph
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any) -> fx.Node:
+        """A node without the device that a context, as `with torch.device(...)`, adds to calls that make tensors."""
+        kept = {k: v for k, v in kwargs.items() if k != "device" or not any(v is device for device in self.added)}
+        return super().create_node(kind, target, args, kept, *others, **named)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The symbol that stands for the result of a node."""
@@ -229,8 +243,6 @@ def _record(net: nn.Module, training: bool, whole: set[str], fixed: Mapping[str,
                 f"into it outside of forward, or in a submodule of its own",
                 path if own else "",
             )
-    for node in graph.nodes:  # else the generated code asks for a wrapping that later traces trip over
-        node.meta.pop("is_wrapped", None)
     for node in graph.nodes:  # fx leaves of a fixed parameter an input that only assertions read
         if node.op == "placeholder" and str(node.target).rpartition("_")[0] in fixed:
             _erase_with_readers(graph, node)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from qat.graph import Graph
+from qat.layers import float_type
 from qat.runtime import operations as ops
 from qat.runtime.layers import RuntimeLayer
 from qat.sizes import Sizes
@@ -52,8 +53,10 @@ def look_up(layer: LOOK_UPS, node: fx.Node) -> tuple[list[fx.Node], dict[str, An
     return [indices, *(other for other in others if other is not None)], pooling
 
 
-def bilinear_inputs(node: fx.Node) -> list[fx.Node]:
-    """The two inputs of a bilinear layer."""
+def factors(layer: nn.Module, node: fx.Node) -> list[fx.Node]:
+    """What a layer multiplies its weight by: of a bilinear one the products of its two inputs."""
+    if not issubclass(float_type(layer), nn.Bilinear):
+        return node.all_input_nodes[:1]
     args = _Arguments(node)
     return [args.get(0, "input1"), args.get(1, "input2")]
 
@@ -134,10 +137,6 @@ def passing_layer(graph: Graph, node: fx.Node, zero_point: int) -> RuntimeLayer:
         return ops.Reshape(shape=_shape(graph, node, args.sizes("shape")))
     if key in (torch.permute, "permute"):
         return ops.Permute(dims=list(args.sizes("dims")))
-    if key is F.pad:
-        flat = args.get(1, "pad")
-        pairs = [[flat[i], flat[i + 1]] for i in range(0, len(flat), 2)]
-        return ops.Pad(pads=pairs[::-1], value=zero_point, mode=args.get(2, "mode", "constant"))
     raise unsupported(graph, node, "no integer form yet")
 
 

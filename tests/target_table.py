@@ -27,10 +27,10 @@ _ORT = (
 )
 _FLOAT = ("in float", "float", "any", "floats")
 _ORT_OTHERS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "transposed convolution": (
+    **dict.fromkeys(("transposed convolution", "bilinear"), (
         ("DequantizeLinear, in float", f"{_MIXED}; group, channel, tensor", "int 1-8; tensor; static", "floats"),
         _ORT[0], _FLOAT,
-    ),
+    )),
     "embedding": (("Gather", f"{_MIXED}; channel, tensor", "any", "integers"), _FLOAT),
     "lstm": (_FLOAT,), "recurrent": (_FLOAT,),
 }  # fmt: skip
@@ -58,19 +58,24 @@ KERNELS: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
             ("oneDNN u8s8", f"{_MIXED}; symmetric; channel, tensor", "int 1-8; tensor; static", "integers"),
             ("decompression, in float", f"{_MIXED}; group, channel, tensor", "float", "floats"), _FLOAT,
         ),
+        "bilinear": (
+            ("decompression, in float", f"{_MIXED}; group, channel, tensor", "int 1-8; tensor; static", "floats"),
+            ("decompression, in float", f"{_MIXED}; group, channel, tensor", "float", "floats"), _FLOAT,
+        ),
         "embedding": (("Gather", f"{_MIXED}; channel, tensor", "any", "integers"), _FLOAT),
         "lstm": (_FLOAT,), "recurrent": (_FLOAT,),
     },
     "tensorrt": {
         "default": (*_RT, _FLOAT),
+        "bilinear": (*(("dequantized, in float", *limits, "floats") for _, *limits, _ in _RT), _FLOAT),
         "linear": (*_RT, ("INT4 weight-only", "int 4; symmetric; group of 64, 128", "float", "floats"), _FLOAT),
         "embedding": (_FLOAT,), "lstm": (_FLOAT,), "recurrent": (_FLOAT,),
     },
     "executorch_xnnpack": {
         "default": (("qs8_qc8w", f"{_NARROW}; channel, tensor", "int 8; signed; tensor; static", "integers"), _FLOAT),
-        "transposed convolution": (
+        **dict.fromkeys(("transposed convolution", "bilinear"), (
             ("dequantized, in float", f"{_NARROW}; channel, tensor", "int 8; signed; tensor; static", "floats"), _FLOAT
-        ),
+        )),
         "embedding": (_FLOAT,), "lstm": (_FLOAT,), "recurrent": (_FLOAT,),
     },
     "cmsis_nn": {

@@ -318,7 +318,9 @@ def ptq(digits: Any, steps: int, bits: int, activation: int | None) -> tuple[fx.
         return prepared, float((prepared(x).argmax(1) == y).float().mean())
 
 
-@pytest.mark.parametrize(("bits", "activation", "gain"), [(3, None, 0.0), (2, 8, 0.15)])
+@pytest.mark.parametrize(
+    ("bits", "activation", "gain"), [pytest.param(3, None, 0.0, marks=pytest.mark.slow), (2, 8, 0.15)]
+)
 def test_accuracy_of_ptq_and_its_integers(digits: Any, bits: int, activation: int | None, gain: float) -> None:
     _, nearest = ptq(digits, 0, bits, activation)
     prepared, learned = ptq(digits, 250, bits, activation)

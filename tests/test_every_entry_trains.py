@@ -79,7 +79,7 @@ def test_every_name_is_valid_somewhere(role: str) -> None:
         cannot = {
             ("activation", "format"): {"binary", "ternary", "codebook", "product"},
             ("activation", "granularity"): {"block"},
-            ("activation", "rounding"): set(ROUNDING) - {"nearest"},
+            ("activation", "rounding"): set(ROUNDING) - {"nearest", "half_up"},
             ("weight", "granularity"): {"token"},
             ("weight", "range"): {"pact"},
         }.get((role, name), set())
@@ -176,6 +176,9 @@ def overrides(role: str, data: dict[str, Any]) -> list[str]:
     """As on the command line: one tensor by this scheme, the others at 8 bits."""
     words = ["quant=int8", "export=int8", "quant.weight.narrow_range=false"]
     parts = [role, "input"] if role == "activation" else [role]
+    if role == "activation" and data.get("rounding") == "half_up":  # of targets in fixed point, behind the input
+        words.append("target=integer_only")
+        parts = [role]
     if data.get("group_size") == 8:  # the first layer has 9 inputs
         words.append("quant.rules=[{match: first, weight: {granularity: channel, group_size: null}}]")
     return words + [

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import qat
 from qat.kinds import IDENTITIES, KINDS
 from tests import test_attention, test_functional, test_layer_family, test_lower, test_operations, test_recurrent
-from tests.whole_way import Inputs, assert_files_agree, config, trained
+from tests.whole_way import Inputs, assert_files_agree, assert_sixteen_bits_are_float, config, trained
 
 
 class Own(NamedTuple):
@@ -72,7 +72,6 @@ OWN: dict[str, Own] = {
     "Dropout3d": op(lambda: nn.Dropout3d(0.2), shape=(3, 4, 4, 4)),
     "AlphaDropout": op(lambda: nn.AlphaDropout(0.2)), "FeatureAlphaDropout": op(lambda: nn.FeatureAlphaDropout(0.2)),
     "ZeroPad2d": op(lambda: nn.ZeroPad2d((1, 0, 2, 1))),
-    "ConstantPad1d": op(lambda: nn.ConstantPad1d(2, 0.0), shape=(3, 9)),
     "ReflectionPad2d": op(lambda: nn.ReflectionPad2d(1)),
     "ReplicationPad3d": op(lambda: nn.ReplicationPad3d(1), shape=(3, 4, 4, 4)),
     **{f"CircularPad{i}d": op(make, shape=(3, *(5,) * i)) for i, make in enumerate(
@@ -171,9 +170,11 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "ELU", "GELU", "SiLU", "Mish", "Hardswish", "Hardsigmoid", "Hardtanh", "ReLU6", "Sigmoid", "Tanh", "Softmax",
         "LogSoftmax", "Softplus", "Unflatten", "MaxPool1d", "MaxPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d",
         "AdaptiveMaxPool3d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "LPPool1d",
-        "LPPool3d", "Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d")},
+        "LPPool3d", "ConstantPad1d", "ConstantPad2d", "ConstantPad3d", "Upsample", "UpsamplingNearest2d",
+        "UpsamplingBilinear2d")},
     "poolings with places": of("operations", "MaxPool2d, values", "F.max_pool1d, values", "AdaptiveMaxPool3d, values",
                                "torch.adaptive_max_pool1d"),
+    **{f"MaxUnpool{i}d": of("operations", f"MaxUnpool{i}d") for i in (1, 2, 3)},
     "PixelShuffle": of("operations", "pixel shuffle"),
     "interpolation": of("operations", "nearest", "nearest-exact", "linear", "bilinear", "bilinear, corners",
                         "trilinear", "bicubic", "area"),
@@ -183,7 +184,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "Flatten, Identity": of("lower", "dropout_identity"),
     **{name: of("own", name) for name in (
         "ReLU", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "ZeroPad2d",
-        "ConstantPad1d", "ReflectionPad2d", "ReplicationPad3d", "CircularPad1d", "CircularPad2d", "CircularPad3d",
+        "ReflectionPad2d", "ReplicationPad3d", "CircularPad1d", "CircularPad2d", "CircularPad3d",
         "PixelUnshuffle", "LPPool2d")},
 }  # fmt: skip
 OPERATIONS: dict[str, tuple[str, ...]] = {
@@ -191,7 +192,7 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "/": of("operations", "div"), "@": of("operations", "attention", "matmul by a parameter"),
     "torch.cat": of("lower", "cat", "cat_of_integers_and_floats"), "torch.stack": of("operations", "stack"),
     "torch.add, torch.mul": of("own", "torch.add, torch.mul"), "torch.matmul": of("operations", "torch.matmul"),
-    "torch.bmm": of("operations", "bmm"), "torch.einsum": of("operations", "einsum"),
+    "torch.bmm": of("operations", "bmm"), "torch.einsum": of("operations", "einsum", "einsum of three"),
     "layers as functions": of("functional", *(name for name in test_functional.CASES if name != "computed weight")),
     "functions": of("operations", *test_operations.FUNCTIONS),
     "methods": (*of("own", "methods"), *of("operations", "method sub", "method softmax")),
@@ -201,7 +202,8 @@ OPERATIONS: dict[str, tuple[str, ...]] = {
     "chunk, split": of("operations", "chunk", "torch.chunk, uneven", "split", "split by sizes", "unbind"),
     "permute, reshape": (*of("lower", "permute", "reshape", "view_shape", "flatten"),
                          *of("operations", "transpose", "sizes")),
-    "padding": (*of("lower", "pad", "pad_channels"), *of("family", "pad_functions")),
+    "padding": (*of("lower", "pad", "pad_channels"), *of("family", "pad_functions"),
+                *of("operations", "pad with a value", "pad what is not negative", "pad for a function")),
     "pooling": (*of("lower", "max_pool", "adaptive_pool", "mean"),
                 *of("operations", "F.avg_pool3d", "F.lp_pool2d", "torch.max_pool2d")),
     "max, min along a dimension": of("operations", "max", "min of torch, named", "amax"),
@@ -230,6 +232,12 @@ def test_the_whole_way(case: str, tmp_path: Path) -> None:
     pairs = [(simulated, results)] if isinstance(simulated, Tensor) else list(zip(simulated, results, strict=True))
     for expected, got in pairs:
         assert (got - expected).abs().mean() <= 0.02 * expected.std()
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("case", [case for case in CASES if "Unpool" not in case])  # test_operations counts its ties
+def test_sixteen_bits_are_float(case: str) -> None:
+    assert_sixteen_bits_are_float(*network(case))
 
 
 def test_every_module_of_torch_that_is_known_is_named() -> None:

@@ -67,6 +67,12 @@ def between(function: Callable[..., Tensor], holds: type | None = None, dims: in
     return Case(make, shape, holds)
 
 
+def both(pooled: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Maxima and their places."""
+    values, places = pooled
+    return values, places
+
+
 def tokens(function: Callable[..., Tensor], holds: type | None = None, **parts: Any) -> Case:
     """A function between two linear layers, on sequences."""
     layers = dict(first=nn.Linear(8, 8), head=nn.Linear(8, 5), **parts)
@@ -133,6 +139,7 @@ OPERATIONS: dict[str, Case] = {
     "replicate": between(lambda s, y: F.pad(y, (2, 1, 1, 3), mode="replicate")),
     "circular": between(lambda s, y: F.pad(y, (2, 1), mode="circular"), dims=1),
     "pad": between(lambda s, y: F.pad(y, (2, 1, 1, 3))),
+    "pad_with_a_number": between(lambda s, y: F.pad(y, (2, 1, 1, 3), value=0.4), ops.Pad),
     "transposed": between(lambda s, y: s.t(y), t=nn.ConvTranspose2d(4, 4, 3, 2, 1, 1, groups=2)),
     "two_readers": between(lambda s, y: s.b(F.relu(y)) + s.c(y), c=nn.Conv2d(4, 4, 3, padding=1, groups=4), **OTHER),
     "group_norm": between(lambda s, y: s.n(y), fixed.FixedNorm, n=lived(nn.GroupNorm(2, 4))),
@@ -306,6 +313,22 @@ def test_sums_are_moved_and_selected_without_loss() -> None:
     assert int(sums.abs().max()) > 2**24
     expected = F.adaptive_max_pool2d(F.interpolate(sums.double(), scale_factor=1.7), (4, 7))
     assert torch.equal(tensors[network.nodes[-1].inputs[0]].double(), expected)
+
+
+UNPOOLED: dict[str, Case] = {
+    "function": between(lambda s, y: F.max_unpool2d(*both(F.max_pool2d(y, (1, 2), return_indices=True)), (1, 2))),
+    "modules": between(lambda s, y: s.up(*both(s.op(y))), dims=1, op=nn.MaxPool1d(3, return_indices=True),
+                       up=nn.MaxUnpool1d(3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNPOOLED)
+def test_maxima_back_at_their_places(name: str) -> None:
+    """As training has it: on a grid two values may be the same, and the first of them the maximum, unlike in float."""
+    net, x = build(UNPOOLED[name])
+    prepared = finalized(net, x, config())
+    network = assert_runs_what_trains(prepared, x, quantizers(prepared))
+    assert any(isinstance(layer, ops.Move) for layer in network.modules())
 
 
 @pytest.mark.parametrize(

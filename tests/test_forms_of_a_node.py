@@ -1,4 +1,4 @@
-"""One quantizer in the three forms of its kernel: compiled, in blocks, composed of tensor operations."""
+"""One quantizer in the forms of its kernel: in C++, compiled by Inductor, in blocks, composed of tensor operations."""
 
 import copy
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 from qat import plain
 from qat.fake_quant import FakeQuantize
 from qat.mode import Mode
-from qat.numerics import fast, kernels
+from qat.numerics import fast, native
 from qat.numerics.affine import dequantize, quantize
 from qat.numerics.kernels import RESIDUAL_STEPS
 from qat.scheme import TensorScheme, override
@@ -45,8 +45,8 @@ def steps(node: FakeQuantize, batches: list[Tensor], form: str) -> list[Step]:
     results: list[Step] = []
     node, taken = copy.deepcopy(node).train(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QAT_KERNELS", "on" if form == "compiled" else "off")
-        for name in ("SMALLEST", "SMALLEST_LEARNED", "SMALLEST_BLOCKED"):
+        patch.setenv("QAT_KERNELS", {"native": "on", "compiled": "inductor"}.get(form, "off"))
+        for name in ("SMALLEST", "SMALLEST_EXACT", "SMALLEST_LEARNED", "SMALLEST_BLOCKED"):
             patch.setattr(fast, name, 2**62 if form == "composed" else 1)
         whole = plain.quantize
         patch.setattr(plain, "quantize", lambda *args: taken.append(args[2].form) or whole(*args))
@@ -64,6 +64,7 @@ def steps(node: FakeQuantize, batches: list[Tensor], form: str) -> list[Step]:
     return results
 
 
+@pytest.mark.parametrize("form", ["native", "blocked", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NODES)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=4),
@@ -73,9 +74,11 @@ def steps(node: FakeQuantize, batches: list[Tensor], form: str) -> list[Step]:
     dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=4, deadline=None, derandomize=True)
-def test_all_forms_agree(name: str, shape: list[int], seed: int, last: bool, relu: bool, dtype: torch.dtype) -> None:
+def test_all_forms_agree(
+    name: str, form: str, shape: list[int], seed: int, last: bool, relu: bool, dtype: torch.dtype
+) -> None:
     """Results to the bit; the gradient of a scale to 1e-6 of its largest term a value: the order of the sum differs."""
-    if not kernels.available(False, "rows"):
+    if native.module() is None:
         pytest.skip("no compiler at hand")
     role, fields = NODES[name]
     generator = torch.Generator().manual_seed(seed)
@@ -92,20 +95,19 @@ def test_all_forms_agree(name: str, shape: list[int], seed: int, last: bool, rel
     node.set_range_from_observer()
     node.mode = Mode.quantize
     composed = steps(node, batches, "composed")
-    for form in ("compiled", "blocked"):
-        for got, expected, x in zip(steps(node, batches, form), composed, batches, strict=True):
-            if node.range.follows:  # an average, whose last digit the compiler may round otherwise; the rest follows
-                torch.testing.assert_close(got.state, expected.state, rtol=1e-6, atol=1e-7)
-                expected = expected._replace(y=defined(node, got.state, x))
-            else:
-                assert all(torch.equal(got.state[key], value) for key, value in expected.state.items()), form
-            assert torch.equal(got.y, expected.y), form
-            assert torch.equal(got.grad_x, expected.grad_x), form
-            if expected.grad_scale is not None:
-                # levels less the zero point are up to 15; numbers of few digits are at ties of the byte that is kept
-                slack = 15e-6 * x.numel() if dtype == torch.float32 else 4 / RESIDUAL_STEPS
-                error = (got.grad_scale - expected.grad_scale).abs() / node.grad_scale(x, node.scale)
-                assert (error <= slack).all(), form
+    for got, expected, x in zip(steps(node, batches, form), composed, batches, strict=True):
+        if node.range.follows:  # an average, whose last digit the compiler may round otherwise; the rest follows
+            torch.testing.assert_close(got.state, expected.state, rtol=1e-6, atol=1e-7)
+            expected = expected._replace(y=defined(node, got.state, x))
+        else:
+            assert all(torch.equal(got.state[key], value) for key, value in expected.state.items()), form
+        assert torch.equal(got.y, expected.y), form
+        assert torch.equal(got.grad_x, expected.grad_x), form
+        if expected.grad_scale is not None:
+            # levels less the zero point are up to 15; numbers of few digits are at ties of the byte that is kept
+            slack = 15e-6 * x.numel() if dtype == torch.float32 else 4 / RESIDUAL_STEPS
+            error = (got.grad_scale - expected.grad_scale).abs() / node.grad_scale(x, node.scale)
+            assert (error <= slack).all(), form
 
 
 def defined(node: FakeQuantize, state: dict[str, Tensor], x: Tensor) -> Tensor:

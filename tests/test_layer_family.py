@@ -27,7 +27,7 @@ from qat.runtime import FloatConv, IntegerConv, IntegerNetwork
 from qat.runtime import operations as ops
 from qat.runtime.accumulate import reference_conv_transpose
 from qat.runtime.lookup import LookUp, ProductLookUp, TableLookUp, pool
-from qat.runtime.outer import Outer
+from qat.runtime.outer import IntegerBilinear
 from qat.runtime.stored import ProductConv, TableConv
 from qat.scheme import Granularity, TensorScheme
 
@@ -214,17 +214,18 @@ BILINEAR: dict[str, Case] = {
         lambda: Pair(lambda s, x, y: s.fc(torch.relu(s.norm(s.both(s.a(x), y)))), a=nn.Linear(4, 5),
                      both=nn.Bilinear(5, 3, 6), norm=nn.BatchNorm1d(6), fc=nn.Linear(6, 4)),
         lambda samples: (torch.randn(samples, 4), torch.randn(samples, 3) + 0.3),
-        {"both.outer": Outer, "both": FloatConv, "fc": IntegerConv},
+        {"both": IntegerBilinear, "fc": IntegerConv},
     ),
     "bilinear_sequence": Case(
         lambda: Pair(lambda s, x, y: s.fc(s.both(input2=y, input1=x)), both=nn.Bilinear(4, 3, 6, bias=False),
                      fc=nn.Linear(6, 4)),
         lambda samples: (torch.randn(samples, 5, 4), torch.randn(samples, 5, 3)),
-        {"both.outer": Outer, "both": FloatConv, "fc": IntegerConv},
+        {"both": IntegerBilinear, "fc": IntegerConv},
     ),
     "bilinear_twice": Case(
         lambda: Pair(lambda s, x, y: s.both(torch.relu(s.both(x, y)), y), both=nn.Bilinear(4, 3, 4)),
-        lambda samples: (torch.randn(samples, 4), torch.randn(samples, 3)), {"both": FloatConv, "both_2": FloatConv},
+        lambda samples: (torch.randn(samples, 4), torch.randn(samples, 3)),
+        {"both": IntegerBilinear, "both_2": IntegerBilinear},
     ),
 }  # fmt: skip
 CASES = CONVOLUTIONS | LOOK_UPS | BILINEAR

@@ -441,7 +441,6 @@ def test_networks_that_do_not_simulate_are_refused(mode: str, scheme: str) -> No
 @pytest.mark.parametrize(
     ("function", "named"),
     [
-        (lambda x: F.pad(x, (1, 1), value=1.0), "pad"),
         (lambda x: torch.cumsum(x, 1), "no such operation"),
         (lambda x: torch.div(x, 2, rounding_mode="floor"), "rounds"),
         (lambda x: x * x.size(0), "depends on the batch size"),

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import qat
 from qat.__main__ import main
+from qat.numerics import native
 from qat.presets import PRESETS
 from qat.training import QATModule
 from qat.zoo.data import Digits
@@ -45,7 +46,7 @@ def command(*overrides: str) -> list[str]:
 
 def surroundings(home: Path, **more: str) -> dict[str, Any]:
     own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "HYDRA", "XDG"))}
-    width = {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    width = {"COLUMNS": "200", "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(native.folder())}
     return {"cwd": home / "work", "env": {**own, **width, "HOME": str(home), **more}, "text": True}
 
 

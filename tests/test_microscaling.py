@@ -9,12 +9,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import qat
 from qat.fake_quant import FakeQuantize
 from qat.mode import Mode
+from qat.modes import quantizers
 from qat.numerics.formats import FORMATS
+from qat.runtime.stored import Simulate
 from qat.scheme import Granularity, TensorScheme
+from qat.zoo.gpt import CharGPT
 
 ELEMENTS = {
     "mxfp8_e4m3": ml_dtypes.float8_e4m3fn,
@@ -119,3 +123,45 @@ def test_nvfp4_of_any_size(role: str) -> None:
     for exponent in (-80, -20, 0, 40, 100):
         x = np.ldexp(values((6, 70), "normal"), exponent) * np.geomspace(1e-4, 1, 6, dtype=np.float32)[:, None]
         assert np.array_equal(quantized(torch.from_numpy(x), "nvfp4", role).numpy(), reference(x, "nvfp4", role))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_kept_tensor_scale_is_kept_while_those_of_blocks_are_computed(relu: bool) -> None:
+    scheme = TensorScheme(format="nvfp4", bits=4, granularity=Granularity.group, group_size=16, axis=-1,
+                          range="running", allow_padding=True)  # fmt: skip
+    quantizer = FakeQuantize(scheme, activation=[4, 40], relu=relu)
+    assert not quantizer.calibrated
+    x = torch.from_numpy(values((64, 40), "normal"))
+    quantizer.observe(x)
+    quantizer.set_range_from_observer()
+    largest = (x.relu() if relu else x.abs()).max()
+    torch.testing.assert_close(quantizer.qparams()[0], largest / (6 * 448))
+    assert quantizer.qparams(x)[0].shape == (64, 3)
+    quantizer.mode = Mode.quantize
+    expected = reference((x.relu() if relu else x).numpy(), "nvfp4", "activation")
+    y = quantizer.eval()(x)
+    differs = (y - torch.from_numpy(expected)).abs() > 1e-6  # 1 / s and s are rounded apart: blocks next to a tie
+    assert differs.float().mean() < 0.005
+    stored = Simulate.of(quantizer)
+    assert torch.equal(stored(x), y)
+    assert torch.equal(stored(8 * x), quantizer(8 * x))
+    torch.testing.assert_close(stored(8 * x).abs().max(), largest)  # what is beyond the kept range saturates
+    quantizer.train()(8 * x)  # and a running range follows
+    torch.testing.assert_close(quantizer.qparams()[0], 8 * largest / (6 * 448))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_blocks_lie_along_what_is_summed(name: str) -> None:
+    """Of a GPT along features, not along tokens, wherever a product of matrices reads; of images along channels."""
+    ids = torch.randint(0, 60, (2, 32))
+    net = qat.prepare(CharGPT(64, context=64, n_layer=1, n_head=4, width=64), qat.preset(name), ids)
+    axes = {quantizer.name: quantizer.layout.axis for _, quantizer in quantizers(net) if quantizer.shape is None}
+    read = [name for name in axes if name.endswith(("norm1", "norm2", "qkv", "softmax", "matmul", "mlp.1"))]
+    assert len(read) == 6
+    assert {axes[name] for name in read} == {-1}
+    images = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
+    net = qat.prepare(images, qat.preset(name), torch.randn(2, 3, 12, 12))
+    assert {quantizer.layout.axis for _, quantizer in quantizers(net) if quantizer.shape is None} == {1}
+    given = qat.preset(name, activation={"axis": 1})
+    net = qat.prepare(CharGPT(64, context=64, n_layer=1, n_head=4, width=64), given, ids)
+    assert {quantizer.layout.axis for _, quantizer in quantizers(net) if quantizer.shape is None} == {1}

@@ -26,6 +26,7 @@ from tests.networks.keyword import DSCNN
 from tests.networks.mobilenet import EfficientNetB0, MobileNetV2, MobileNetV3Small
 from tests.networks.resnet import ResNet18, ResNet20
 from tests.networks.unet import UNet
+from tests.whole_way import assert_files_agree, trained
 
 SHARED = Path(os.environ.get("QAT_SHARED", Path(__file__).parents[2] / "shared"))
 IMAGE = (3, 48, 48)
@@ -183,6 +184,14 @@ def test_trains_and_reloads(name: str) -> None:
     again.load_state_dict(torch.load(file, weights_only=True))
     qat.set_mode(again, "quantize")
     assert torch.equal(again.eval()(x), prepared.eval()(x))
+
+
+@pytest.mark.sampled(9)
+@pytest.mark.parametrize("name", CASES)
+def test_trained_then_lowered(name: str, tmp_path: Path) -> None:
+    """Without training they are lowered below, by target."""
+    net, x = lived_in(name)
+    assert_files_agree(trained(copy.deepcopy(net), (x,), qat.preset("int8")), (x,), tmp_path, onnx=False)
 
 
 @pytest.mark.parametrize("name", CASES)

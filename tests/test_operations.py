@@ -20,10 +20,11 @@ from qat.export import load, save_checkpoint, save_onnx
 from qat.export.formats import integers_given
 from qat.export.onnxruntime import OnnxNetwork, onnx_given
 from qat.export.parity import training_integers
+from qat.graph import Graph
 from qat.ptq import round_biases
 from qat.runtime import IntegerNetwork
 from qat.runtime.matmul import IntegerMatmul
-from qat.runtime.operations import Add, Average, Function, MaxPool, Mean, Move, Reshape, Slice
+from qat.runtime.operations import Add, Average, Function, MaxPool, Mean, Move, Pad, Reshape, Slice
 from tests.networks.blocks import Net
 
 IMAGE, ODD, CLIP, SIGNAL, TOKENS = (3, 8, 8), (3, 7, 5), (2, 4, 6, 6), (3, 12), (6, 8)
@@ -140,6 +141,23 @@ def masked(mask: Tensor) -> Callable[[], dict[str, Any]]:
     return lambda: projections() | {"w": mask}
 
 
+def _both(pooled: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    values, places = pooled
+    return values, places
+
+
+def unpooled(s: Any, y: Tensor) -> Tensor:
+    """Values back at their places, what is between them as large as before."""
+    values, places = s.op(y)
+    return s.up(s.b(values), places, output_size=y.shape)
+
+
+def unpooling(dims: int, *window: Any) -> Callable[[], dict[str, Any]]:
+    """A pooling with places, its inverse, and a layer for what stands between them."""
+    pool, up, conv = (getattr(nn, f"{name}{dims}d") for name in ("MaxPool", "MaxUnpool", "Conv"))
+    return lambda: {"op": pool(*window, return_indices=True), "up": up(*window), "b": conv(4, 4, 1)}
+
+
 ARITHMETIC: dict[str, Case] = {
     "sub": Case(lambda s, y: y - s.b(y), Function, parts=other),
     "torch.sub": Case(lambda s, y: torch.sub(y, s.b(y)), Function, parts=other),
@@ -166,8 +184,10 @@ ARITHMETIC: dict[str, Case] = {
     "bmm": Case(lambda s, y: torch.bmm(y, s.op(y).transpose(1, 2)), IntegerMatmul, TOKENS,
                 parts=part(lambda: nn.Linear(8, 8))),
     "matmul by a parameter": Case(lambda s, y: y @ s.w, IntegerMatmul, TOKENS, parts=parameter(8, 3)),
-    "einsum": Case(lambda s, y: torch.einsum("b i d, b j d -> b i j", y, s.op(y)), Function, TOKENS,
+    "einsum": Case(lambda s, y: torch.einsum("b i d, b j d -> b i j", y, s.op(y)), IntegerMatmul, TOKENS,
                    parts=part(lambda: nn.Linear(8, 8))),
+    "einsum of three": Case(lambda s, y: torch.einsum("bid,bjd,bjk->bik", y, s.op(y), y), Function, TOKENS,
+                            parts=part(lambda: nn.Linear(8, 8))),
     "add with alpha": Case(lambda s, y: torch.add(y, s.b(y), alpha=0.5), Function, parts=other),
     "times a number": Case(lambda s, y: y * 0.5, Function),
     "number times": Case(lambda s, y: 2.0 * y, Function),
@@ -189,6 +209,7 @@ ARITHMETIC: dict[str, Case] = {
     "abs, square, sqrt": Case(lambda s, y: torch.sqrt(y.abs() + y.square() + 0.1), Function),
     "exp, log, rsqrt": Case(lambda s, y: torch.log(y.exp() + 1) * torch.rsqrt(y**2 + 1), Function),
     "normalize": Case(lambda s, y: F.normalize(y, dim=1), Function),
+    "pad for a function": Case(lambda s, y: F.gelu(F.pad(y, (1, 2), value=0.7)), Function),
 }  # fmt: skip
 
 MOVING: dict[str, Case] = {
@@ -242,6 +263,13 @@ MOVING: dict[str, Case] = {
         "AdaptiveMaxPool3d, values": (
             lambda s, y: _values(s.op(y)), Move, CLIP, part(lambda: nn.AdaptiveMaxPool3d(2, return_indices=True))),
         "torch.adaptive_max_pool1d": (lambda s, y: torch.adaptive_max_pool1d(y, 5)[0], Move, SIGNAL, dict),
+        **{f"MaxUnpool{i}d": (unpooled, Move, shape, unpooling(i, 2))
+           for i, shape in ((1, SIGNAL), (2, ODD), (3, CLIP))},
+        "MaxUnpool2d, overlapping": (lambda s, y: s.up(*_both(s.op(s.b(y))), y.shape), Move, IMAGE,
+                                     unpooling(2, 3, 2, 1)),
+        "F.max_unpool2d": (
+            lambda s, y: F.max_unpool2d(*_both(F.max_pool2d(y, (2, 1), return_indices=True)), (2, 1)), Move, IMAGE,
+            dict),
         "torch.max_pool2d": (lambda s, y: torch.max_pool2d(y, 3, 2, 1), MaxPool, IMAGE, dict),
         "masked_fill with zero": (lambda s, y: y.masked_fill(s.w > 0, 0.0), Move, IMAGE, buffer(8, 8)),
         "clone": (lambda s, y: y.clone().transpose(2, 3), Move, IMAGE, dict),
@@ -267,6 +295,13 @@ JOINING: dict[str, Case] = {
     "where with a number": Case(lambda s, y: torch.where(y > 0, y, 0.0), Function),
     "masked_fill": Case(lambda s, y: y.masked_fill(y < -0.5, 1.5), Function),
     "masks": Case(lambda s, y: torch.where(~(y <= 0.1), y, -y).masked_fill(torch.eq(y, 0), 3.0), Function),
+    "pad with a value": Case(lambda s, y: F.pad(y, (1, 2, 0, 1), value=0.7), Pad, integers=True),
+    "pad what is not negative": Case(lambda s, y: F.pad(F.relu(y), (1, 2), "constant", 0.5), Pad, integers=True),
+    "pad by sizes": Case(lambda s, y: F.pad(y, (0, y.shape[2] // 4), value=-9.0), Pad, integers=True),
+    "nn.ConstantPad1d": Case(lambda s, y: s.op(y), Pad, SIGNAL, True, part(lambda: nn.ConstantPad1d(2, -1.5))),
+    "nn.ConstantPad2d": Case(
+        lambda s, y: s.op(y), Pad, IMAGE, True, part(lambda: nn.ConstantPad2d((1, 0, 2, 1), 0.3))),
+    "nn.ConstantPad3d": Case(lambda s, y: s.op(y), Pad, CLIP, True, part(lambda: nn.ConstantPad3d(1, 2.5))),
 }  # fmt: skip
 
 
@@ -406,7 +441,7 @@ def test_trained_lowered_saved_and_written(name: str, tmp_path: Path) -> None:
     if case.integers:
         tensors = network.run(x)
         for node in network.nodes:
-            if isinstance(network.layer(node.name), Move | Reshape | Slice | MaxPool):
+            if isinstance(network.layer(node.name), Move | Reshape | Slice | MaxPool | Pad):
                 assert not tensors[node.inputs[0]].is_floating_point()
                 assert tensors[node.name].dtype == tensors[node.inputs[0]].dtype
     expected, simulated = network(x), prepared(x)
@@ -458,9 +493,9 @@ def test_sixteen_bits_are_float(name: str) -> None:
     net.eval()
     expected = net(x)
     prepared = ready(net, x, 16)
-    largest = expected.abs().max()
-    assert (prepared(x) - expected).abs().max() <= 1e-3 * largest
-    assert (qat.lower(prepared)(x) - expected).abs().max() <= 1e-3 * largest
+    for got in (prepared(x), qat.lower(prepared)(x)):
+        far = ((got - expected).abs() > 1e-3 * expected.abs().max()).any(1)
+        assert far.float().mean() <= (0.1 if "npool" in name else 0)  # rounded, two values may have another maximum
 
 
 @pytest.mark.sampled(2)
@@ -486,10 +521,11 @@ def test_maxima_and_their_places(tmp_path: Path) -> None:
             super().__init__()
             self.first, self.head = nn.Conv2d(3, 4, 3), nn.Linear(36, 5)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
             y = self.first(x)
             values, places = y.max(dim=1)
-            return self.head(values.flatten(1)), places, torch.argmin(y, 2)
+            pooled = F.max_pool2d(y, (2, 3), (1, 2), (1, 0), return_indices=True)[1]
+            return self.head(values.flatten(1)), places, torch.argmin(y, 2), pooled
 
     torch.manual_seed(0)
     net, x = Places(), torch.randn(8, 3, 8, 8)
@@ -635,32 +671,19 @@ def test_report_says_what_is_computed_in_float() -> None:
     ]
 
 
-def unpooled(s: Any, y: Tensor) -> Tensor:
-    values, places = s.op(y)
-    return s.up(values * 2, places, output_size=y.shape)
-
-
 def pooled(dims: int, **settings: Any) -> nn.Module:
     return getattr(nn, f"FractionalMaxPool{dims}d")(2, output_ratio=0.6, **settings)
 
 
-PLACES, RANDOM = "the places of its maxima are read", "its regions are drawn at random with every call"
+ADAPTIVE, RANDOM = "the places of its maxima are read", "its regions are drawn at random with every call"
 ISLANDS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], dict[str, nn.Module], str]] = {
-    **{f"MaxUnpool{i}d": (unpooled, shape, {
-        "op": getattr(nn, f"MaxPool{i}d")(2, return_indices=True), "up": getattr(nn, f"MaxUnpool{i}d")(2)}, PLACES)
-       for i, shape in ((1, (3, 9)), (2, (3, 7, 6)), (3, (3, 4, 4, 5)))},
-    "F.max_unpool2d": (lambda s, y: F.max_unpool2d(*_both(F.max_pool2d(y, 2, return_indices=True)), 2), IMAGE, {},
-                       PLACES),
+    "places of an adaptive pooling": (lambda s, y: s.up(*_both(s.op(y)), output_size=y.shape), (3, 9), {
+        "op": nn.AdaptiveMaxPool1d(4, return_indices=True), "up": nn.MaxUnpool1d(2)}, ADAPTIVE),
     "FractionalMaxPool2d": (lambda s, y: s.op(y), IMAGE, {"op": pooled(2)}, RANDOM),
     "FractionalMaxPool3d, values": (lambda s, y: s.op(y)[0], (3, 5, 6, 6), {"op": pooled(3, return_indices=True)},
                                     RANDOM),
     "F.fractional_max_pool2d": (lambda s, y: F.fractional_max_pool2d(y, 2, (3, 4)), IMAGE, {}, RANDOM),
 }  # fmt: skip
-
-
-def _both(pooled: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    values, places = pooled
-    return values, places
 
 
 @pytest.mark.parametrize("name", ISLANDS)
@@ -679,7 +702,7 @@ def test_poolings_that_stay_float_train_and_are_named(name: str) -> None:
     prepared.train()(x).square().mean().backward()
     assert net.a.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
     read = [node.args[0] for node in prepared.graph.nodes if node.target == "b"]
-    assert all(str(source.target).startswith("quantizers.") for source in read)  # what the pooling makes is quantized
+    assert all(Graph(prepared).quantizer_of(source) is not None for source in read)  # what the pooling makes
     assert f": {why}: it stays float, and cannot be lowered" in qat.report(prepared)
     with pytest.raises(ValueError, match=why):
         qat.lower(prepared.eval())

@@ -19,6 +19,7 @@ from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerConv
 from qat.runtime.recurrent import Recurrent
 from qat.scheme import Granularity, TensorScheme
+from tests.networks.recurrent import KeywordGRU
 from tests.whole_way import assert_files_agree, assert_sixteen_bits_are_float, config, trained
 
 W8 = TensorScheme(bits=8, granularity=Granularity.channel, range="dynamic")
@@ -443,3 +444,15 @@ def test_groups_that_do_not_divide_are_refused() -> None:
     scheme = {"weight": {"bits": 4, "granularity": "group", "group_size": 4}}
     with pytest.raises(ValueError, match=r"group_size=4 does not divide the 5 inputs of layer 'cell' \(weight_ih_l0"):
         qat.prepare(net, qat.QuantConfig.from_dict(scheme), inputs[0][:4])
+
+
+def test_packed_sequences_that_no_recording_shows_are_trained_and_not_lowered() -> None:
+    inputs = torch.randn(4, 6, 5), torch.tensor([6, 3, 5, 1])
+    settings = qat.QuantConfig.from_dict({"graph": "layers", "weight": {"bits": 8, "range": "dynamic"}, **A})
+    net = qat.prepare(KeywordGRU(5, 8, 3), settings, inputs)
+    qat.calibrate(net, [inputs])
+    net.train()
+    net(*inputs).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+    with pytest.raises(ValueError, match="layer 'gru' is given a packed sequence by code that was not recorded"):
+        qat.lower(net.eval())

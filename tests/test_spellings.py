@@ -25,7 +25,9 @@ ARGUMENTS: dict[str, Given] = {
     **dict.fromkeys(("gt", "ge", "lt", "le", "eq", "ne"), lambda s, y, z: (y, 0.1)),
     **dict.fromkeys(("layer_norm", "rms_norm"), lambda s, y, z: (y, (6,))),
     "rsub": lambda s, y, z: (y, 2.0), "pow": lambda s, y, z: (y, 2), "clamp": lambda s, y, z: (y, -0.2, 0.3),
-    "div": lambda s, y, z: (y, z * z + 1), "einsum": lambda s, y, z: ("bchw,bchw->bc", y, z),
+    "div": lambda s, y, z: (y, z * z + 1), "einsum": lambda s, y, z: ("bchw,bchw->bchw", y, z),
+    "pad": lambda s, y, z: (y, (1, 0, 2, 1)),
+    "max_unpool": lambda s, y, z: unpooling(F.max_pool2d(y, 2, return_indices=True), 2),
     "transpose": lambda s, y, z: (y, 1, 2), "movedim": lambda s, y, z: (y, 1, -1),
     "squeeze": lambda s, y, z: (y[:, :1], 1), "unflatten": lambda s, y, z: (y, 1, (2, 2)),
     "expand": lambda s, y, z: (y[:, :1], -1, 4, -1, -1), "expand_as": lambda s, y, z: (y[:, :1], z),
@@ -46,6 +48,8 @@ OF_KEYS: dict[Any, Given] = {
     **dict.fromkeys((torch.bmm, "bmm"), lambda s, y, z: (y[:, 0], z[:, 0])),
     **dict.fromkeys((torch.mm, "mm"), lambda s, y, z: (y[:, 0, 0], s.w)),
     (getattr, "mT"): lambda s, y, z: (y,),
+    F.max_unpool1d: lambda s, y, z: unpooling(F.max_pool1d(y[:, 0], 2, return_indices=True), 2),
+    F.max_unpool3d: lambda s, y, z: unpooling(F.max_pool3d(y[:, None], (1, 2, 2), return_indices=True), (1, 2, 2)),
     F.adaptive_max_pool1d: lambda s, y, z: (y[:, 0], 3), F.adaptive_max_pool3d: lambda s, y, z: (y[:, None], 2),
     **dict.fromkeys((operator.iadd, operator.isub, operator.imul, operator.imatmul),
                     lambda s, y, z: (y.clone(), z)),
@@ -55,6 +59,12 @@ OF_KEYS: dict[Any, Given] = {
 OWN = {key for key in CALLS if str(getattr(key, "__module__", "")).startswith("qat.")}
 """Functions that stand for steps of attention and for smoothing: nobody calls them."""
 KEYS = [key for key in CALLS if not isinstance(key, type) and key not in OWN]
+
+
+def unpooling(pooled: tuple[Tensor, Tensor], window: Any) -> tuple[Any, ...]:
+    """Maxima, their places and the window."""
+    values, places = pooled
+    return values, places, window
 
 
 def called(key: Any, operation: Operation, s: Any, y: Tensor, z: Tensor) -> Any:

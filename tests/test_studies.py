@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from qat.presets import preset
 from qat.scheme import QuantConfig
 
 NAMES = ("bit_widths", "methods", "granularity", "rounding", "nonuniform", "char_gpt")
+OTHERS = ("granularity", "rounding", "nonuniform")
+"""Studies that only `-m slow` runs; all are checked for what they would run."""
 STUDIES = {name: importlib.import_module(f"experiments.{name}.__main__").STUDY for name in NAMES}
 
 
@@ -51,17 +54,26 @@ def arguments(name: str, data: dict[str, str], out: Path) -> list[str]:
     return ["size=dev", "jobs=0", f"out={out}", *paths]
 
 
-@pytest.fixture(scope="module")
-def shown(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which all six studies have run, two steps a job."""
-    out = tmp_path_factory.mktemp("studies")
-    done = run(*[(name, arguments(name, data, out)) for name in NAMES])
+def shown_by(names: Sequence[str], data: dict[str, str], out: Path) -> Path:
+    """The folder in which studies have run, two steps a job."""
+    done = run(*[(name, arguments(name, data, out)) for name in names])
     assert done.returncode == 0, done.stdout + done.stderr
     return out / "dev"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_study_runs_and_shows_what_it_measured(name: str, shown: Path) -> None:
+@pytest.fixture(scope="module")
+def shown(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shown_by([name for name in NAMES if name not in OTHERS], data, tmp_path_factory.mktemp("studies"))
+
+
+@pytest.fixture(scope="module")
+def others_shown(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shown_by(OTHERS, data, tmp_path_factory.mktemp("others"))
+
+
+@pytest.mark.parametrize("name", [n if n not in OTHERS else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_a_study_runs_and_shows_what_it_measured(name: str, request: pytest.FixtureRequest) -> None:
+    shown: Path = request.getfixturevalue("others_shown" if name in OTHERS else "shown")
     with (shown / "shown" / name / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["data"] for row in rows] == [*STUDIES[name].data]

@@ -16,6 +16,7 @@ import pytest
 from hydra.core.plugins import Plugins
 
 from qat.analysis.runs import config_key, find_runs, runs_by_config, same_command
+from qat.numerics import native
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("trainer.max_epochs=1", "trainer.limit_train_batches=1", "callbacks=quiet", "export=int8",
@@ -36,7 +37,7 @@ def sweep(folder: Path, *overrides: str) -> str:
     own.pop("OMP_NUM_THREADS", None)  # the launchers are to choose it
     command = [sys.executable, str(ROOT / "train.py"), "-m", *overrides, *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=folder,
-                          env={**own, "HOME": str(folder)})  # fmt: skip
+                          env={**own, "HOME": str(folder), "TORCH_EXTENSIONS_DIR": str(native.folder())})  # fmt: skip
     assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     return done.stdout + done.stderr
 

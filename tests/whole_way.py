@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 import qat
 from qat.export.formats import integers_given
+from qat.export.given import tensors_of
 from qat.export.onnxruntime import OnnxNetwork, onnx_given
 from qat.export.parity import training_integers
 from qat.ptq import PTQConfig, finalize
@@ -28,13 +29,14 @@ def config(bits: int, **others: Any) -> qat.QuantConfig:
 def assert_sixteen_bits_are_float(net: nn.Module, inputs: Inputs, tolerance: float = 1e-3) -> None:
     """Placement adds no error of its own: not in the simulation, and not in the integer network."""
     net.eval()
-    expected = _first(net(*inputs))
+    expected = tensors_of(net(*inputs))
     prepared = qat.prepare(net, config(16), tuple(x[:4] for x in inputs))
     qat.calibrate(prepared, [inputs])
     prepared.eval()
-    largest = expected.abs().max()
-    assert (_first(prepared(*inputs)) - expected).abs().max() <= tolerance * largest
-    assert (_first(qat.lower(prepared)(*inputs)) - expected).abs().max() <= tolerance * largest
+    for got in (tensors_of(prepared(*inputs)), tensors_of(qat.lower(prepared)(*inputs))):
+        assert got.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (got[name] - tensor).abs().max() <= tolerance * tensor.abs().max(), name
 
 
 def trained(net: nn.Module, inputs: Inputs, settings: qat.QuantConfig | None = None) -> fx.GraphModule:

@@ -22,16 +22,18 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from qat.fake_quant import FakeQuantize
+from qat.mode import Mode
 from qat.numerics import fast
-from qat.numerics.affine import choose_qparams
 from qat.numerics.fake_quantize import fake_quantize
-from qat.observers import Ema, ObserverOptions
+from qat.scheme import TensorScheme
 
 ALLOCATORS = {"default": {}, "reuse": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}}
 """glibc's settings: by default a large tensor is fresh pages from the kernel each time; with `reuse` it is memory that
 was used before, as mostly in a training step.
 """
-FORMS = ("compiled", "blocked", "composed")
+FORMS = {"native": "on", "compiled": "inductor", "blocked": "off", "composed": "off"}
+"""Form -> what QAT_KERNELS says."""
 LOW, HIGH, MOMENTUM = -128, 127, 0.05
 
 
@@ -46,12 +48,12 @@ class Row(NamedTuple):
 @contextmanager
 def taken_by(form: str) -> Iterator[None]:
     """Have one of the forms take every tensor."""
-    before = fast.SMALLEST, fast.SMALLEST_LEARNED
-    os.environ["QAT_KERNELS"] = "on" if form == "compiled" else "off"
+    before = fast.SMALLEST_BLOCKED
+    os.environ["QAT_KERNELS"] = FORMS[form]
     if form == "composed":
-        fast.SMALLEST = fast.SMALLEST_LEARNED = sys.maxsize
+        fast.SMALLEST_BLOCKED = sys.maxsize
     yield
-    fast.SMALLEST, fast.SMALLEST_LEARNED = before
+    fast.SMALLEST_BLOCKED = before
 
 
 def ours(x: Tensor, scale: Tensor, grad_scale: float | None, form: str) -> Callable[[], Tensor]:
@@ -66,15 +68,14 @@ def ours(x: Tensor, scale: Tensor, grad_scale: float | None, form: str) -> Calla
 
 
 def running(x: Tensor, form: str) -> Callable[[], Tensor]:
-    observer = Ema(ObserverOptions(momentum=MOMENTUM))
+    node = FakeQuantize(TensorScheme(bits=8, range="running", observer="ema", symmetric=False, momentum=MOMENTUM))
+    node.observe(x)
+    node.set_range_from_observer()
+    node.mode, node.kept = Mode.quantize, False  # no integers: what reads the result is not part of this
 
     def forward() -> Tensor:
-        with torch.no_grad():
-            observer.update(x.reshape(1, -1))
-            low, high = observer.range()
-            scale, zero_point = (p.reshape(()) for p in choose_qparams(low, high, LOW, HIGH, symmetric=False))
         with taken_by(form):
-            return (fake_quantize if form == "composed" else fast.fake_quantize)(x, scale, zero_point, LOW, HIGH)
+            return node(x)  # type: ignore[no-any-return]
 
     return forward
 
@@ -199,7 +200,7 @@ def main() -> None:
         lines.append(line)
         ratios = [f"{one['ratio']:.2f}" for one in both]
         form = str(line["form"])
-        style = "bold" if form == "compiled" else None
+        style = "bold" if form == "native" else None
         table.add_row(
             str(line["range"]), form, *ratios, str(line["bytes_kept"]), style=style, end_section=form == "ATen"
         )

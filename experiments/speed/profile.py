@@ -4,7 +4,7 @@ python -m experiments.speed.profile                                  # ResNet-20
 python -m experiments.speed.profile --work lm --variants lsq --steps 6
 
 Each network is stepped under torch.profiler. An operation counts for itself alone, without those that it calls; our
-compiled kernels, which the profiler does not see, are marked by name. What lies between operations is Python. The floor
+kernels tell the profiler their names. What lies between operations is Python. The floor
 is what the quantizers have to move, over the bandwidth of a copy: values read and written, and the bytes that backward
 is left.
 """
@@ -21,25 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from experiments.speed.machine import machine
 from experiments.speed.variants import OURS, VARIANTS, built
 from experiments.speed.work import WORK
 from qat.fake_quant import FakeQuantize
-from qat.numerics import kernels
+from qat.numerics import native
 
 FOLDER = Path(__file__).parent
-MARK = "qat: "
+MARK = "qat::"
 STEP = "step: "
 NODES = "quantizers: Python around the kernels"
 CAUSES: dict[str, tuple[str, ...]] = {
     "quantizers: forward kernels": (MARK + "forward",),
     "quantizers: backward kernels": (MARK + "backward",),
     "quantizers: integers back to real numbers": (MARK + "decode",),
-    "quantizers: ranges": (MARK + "choose", MARK + "follow", "aten::aminmax", "aten::_foreach"),
-    NODES: (MARK + "node", "_FakeQuantize"),
+    "quantizers: ranges": (MARK + "range", "aten::aminmax"),
+    NODES: (MARK + "node",),
     "layers: convolutions and products of matrices": (
         "aten::mkldnn", "aten::convolution", "aten::_conv", "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm",
         "aten::linear", "aten::matmul",
@@ -72,28 +72,24 @@ def cause_of(event: Any) -> str:
         caller = caller.cpu_parent
     name = event.name if caller is None else caller.name
     if name.startswith(("autograd::", "AOTDispatcher")) or "Backward" in name:
-        return NODES if "FakeQuantize" in name else PYTHON
+        return NODES if any(node in name for node in ("Inside", "Whole", "Learned")) else PYTHON
     return next((cause for cause, beginnings in CAUSES.items() if name.startswith(beginnings)), OTHER)
 
 
 @contextmanager
 def marked() -> Iterator[None]:
-    """Within it, the profiler sees our kernels and our nodes by name."""
-    run, forward = kernels.run, FakeQuantize.forward
-
-    def seen_run(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
-        with record_function(f"{MARK}{name}"):
-            return run(name, form, *args)
+    """Within it, the profiler sees our nodes by name; kernels it sees anyway."""
+    forward = FakeQuantize.forward
 
     def seen_forward(node: FakeQuantize, *args: Any, **kwargs: Any) -> Tensor:
         with record_function(f"{MARK}node"):
             return forward(node, *args, **kwargs)
 
-    kernels.run, FakeQuantize.forward = seen_run, seen_forward  # type: ignore[assignment, method-assign]
+    FakeQuantize.forward = seen_forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        kernels.run, FakeQuantize.forward = run, forward  # type: ignore[method-assign]
+        FakeQuantize.forward = forward  # type: ignore[method-assign]
 
 
 def causes(step: Callable[[], Tensor]) -> Counter[str]:
@@ -112,21 +108,39 @@ def middle(seen: Sequence[Counter[str]]) -> dict[str, float]:
     return {key: statistics.median(spent[key] for spent in seen) for key in keys}
 
 
-def moved_bytes(net: nn.Module, step: Callable[[], Tensor]) -> dict[str, int]:
-    """Bytes that the quantizers' kernels read and write in a step: arguments and results of each, once."""
+def moved_bytes(step: Callable[[], Tensor]) -> dict[str, int]:
+    """Bytes that the quantizers' kernels read and write in a step: values, and a byte an element for backward.
+
+    Raises:
+        RuntimeError: there is no compiler for the kernels.
+    """
     moved: Counter[str] = Counter()
-    run = kernels.run
+    calls = {name: getattr(native, name) for name in ("kept", "given", "measured", "following", "decode")}
+    if native.module() is None:
+        raise RuntimeError("the kernels that this accounts for are not available here: see the warning above")
 
-    def counted(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
-        results = run(name, form, *args)
-        moved[name.partition("_")[0]] += sum(t.numel() * t.element_size() for t in (*args, *results))
-        return results
+    def counted(name: str) -> Callable[..., Any]:
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = calls[name](x, *args, **kwargs)
+            if name == "decode":
+                moved["decode"] += x.nbytes + result.nbytes
+                return result
+            y, integers, _ = result
+            whole = type(y.grad_fn).__name__.startswith("Whole") or y.grad_fn is None
+            bytes_kept = 0 if whole else x.numel()
+            moved["forward"] += x.nbytes + y.nbytes + bytes_kept + (0 if integers is None else integers.nbytes)
+            moved["backward"] += 0 if whole else 2 * y.nbytes + bytes_kept
+            return result
 
-    kernels.run = counted  # type: ignore[assignment]
+        return call
+
+    for name in calls:
+        setattr(native, name, counted(name))
     try:
         step()
     finally:
-        kernels.run = run
+        for name, function in calls.items():
+            setattr(native, name, function)
     return dict(moved)
 
 
@@ -154,7 +168,7 @@ def measure(work: str, variant: str, steps: int) -> dict[str, Any]:
             step()
             if number >= 2:
                 taken[name].append(1e3 * (time.perf_counter() - start))
-    moved = moved_bytes(nets[variant], stepping[variant])
+    moved = moved_bytes(stepping[variant])
     seen: dict[str, list[Counter[str]]] = {name: [] for name in stepping}
     with marked():
         for _ in range(steps):

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
 
 from qat.analysis.stored import is_folded
 from qat.calls import CALLS
+from qat.fake_quant import FakeQuantize
 from qat.functional import computed_weight
 from qat.graph import Graph
 from qat.kinds import Kind
@@ -67,7 +69,7 @@ def _of_target(graph: Graph, name: str) -> list[dict[str, str]]:
 def _islands(graph: Graph, opaque: Sequence[str]) -> list[dict[str, str]]:
     rows, weights = [], graph.held_for_layers()
     for node in graph.nodes:
-        if node in weights:
+        if node in weights or _pads_integers(graph, node):
             continue
         kind, key = graph.kind(node), graph.key(node)
         if node.target in opaque:  # its own parts are listed
@@ -89,7 +91,15 @@ def _islands(graph: Graph, opaque: Sequence[str]) -> list[dict[str, str]]:
         elif kind is Kind.arithmetic:
             if operation in INTEGER_ARITHMETIC:
                 continue
+            if operation == "einsum":
+                reason = f"'{node.args[0]}' is no product of two matrices: computed in float"
         elif not (kind is Kind.average and known is not None):
             continue
         rows.append({"name": graph.name(node), "operation": operation, "reason": reason})
     return rows
+
+
+def _pads_integers(graph: Graph, node: fx.Node) -> bool:
+    """Whether a padding with a number is done on the integers of the grid behind it."""
+    readers = [graph.submodule(user) for user in node.users]
+    return node.target is F.pad and all(isinstance(q, FakeQuantize) and q.integer for q in readers)

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from qat.export.given import Levels, Made, tensors_of
+from qat.export.linear import LinearParity
 from qat.export.rows import LayerCount, LayerParity, OutputCount, OutputParity, ParityLimits
 from qat.runtime.grid import Quantize
 
 __all__ = ["LayerParity", "OutputParity", "Parity", "ParityError", "ParityLimits", "compare", "decisions"]
+
+
+TIES_TOLD = 0.01
+"""The share of a layer's integers on ties, rounded differently, from which on a report says so."""
 
 
 class ParityError(RuntimeError):
@@ -33,6 +38,7 @@ class Parity:
         metrics: metric -> what the second has more than the first.
         layers: the same, layer by layer, in order of execution.
         outputs: every output: from end to end, and given equal integers.
+        linear: linear layers of a file that holds a network's own code, each given what it reads in training.
         missing: tensors that one of the two does not hand out although it should.
         notes: what was not compared, and why, in sentences.
         names: of the two.
@@ -47,16 +53,20 @@ class Parity:
     metrics: dict[str, float] = field(default_factory=dict)
     layers: list[LayerParity] = field(default_factory=list)
     outputs: list[OutputParity] = field(default_factory=list)
+    linear: list[LinearParity] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     names: tuple[str, str] = ("first", "second")
 
     def to_dict(self, layers: bool = False) -> dict[str, Any]:
         """Plain data."""
-        rows = ("layers", "outputs", "names")
+        rows = ("layers", "outputs", "linear", "names")
         data = {key: value for key, value in asdict(self).items() if key not in rows}
         data["outputs"] = [row.to_dict() for row in self.outputs]
-        return data | {"layers": [layer.to_dict() for layer in self.layers]} if layers else data
+        if layers:
+            data["layers"] = [layer.to_dict() for layer in self.layers]
+            data |= {"linear": [layer.to_dict() for layer in self.linear]} if self.linear else {}
+        return data
 
     def check(self, pair: str, limits: ParityLimits) -> None:
         """Raise ParityError, naming the first layer that departs, if a limit is broken."""
@@ -75,6 +85,11 @@ class Parity:
                     f"{pair}: layer '{layer.name}'{steps if layer.steps_depart(limits) else ' is on another grid'}. In "
                     f"order of execution it is number {i + 1} of {len(self.layers)}, and the first of "
                     f"{sum(row.departs(limits) for row in self.layers)} that depart:{layer.shown(self.names)}"
+                )
+        for linear in self.linear:
+            if breach := linear.breach(limits):
+                raise ParityError(
+                    f"{pair}: layer '{linear.name}' departs given equal inputs: {breach}:{linear.shown(self.names)}"
                 )
         for row in self.outputs:
             if row.departs(limits):
@@ -192,6 +207,11 @@ def compare(
     unknown = [
         f"Output '{row.name}' is not compared given equal integers: {row.why}." for row in found_outputs if row.why
     ]
+    tied_layers = [
+        f"Layer '{row.name}': {counts[row.name].tied_share:.2%} of its integers lie on ties that the two round in "
+        f"different ways."
+        for row in layers if counts[row.name].tied_share > TIES_TOLD
+    ]  # fmt: skip
     return Parity(
         max_abs=max((row.max_abs for row in found_outputs), key=lambda worst: (worst != worst, worst)),
         max_steps=max((row.max_steps for row in layers), default=0),
@@ -203,7 +223,7 @@ def compare(
         layers=layers,
         outputs=found_outputs,
         missing=[name for name in order if name in missing],
-        notes=[*notes, *unknown],
+        notes=[*notes, *unknown, *tied_layers],
         names=names,
     )
 

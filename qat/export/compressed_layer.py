@@ -96,11 +96,13 @@ def _nvfp4_scales(quantizer: FakeQuantize, matrix: Tensor, scale: Tensor) -> dic
 
 
 def _input_tensors(layer: Any) -> dict[str, Tensor]:
-    """Scale and zero point of an input whose range is kept."""
+    """What is kept of an input's range: scale and zero point, or what its blocks' scales are divided by."""
     quantizer = layer._modules.get("input_quantizer")
     if quantizer is None or quantizer.dynamic:
         return {}
     scale, zero_point = quantizer.qparams()
+    if quantizer.local:
+        return {"input_global_scale": (1 / scale).reshape(1)}
     tensors = {"input_scale": scale.reshape(1)}
     if not _is_symmetric(quantizer):
         tensors["input_zero_point"] = (zero_point - quantizer.quant_min - 128).to(torch.int8).reshape(1)
@@ -133,11 +135,17 @@ def settings_of(layer: Any, form: str) -> dict[str, Any]:
         weights |= {"strategy": "tensor_group" if weight.format == "nvfp4" else "group", "scale_dtype": dtype}
     settings = {"format": form, "weights": weights, "input_activations": None, "output_activations": None}
     if reads is not None:
-        settings["input_activations"] = {
+        inputs: dict[str, Any] = {
             "num_bits": reads.scheme.bits,
             "type": "int" if reads.scheme.format == "int" else "float",
             "symmetric": _is_symmetric(reads),
             "strategy": "token" if reads.dynamic else "tensor",
             "dynamic": reads.dynamic,
         }
+        if reads.local:
+            inputs |= {
+                "strategy": "tensor_group", "group_size": reads.scheme.group_size, "dynamic": "local",
+                "scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn",
+            }  # fmt: skip
+        settings["input_activations"] = inputs
     return settings

@@ -1,12 +1,13 @@
 """Folders of compressed-tensors, run by transformers and the package of that name, as vLLM runs them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qat.export.linear import made_by_layers
 from qat.export.sums import verify
 
 
@@ -30,9 +31,26 @@ def open_compressed_tensors(path: str | Path, target: str = "vllm") -> Callable[
         ImportError: transformers or compressed-tensors is not installed.
         OSError, ValueError: the folder is not there, is damaged, or is no such model.
     """
+    model = _model(Path(path))
+
+    def run(ids: Tensor) -> Tensor:
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        return logits.float()
+
+    return run
+
+
+def compressed_layers(path: Path, target: str, asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What linear layers of a folder make of what they are given: `qat.export.linear.made_by_layers`."""
+    model = _model(path)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)  # weights are unpacked at its first call
+    return made_by_layers(model, asked)
+
+
+def _model(path: Path) -> Any:
     import transformers
 
-    path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"no folder of compressed-tensors at '{path}'")
     verify(path)
@@ -49,12 +67,7 @@ def open_compressed_tensors(path: str | Path, target: str = "vllm") -> Callable[
         if inputs is not None and inputs.type == "int" and inputs.dynamic:
             module.quantization_enabled = False  # of its own rounding; weights are multiplied out all the same
             module.register_forward_pre_hook(_by_token)
-
-    def run(ids: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-        return logits.float()
-
-    return run
+    return model
 
 
 def _by_token(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:

@@ -103,6 +103,11 @@ def simulated_as(prepared: nn.Module, folder: Path) -> nn.Module:
     return result
 
 
+def stored_layers(prepared: nn.Module) -> dict[str, Any]:
+    """Path of a layer in the folder -> the quantized layer of a prepared network that it is written of."""
+    return {name: layer for name, (layer, _) in _layers(language_model(prepared)).items()}
+
+
 def _is_export(folder: Path) -> bool:
     """Whether a folder holds an earlier export, which may be replaced."""
     try:

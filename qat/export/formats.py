@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat.export.c_header import check_c_header, open_c_header, save_c_header
 from qat.export.checkpoint import load_checkpoint, save_checkpoint
-from qat.export.compressed_run import open_compressed_tensors
+from qat.export.compressed_run import compressed_layers, open_compressed_tensors
 from qat.export.executorch import PteNetwork, save_pte
 from qat.export.given import Given, Inputs, Integers, Made, integers_given, network_given, network_levels
 from qat.export.header_given import c_header_given
@@ -51,6 +51,9 @@ class Exporter:
         given: (path, key of TARGETS, grids, inputs, integers) -> what each layer of the file makes of these integers;
             None where a file can be run from end to end only.
         whole: why it can be run from end to end only.
+        layers: (path, key of TARGETS, what each is asked) -> what single linear layers of the file make of it
+            (`qat.export.linear`); None where it has none.
+        layers_of: prepared network -> path of such a layer, as the file has it, and training's.
         check: refuses a configuration that no file of this format can hold, with a ValueError: which field, why, what
             to write instead; None where it holds everything.
         reference: (prepared network, path) -> what training simulated in the arithmetic of the file, where that is not
@@ -72,6 +75,8 @@ class Exporter:
     kernels: Callable[[Path, str], Kernels] | None = None
     given: Given | None = None
     whole: str = ""
+    layers: Callable[[Path, str, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    layers_of: Callable[[nn.Module], Mapping[str, Any]] | None = None
     check: Callable[[QuantConfig], None] | None = None
     reference: Callable[[nn.Module, Path], nn.Module] | None = None
     refuse: Callable[[Any, Inputs], None] | None = None
@@ -117,6 +122,12 @@ def _reference_of_compressed_tensors(prepared: nn.Module, path: Path) -> nn.Modu
     from qat.export.compressed_tensors import simulated_as
 
     return simulated_as(prepared, path)
+
+
+def _layers_of_compressed_tensors(prepared: nn.Module) -> Mapping[str, Any]:
+    from qat.export.compressed_tensors import stored_layers
+
+    return stored_layers(prepared)
 
 
 def _check_compressed_tensors(prepared: nn.Module) -> None:
@@ -203,7 +214,9 @@ EXPORTERS: dict[str, Exporter] = {
         open=open_compressed_tensors,
         check=check_compressed,
         reference=_reference_of_compressed_tensors,
-        whole="its layers are code of transformers, which is run as a whole",
+        whole="what lies between its linear layers is code of transformers, which is run as a whole",
+        layers=compressed_layers,
+        layers_of=_layers_of_compressed_tensors,
         of_prepared=True,
         check_network=_check_compressed_tensors,
         packages=("transformers",),

@@ -64,7 +64,7 @@ def network_levels(network: IntegerNetwork, grids: Mapping[str, Quantize]) -> di
     said: list[tuple[str, Levels]] = [(name, levels_of(own[name])) for name in grids if name in own]
     for node in network.nodes:
         layer = network.layer(node.name)
-        if isinstance(layer, IntegerConv):
+        if isinstance(layer, IntegerConv) and len(node.inputs) == 1:
             said.append((node.inputs[0], (float(layer.input_scale), int(layer.input_zero_point))))
         elif isinstance(layer, Dequantize):
             said.append((node.inputs[0], levels_of(layer.grid)))

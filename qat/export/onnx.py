@@ -14,20 +14,22 @@ import torch
 from torch import Tensor
 
 from qat.export.files import write_export
+from qat.export.onnx_bilinear import integer_bilinear, outer
 from qat.export.onnx_conv import float_conv, integer_conv
 from qat.export.onnx_functions import function
-from qat.export.onnx_lookup import look_up, outer
+from qat.export.onnx_lookup import look_up
 from qat.export.onnx_model import Model, storage
 from qat.export.onnx_moves import constant, integer_matmul, move
 from qat.export.onnx_stored import product_conv, simulate, table_conv
 from qat.refusals import Refusals
 from qat.runtime import operations as ops
 from qat.runtime import stored
+from qat.runtime.grid import Quantize
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
 from qat.runtime.lookup import LooksUp, LookUp, ProductLookUp, TableLookUp
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork, Node
-from qat.runtime.outer import Outer
+from qat.runtime.outer import IntegerBilinear, Outer
 from qat.runtime.recurrent import Recurrent
 
 OPSET = 21
@@ -117,7 +119,8 @@ def _relu(model: Model, node: Node, layer: RuntimeLayer) -> None:
 def _mean(model: Model, node: Node, layer: RuntimeLayer) -> None:
     assert isinstance(layer, ops.Mean)
     rank, dims, keepdim = len(model.shapes[node.inputs[0]]), layer.settings["dims"], layer.settings["keepdim"]
-    if rank > 2 and {d % rank for d in dims} == set(range(2, rank)):  # which engines have in integers
+    spatial = rank > 2 and {d % rank for d in dims} == set(range(2, rank))  # which engines have in integers
+    if spatial and _pools(model, node.inputs[0], layer.output):
         name = node.name if keepdim else f"{node.name}.pooled"
         model.finish(layer, name, lambda out: model.op("GlobalAveragePool", list(node.inputs), out))
         if not keepdim:
@@ -126,6 +129,18 @@ def _mean(model: Model, node: Node, layer: RuntimeLayer) -> None:
     axes = model.constant(f"{node.name}.axes", dims, np.int64)
     inputs = [node.inputs[0], axes]
     model.finish(layer, node.name, lambda out: model.op("ReduceMean", inputs, out, keepdims=int(keepdim)))
+
+
+def _pools(model: Model, x: str, output: Quantize | None) -> bool:
+    """Whether ONNX Runtime's integer mean takes these scales: of others it says `out of computation range` as it runs.
+
+    The mean of what was normalized is next to nought, and so is its scale.
+    """
+    made = None if x in model.network.inputs else model.network.layer(x)
+    grid = made.grid if isinstance(made, ops.Dequantize) else model.grid(x)
+    if grid is None or output is None:
+        return True
+    return 2.0**-32 <= float(grid.scale) / (float(output.scale) * model.shapes[x][2:].numel()) < 256
 
 
 def _pool(kind: str) -> Callable[[Model, Node, RuntimeLayer], None]:
@@ -235,6 +250,7 @@ EMIT: dict[type[RuntimeLayer], Callable[[Model, Node, Any], None]] = {
     TableLookUp: look_up,
     ProductLookUp: look_up,
     Outer: outer,
+    IntegerBilinear: integer_bilinear,
     ops.QuantizeInput: _quantize_input,
     ops.Dequantize: _dequantize,
     ops.Add: _simple("Add"),

@@ -17,8 +17,12 @@ from qat.runtime.stored import StoredConv
 def integer_conv(model: Model, node: Node, layer: RuntimeLayer) -> None:
     """DequantizeLinear of input, weight and bias, then the layer: what engines run in integers."""
     assert isinstance(layer, IntegerConv)
+    on_real(model, node, layer, model.real(node.inputs[0], f"{node.name}.input"))
+
+
+def on_real(model: Model, node: Node, layer: IntegerConv, x: str) -> None:
+    """The layer of `x`, the real numbers that its inputs' integers stand for, and of its dequantized weight."""
     name = node.name
-    x = model.real(node.inputs[0], f"{name}.input")
     direct = layer.output_padding is not None and layer.groups == 1  # [in, out, *kernel]: channels lie along axis 1
     w, zeros = _weight(model, name, layer, direct)
     scales = model.constant(f"{name}.weight_scale", layer.weight_scale)

@@ -161,6 +161,12 @@ def _causal(s: Steps) -> str:
     return s("Where", s.number(later, np.bool_), -math.inf, s.get("scores"))
 
 
+def _pad(s: Steps) -> str:
+    pads = s.get("pad")  # of the last dimension first
+    ends = [[0] * (s.rank - len(pads) // 2) + pads[side::2][::-1] for side in (0, 1)]
+    return s("Pad", s.get("input"), s.ints(*ends[0], *ends[1]), s.get("value"))
+
+
 def _einsum(s: Steps) -> str:
     operands = [name for parameter, name in s.given.items() if parameter.startswith("operand")]
     return s("Einsum", *operands, equation=s.get("equation").replace(" ", ""))
@@ -181,6 +187,19 @@ def _arg(kind: str) -> Emit:
         return s(kind, s.get("input"), axis=s.get("dim"), keepdims=int(s.get("keepdim")))
 
     return emit
+
+
+def _max_places(s: Steps) -> str:
+    """ONNX counts places in the whole batch, torch in each image."""
+    dims = len(s.get("kernel_size"))
+    shape, stride, padding, dilation = (
+        value if isinstance(value, list) else [value] * dims
+        for value in (s.get(name) for name in ("kernel_size", "stride", "padding", "dilation"))
+    )
+    window = {"kernel_shape": shape, "strides": stride if None not in stride else shape, "pads": padding * 2,
+              "dilations": dilation, "ceil_mode": int(s.get("ceil_mode"))}  # fmt: skip
+    places = s("MaxPool", s.get("input"), unread=1, **window)
+    return s("Mod", places, s.ints(math.prod(s.shape[-dims:])))
 
 
 # ---- normalisation ---------------------------------------------------------------------------------------------------
@@ -317,7 +336,7 @@ FUNCTIONS: dict[str, Emit] = {
     "rsub": _scaled("Sub", "other", "input"), "mul": _binary("Mul"), "div": _binary("Div"),
     "matmul": _binary("MatMul"), "einsum": _einsum, "pow": lambda s: s("Pow", s.get("input"), s.get("exponent")),
     "where": lambda s: s("Where", s.get("condition"), s.get("input"), s.get("other")), "masked_fill": _masked,
-    "add_mask": _add_mask, "mask_out": _mask_out, "causal": _causal,
+    "pad": _pad, "add_mask": _add_mask, "mask_out": _mask_out, "causal": _causal,
     "relu6": _clip(0, 6), "hardtanh": _clip(), "sigmoid": _unary("Sigmoid"), "tanh": _unary("Tanh"),
     "gelu": lambda s: s("Gelu", s.get("input"), approximate=s.get("approximate", "none")),
     "silu": lambda s: s("Mul", s.get("input"), s("Sigmoid", s.get("input"))), "mish": _mish,
@@ -329,7 +348,7 @@ FUNCTIONS: dict[str, Emit] = {
     "clamp": _clamp, "neg": _unary("Neg"), "abs": _unary("Abs"), "exp": _unary("Exp"), "log": _unary("Log"),
     "sqrt": _unary("Sqrt"), "rsqrt": lambda s: s("Reciprocal", s("Sqrt", s.get("input"))),
     "square": lambda s: s("Mul", s.get("input"), s.get("input")), "sum": _sum,
-    "argmax": _arg("ArgMax"), "argmin": _arg("ArgMin"),
+    "argmax": _arg("ArgMax"), "argmin": _arg("ArgMin"), "max_places": _max_places,
     "layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm, "instance_norm": _instance_norm,
     "batch_norm": _batch_norm, "normalize": _normalize,
     "lp_pool1d": _lp_pool(1), "lp_pool2d": _lp_pool(2), "lp_pool3d": _lp_pool(3),

@@ -1,4 +1,4 @@
-"""Look-ups and outer products in ONNX: Gather by integer indices, of codes where the table is integers."""
+"""Look-ups in ONNX: Gather by integer indices, of codes where the table is integers."""
 
 from typing import Any
 
@@ -10,7 +10,6 @@ from qat.numerics.granularity import rows_of
 from qat.runtime.layers import RuntimeLayer
 from qat.runtime.lookup import LookUp, ProductLookUp, TableLookUp
 from qat.runtime.network import Node
-from qat.runtime.outer import Outer
 
 LEAST = float(np.finfo(np.float32).min)
 
@@ -24,16 +23,6 @@ def look_up(model: Model, node: Node, layer: RuntimeLayer) -> None:
         return
     rows = _rows(model, node, layer, f"{node.name}.rows")
     model.finish(layer, node.name, lambda out: _Bags(model, node, pooling).reduce(rows, out))
-
-
-def outer(model: Model, node: Node, layer: RuntimeLayer) -> None:
-    """Products of all pairs of the last dimensions."""
-    assert isinstance(layer, Outer)
-    name, rank = node.name, len(model.shapes[node.inputs[0]])
-    column = _unsqueeze(model, node.inputs[0], rank, f"{name}.column")
-    row = _unsqueeze(model, node.inputs[1], rank - 1, f"{name}.row")
-    products = model.op("Mul", [column, row], f"{name}.products")
-    model.finish(layer, name, lambda out: model.reshape(products, [0] * (rank - 1) + [-1], out))
 
 
 def _rows(model: Model, node: Node, layer: LookUp | TableLookUp | ProductLookUp, output: str) -> str:

@@ -57,10 +57,11 @@ class Model:
         self._names: dict[tuple[int, tuple[int, ...], bytes], str] = {}
         self._same: dict[str, str] = {}
 
-    def op(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """Append an operation, which is called as its result is; returns that name."""
+    def op(self, kind: str, inputs: list[str], output: str, unread: int = 0, **attributes: Any) -> str:
+        """Append an operation, which is called as its result is; returns that name. `unread` results stand in front."""
         inputs = [self._same.get(name, name) for name in inputs]
-        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
+        outputs = [*(f"{output}.unread{i}" for i in range(unread)), output]
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, outputs, name=output, **attributes))
         return output
 
     def same(self, name: str, source: str) -> None:

@@ -1,5 +1,6 @@
 """Operations that move or select values in ONNX, on the integers themselves; constants; products of integers."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def move(model: Model, node: Node, layer: RuntimeLayer) -> None:
     if wide:
         tensors[:count] = [model.cast(x, "FLOAT", f"{node.name}.in{i}") for i, x in enumerate(tensors[:count])]
     steps = Steps(model, node, settings | {"input": tensors[0], "tensors": tensors})
-    if name == "masked_fill":
+    if name in ("masked_fill", "max_unpool"):
         filling, dtype = model.number(node.inputs[0], settings["value"])
         steps.given["filling"] = steps.number(filling, np.float32 if wide else dtype)
 
@@ -199,6 +200,16 @@ def _stack(s: Steps) -> str:
     return s("Concat", *parts, axis=dim)
 
 
+def _max_unpool(s: Steps) -> str:
+    """Values scattered by their places: ONNX's own MaxUnpool takes floats, and counts places in the whole batch."""
+    size, places = s.get("size"), s.get("tensors")[1]
+    ahead = s.rank - len(size)
+    kept = s("Shape", s.get("input"), start=0, end=ahead)
+    empty = s("Expand", s.get("filling"), s("Concat", kept, s.ints(math.prod(size)), axis=0))
+    flat = [s.reshape(x, [0] * ahead + [-1]) for x in (places, s.get("input"))]
+    return s.reshape(s("ScatterElements", empty, *flat, axis=ahead), [0] * ahead + size)
+
+
 MOVES: dict[str, Emit] = {
     "transpose": _transpose, "movedim": _movedim, "squeeze": _layout, "unsqueeze": _layout, "flatten": _layout,
     "unflatten": _layout, "expand": _expand, "repeat": _repeat,
@@ -207,6 +218,7 @@ MOVES: dict[str, Emit] = {
     "flip": _flip, "roll": _roll, "index": _index, "part": _part, "amax": _extreme("ReduceMax"),
     "amin": _extreme("ReduceMin"), "pixel_shuffle": _pixel_shuffle, "pixel_unshuffle": _pixel_unshuffle,
     "adaptive_max_pool": _adaptive_max, "interpolate": interpolate, "stack": _stack,
+    "max_unpool": _max_unpool,
     "masked_fill": lambda s: s("Where", s.get("tensors")[1], s.get("filling"), s.get("input")),
     "where": lambda s: s("Where", s.get("tensors")[2], *s.get("tensors")[:2]),
 }  # fmt: skip

@@ -26,7 +26,9 @@ from qat.export.sums import verify
 from qat.runtime.grid import Quantize
 from qat.runtime.network import IntegerNetwork
 
-OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+OWN_ROUNDING = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
+"""The option by which OpenVINO rounds real numbers in front of 8-bit weights to 8 bits of its own; 0 for none."""
+OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", OWN_ROUNDING: "0"}
 
 COMPUTES = {
     "Convolution",
@@ -195,6 +197,7 @@ def save_openvino(network: IntegerNetwork, path: Path, example_inputs: tuple[Ten
     with tempfile.TemporaryDirectory() as folder:
         save_onnx(network, Path(folder) / "model.onnx", example_inputs)
         model = _read(openvino, Path(folder) / "model.onnx")
+        model.set_rt_info(OPTIONS[OWN_ROUNDING], ["runtime_options", OWN_ROUNDING])  # unless its user asks for it
         with replaced_folder(path, lambda earlier: (earlier / "model.xml").is_file()) as new:
             try:
                 openvino.save_model(model, str(new / "model.xml"), compress_to_fp16=False)

@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from qat.export.agreement import Asked, LayerParity, OutputParity, Parity, ParityError, ParityLimits, compare, decisions
 from qat.export.formats import EXPORTERS
 from qat.export.given import Inputs, Integers, Made, tensors_of
+from qat.export.linear import LinearParity, asked_of, compare_layers, read_by_layers
 from qat.export.reloaded import Outputs, Reloaded, joined
-from qat.export.rounding import last_layers, output_rounding
+from qat.export.rounding import last_layers, output_rounding, rounding_steps
 from qat.export.simulated import TIE, sources, ties_given, training_integers, training_made
 from qat.runtime.network import IntegerNetwork
 
@@ -83,10 +84,15 @@ def measure(
         known = {"qat": joined([tensors_of(prepared(*x)) for x in batches]), **(outputs or {})}
         known |= {name: reloaded.outputs(name, batches) for name in names if name not in known}
         own: dict[str, Outputs] = {}  # what training simulated, in the arithmetic of a file
+        linear: dict[str, list[LinearParity]] = {}
         for name, path in reloaded.files.items():
             if (reference := EXPORTERS[name].reference) is not None:
                 ours = reference(prepared, path)
                 own[name] = joined([{k: y.float() for k, y in tensors_of(ours(*x)).items()} for x in batches])
+                if (layers_of := EXPORTERS[name].layers_of) is not None:
+                    layers = layers_of(ours)
+                    read = read_by_layers(ours, layers, batches[0])
+                    linear[name] = compare_layers(layers, read, reloaded.layers(name, asked_of(layers, read)))
         asked, made = Asked(), dict[str, list[Made]]()
         if isinstance(network, IntegerNetwork) and isinstance(prepared, fx.GraphModule):
             samples = looked_at(known, pairs_of(names), arguments, layer_samples, class_dim)
@@ -97,19 +103,31 @@ def measure(
             grids = network.grids()
             made |= {name: reloaded.given(name, grids, chosen, given) for name in names if EXPORTERS[name].given}
     measured = {name: metrics(next(iter(y.values()))) for name, y in known.items()} if metrics is not None else {}
-    return {
+    pairs = {
         f"{a}_{b}": compare(
             (own.get(b, known[a]) if a == "qat" else known[a], known[b]),
             list(zip(made[a], made[b], strict=True)) if a in made and b in made else [], class_dim, asked,
             names=(a, b), metrics=(measured.get(a, {}), measured.get(b, {})),
-            notes=[] if b in made else [_whole(b)],
+            notes=[] if b in made else [_whole(b, len(linear.get(b, [])))],
         )
         for a, b in pairs_of(names)
     }  # fmt: skip
+    for name, rows in linear.items():
+        pairs[f"qat_{name}"].linear = rows
+    if isinstance(network, IntegerNetwork):
+        for row in [row for parity in pairs.values() for row in parity.layers if row.departs(ParityLimits())]:
+            if network.layer(row.name).output is not None:  # others move integers
+                row.rounding = rounding_steps(network, chosen[0], given[0], row.name)
+    return pairs
 
 
-def _whole(name: str) -> str:
+def _whole(name: str, layers: int) -> str:
     why = EXPORTERS[name].whole or "its network is recorded in parts, or not at all"
+    if layers:
+        return (
+            f"{EXPORTERS[name].label}: compared from end to end, and {layers} linear layers one by one, given what "
+            f"each reads in training: {why}."
+        )
     return f"{EXPORTERS[name].label}: compared from end to end only: {why}."
 
 

@@ -20,7 +20,7 @@ from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer, convolve
 from qat.runtime.lookup import LookUp
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork
-from qat.runtime.outer import Outer
+from qat.runtime.outer import IntegerBilinear, Outer, pairs
 
 QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
 DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
@@ -113,6 +113,14 @@ class Convolution(nn.Module):
         )
 
 
+class Bilinear(Convolution):
+    """A bilinear layer on real numbers: a linear one on the products of all pairs."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+        """Real numbers -> real numbers."""
+        return super().forward(pairs(a, b))
+
+
 class Product(nn.Module):
     """The product of two tensors of real numbers."""
 
@@ -143,7 +151,7 @@ class Reference(nn.Module):
         self.steps, refusals = nn.ModuleList(), Refusals()
         for name, layer in layers.items():
             with refusals.noted():
-                self.steps.append(real_form(layer, name, name in without))
+                self.steps.append(real_form(layer, name, name in without, grids.get(name)))
         refusals.raise_any()
 
     @property
@@ -164,14 +172,22 @@ class Reference(nn.Module):
         return self.grids[name].dequantize(tensors[name]) if name in self.grids else tensors[name]
 
 
-def real_form(layer: RuntimeLayer, name: str, multiplied_out: bool = False) -> nn.Module:
-    """A layer as one that takes and returns real numbers, `multiplied_out` if its weights are to be so, too.
+def real_form(layer: RuntimeLayer, name: str, multiplied_out: bool = False, grid: Quantize | None = None) -> nn.Module:
+    """A layer as one that takes and returns real numbers.
+
+    Args:
+        layer: of the integer network.
+        name: its name, for messages.
+        multiplied_out: whether its weights are to be multiplied out.
+        grid: of its result, if that has one.
 
     Raises:
         ValueError: there is no such form.
     """
     if type(layer) is IntegerConv:
         return Convolution(layer, multiplied_out)
+    if type(layer) is IntegerBilinear:
+        return Bilinear(layer, multiplied_out)
     if type(layer) is IntegerMatmul:
         return Product()
     if isinstance(layer, ops.Dequantize):
@@ -181,9 +197,9 @@ def real_form(layer: RuntimeLayer, name: str, multiplied_out: bool = False) -> n
     if type(layer) in (*REAL, *MOVES) or isinstance(layer, ops.Move):
         layer = copy.deepcopy(layer)
         layer.output = None
-        for key in ("zero", "value"):  # what stands for 0
-            if isinstance(layer, ops.Relu | ops.Pad) and key in layer.settings:
-                layer.settings[key] = 0
+        for key in ("zero", "value"):  # an integer of the grid
+            if grid is not None and isinstance(layer, ops.Relu | ops.Pad | ops.Move) and key in layer.settings:
+                layer.settings[key] = float(grid.dequantize(torch.tensor(layer.settings[key])))
         return layer
     raise ValueError(
         f"layer '{name}' ({type(layer).__name__}) has no form in torch's reference quantized operations: leave pt2 and "
@@ -192,9 +208,11 @@ def real_form(layer: RuntimeLayer, name: str, multiplied_out: bool = False) -> n
 
 
 def _in_xnnpack(layer: RuntimeLayer) -> bool:
-    """Whether XNNPACK multiplies the layer's weights as integers: int8 without zero points."""
+    """Whether XNNPACK multiplies the layer's weights as integers: int8 without zero points, by one quantized tensor."""
     if not isinstance(layer, IntegerConv):
         return True
+    if isinstance(layer, IntegerBilinear):
+        return False
     symmetric = layer.weight.dtype is torch.int8 and not bool(layer.weight_zero_point.any())
     return symmetric and layer.output_padding is None
 

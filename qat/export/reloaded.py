@@ -73,6 +73,10 @@ class Reloaded:
         made = self._ask({"do": "given", "format": name, "grids": wanted}, tensors)
         return [_unpacked(_below(f"{i}/", made)) for i in range(len(batches))]
 
+    def layers(self, name: str, asked: Tensors) -> Tensors:
+        """What single layers of the file, whose format has `layers`, make of what they are given."""
+        return self._ask({"do": "layers", "format": name}, asked)
+
     def latency_ms(self, name: str, inputs: Inputs) -> float:
         """Median time of a call in milliseconds."""
         return float(self._ask({"do": "latency", "format": name}, _numbered([inputs]))["ms"])
@@ -131,8 +135,11 @@ def serve() -> None:
 
 @torch.no_grad()
 def answer(request: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    """Open a file and run it: `outputs`, `given` or `latency`."""
+    """Open a file and run it: `outputs`, `given`, `layers` or `latency`."""
     exporter, path, target = EXPORTERS[request["format"]], Path(request["path"]), request["target"]
+    if request["do"] == "layers":
+        assert exporter.layers is not None
+        return exporter.layers(path, target, tensors)
     batches = _batches(tensors)
     if request["do"] == "given":
         assert exporter.given is not None

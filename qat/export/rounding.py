@@ -17,6 +17,7 @@ from qat.runtime import operations as ops
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer, convolve
 from qat.runtime.matmul import IntegerMatmul
 from qat.runtime.network import IntegerNetwork, Node
+from qat.runtime.outer import IntegerBilinear
 from qat.runtime.recurrent import Recurrent
 from qat.runtime.stored import Simulate, StoredConv
 
@@ -61,6 +62,37 @@ def output_rounding(network: IntegerNetwork, inputs: Inputs, given: Integers) ->
         most = beyond.flatten(1).amax(1).reshape(-1, *[1] * (beyond.dim() - 1)) if beyond.dim() > 1 else beyond
         found.append(SHARE * (magnitudes[name] + most).nan_to_num(nan=0.0, posinf=0.0))
     return found
+
+
+@torch.no_grad()
+def rounding_steps(network: IntegerNetwork, inputs: Inputs, given: Integers, name: str) -> float:
+    """How many steps float32's rounding may move integers of the tensor `name`, at most, given equal integers.
+
+    Next to none, unless what is computed on the way cancels (the mean of what was normalized), or is divided by what
+    hardly differs from nought: then engines that compute in another order make other integers of the same file.
+
+    Args:
+        network: its own layers are asked.
+        inputs: of the network.
+        given: name of a tensor -> integers, which its readers get.
+        name: of a tensor on a grid, which a layer of its own puts there.
+    """
+    known = dict(zip(network.inputs, inputs, strict=True)) | {k: q for k, q in given.items() if k != name}
+    nodes, grid = _tail(network, name, set(known)), network.layer(name).output
+    assert grid is not None
+    seen: list[Tensor] = []
+    handle = grid.register_forward_pre_hook(lambda grid, values: seen.append(grid.steps(values[0])))
+    try:
+        _, magnitudes = _run(network, nodes, known)
+        inner = [key for key in _read_by_computations(network, nodes) if key in magnitudes]
+        noise = {key: magnitudes[key] * (SHARE / NOISE) for key in inner}
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(TRIALS if inner else 0):
+            _run(network, nodes, known, noise, generator)
+    finally:
+        handle.remove()
+    moved = [float((v - seen[0]).abs().nan_to_num(nan=0.0, posinf=0.0).max()) for v in seen[1:] if v.numel()]
+    return max(moved, default=0.0)
 
 
 def last_layers(network: IntegerNetwork, known: set[str]) -> list[str]:
@@ -150,10 +182,10 @@ def magnitude(layer: RuntimeLayer, inputs: list[Tensor], y: Tensor) -> Tensor:
     if layer.output is not None:
         terms = layer.output.dequantize(y).abs()
         if isinstance(layer, IntegerConv):
-            terms = terms.maximum(_conv_magnitude(layer, inputs[0]))
+            terms = terms.maximum(_conv_magnitude(layer, inputs))
         return terms + layer.output.scale / SHARE
     if isinstance(layer, IntegerConv):
-        return _conv_magnitude(layer, inputs[0])
+        return _conv_magnitude(layer, inputs)
     if isinstance(layer, FloatConv):
         return _sums(layer, inputs[0].abs(), layer.float_weight(), layer.bias.abs())
     if isinstance(layer, StoredConv) and len(inputs) == 1 and inputs[0].is_floating_point():
@@ -173,7 +205,8 @@ def magnitude(layer: RuntimeLayer, inputs: list[Tensor], y: Tensor) -> Tensor:
     return y
 
 
-def _conv_magnitude(layer: IntegerConv, x_q: Tensor) -> Tensor:
+def _conv_magnitude(layer: IntegerConv, inputs: list[Tensor]) -> Tensor:
+    x_q = layer.multiplied(*inputs) if isinstance(layer, IntegerBilinear) else inputs[0]
     column = (-1, *[1] * (layer.weight.dim() - 1))
     unit = layer.input_scale * layer.weight_scale
     weight = (layer.weight.float() - layer.weight_zero_point.reshape(column)) * unit.reshape(column)

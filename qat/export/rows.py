@@ -11,6 +11,9 @@ from qat.export.given import Levels
 SHOWN = 5
 """How many differing values of a tensor are shown."""
 
+RATHER_NOISE = 0.1
+"""Steps from which on a message says that rounding may have made a difference."""
+
 
 @dataclass(kw_only=True)
 class ParityLimits:
@@ -54,6 +57,8 @@ class LayerParity:
         differences: the first others, or where there are none, the first of those: (index, both integers).
         levels: scale and zero point in both; None where that is not known.
         reads: what the layer was given, in words.
+        rounding: steps by which float32's rounding alone may move it (`qat.export.rounding`); None where that was not
+            asked, as of a layer that agrees.
     """
 
     name: str
@@ -65,6 +70,7 @@ class LayerParity:
     differences: list[tuple[list[int], int, int]] = field(default_factory=list)
     levels: tuple[Levels | None, Levels | None] = (None, None)
     reads: str = ""
+    rounding: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for `summary.json`."""
@@ -87,6 +93,13 @@ class LayerParity:
             lines += [f"its grid in {name}: {_words(said)}" for name, said in zip(names, known, strict=True)]
         elif known:
             lines.append(f"its grid: {_words(known[0])}")
+        if self.rounding is not None and self.rounding >= RATHER_NOISE:
+            lines.append(
+                f"float32's rounding alone may move it by {self.rounding:.2g} steps: on the way to it nearly equal "
+                f"numbers are subtracted, or it is divided by what is nearly nought (the mean of normalized values, "
+                f"the norm of equal ones), and each engine leaves other digits of that. Leave out what makes it, or "
+                f"keep what reads it float by a rule"
+            )
         for index, *pair in self.differences:
             real = ""
             if known:  # one that does not say its own is taken to have the other's
@@ -160,6 +173,11 @@ class LayerCount:
         self.ties += int(excused.sum())
         self.total += steps.numel()
         return excused
+
+    @property
+    def tied_share(self) -> float:
+        """The share of integers that differ by a step at a tie."""
+        return self.ties / max(self.total, 1)
 
     def layer(self, name: str, levels: tuple[Levels | None, Levels | None], reads: str) -> LayerParity:
         """All of it."""

@@ -42,7 +42,7 @@ class Quantized(nn.Module):
     called_with: Mapping[str, Any] = MappingProxyType({})
     """What a layer that no recording calls was called with in the example: parameter -> value, of tensors the shape."""
     multiplies: bool = True
-    """An output is a sum of products of one input with the weight, plus a bias: what integer kernels compute."""
+    """An output is a sum of products of inputs with the weight, plus a bias: what the integer runtime computes."""
     biased: bool = True
     """An output has channels that a bias, or a BatchNorm behind the layer, can shift."""
 
@@ -100,7 +100,13 @@ class QuantizedLayer(Quantized):
     """Mixin, first base of each layer with one weight: `class QuantLinear(QuantizedLayer, nn.Linear)`.
 
     Activations are not its concern: they are quantized where they are made.
+
+    Attributes:
+        sources: the quantizers whose grid the input may lie on, where a function reads the output: set by
+            `qat.prepare`, so that sums are exact in evaluation (`qat.layers.exact`). Not submodules: they are others'.
     """
+
+    sources: tuple[FakeQuantize, ...] = ()
 
     weight: nn.Parameter
     bias: nn.Parameter | None

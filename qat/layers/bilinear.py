@@ -12,8 +12,6 @@ class QuantBilinear(QuantizedLayer, nn.Bilinear):  # type: ignore[misc]
     Its quantizer sees the weight of that linear layer, [out, in1 * in2].
     """
 
-    multiplies = False
-
     def arranged(self, weight: Tensor) -> Tensor:  # noqa: D102
         return weight.flatten(1)
 

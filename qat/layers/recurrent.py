@@ -8,7 +8,9 @@ each layer's, so that a range fits what it is for.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,12 +21,11 @@ from torch.nn.utils.rnn import PackedSequence
 from qat.cells import GRIDS, STATES, STEPS, Form, State, recur
 from qat.fake_quant import FakeQuantize
 from qat.layers.base import Quantized, Weight, check_fits
+from qat.layers.exact import EXACT_FLOAT32, simulates
 from qat.mode import Mode
 from qat.numerics.rounding import straight_through
+from qat.recompute import recomputing
 from qat.scheme import Granularity, TensorScheme
-
-EXACT_FLOAT32 = 2**24
-"""Sums of integers below this are exact in float32, in any order."""
 
 KINDS: dict[type[nn.Module], str] = {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}
 """Types whose kind does not depend on their settings."""
@@ -35,10 +36,12 @@ class QuantizedRecurrent(Quantized):
 
     Attributes:
         sources: the quantizers whose grid the input may lie on, set by `qat.prepare`. Not submodules: they are others'.
+        used: scale and zero point that the last forward computed with, of the quantizers whose range it moved.
     """
 
     biased = False
     sources: tuple[FakeQuantize, ...] = ()
+    used: Mapping[FakeQuantize, tuple[Tensor, Tensor]] = MappingProxyType({})
 
     @property
     def form(self) -> Form:
@@ -150,6 +153,30 @@ class QuantizedRecurrent(Quantized):
             return self.quantizer(name, cell[0] % cells)
         return self.quantizer(name, 0) if (self.form.layers if name == "hidden" else cells) == 1 else None
 
+    @contextmanager
+    def _ranges_used(self) -> Iterator[None]:
+        """Inside, ranges are those of the last forward, which moved them at its end: to repeat it."""
+        now = {quantizer.range: (quantizer.scale, quantizer.zero_point) for quantizer in self.used}
+        for quantizer, (scale, zero_point) in self.used.items():
+            quantizer.range.scale, quantizer.range.zero_point = scale, zero_point
+        try:
+            yield
+        finally:
+            for moved, (scale, zero_point) in now.items():
+                moved.scale, moved.zero_point = scale, zero_point
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As of torch's layer; what activation checkpointing repeats, with the ranges of the first time."""
+        if recomputing():
+            with self._ranges_used():
+                return self._compute(input, hx)
+        if not torch.compiler.is_compiling():
+            self.used = {}
+        return self._compute(input, hx)
+
+    def _compute(self, input: Any, hx: Any) -> Any:
+        raise NotImplementedError
+
     def _cells(self) -> list["_Cell"]:
         return [_Cell(self, cell) for cell in range(self.form.layers * self.form.directions)]
 
@@ -190,6 +217,9 @@ class _Cell:
         for quantizer, values in self.seen.items():
             quantizer.observe(torch.cat(values), self.site if quantizer is hidden else 0)
             if quantizer.follows:
+                if not torch.compiler.is_compiling() and quantizer not in self.layer.used:
+                    was = quantizer.scale.clone(), quantizer.zero_point.clone()
+                    self.layer.used = {**self.layer.used, quantizer: was}
                 quantizer.set_range_from_observer()
 
 
@@ -203,8 +233,8 @@ class _Product:
     def __init__(self, weight: Weight, sources: Sequence[FakeQuantize | None], training: bool) -> None:
         quantizer = weight.weight_quantizer
         self.bias, self.weight = weight.bias, quantizer(weight.tensor)
-        known = not training and quantizer.integer and _simulates(quantizer)
-        self.sources = [s for s in sources if known and s is not None and s.integer and _simulates(s)]
+        known = not training and quantizer.integer and simulates(quantizer)
+        self.sources = [s for s in sources if known and s is not None and s.integer and simulates(s)]
         if self.sources:
             with torch.no_grad():
                 self.scale = quantizer.scales(weight.tensor).float().reshape(-1, 1).expand(len(weight.tensor), 1)
@@ -236,10 +266,6 @@ class _Product:
         return None
 
 
-def _simulates(quantizer: FakeQuantize) -> bool:
-    return quantizer.mode in (Mode.quantize, Mode.frozen)
-
-
 def kind_of(layer: nn.Module) -> str:
     """Key of STEPS for a recurrent layer or cell, quantized or float."""
     for kind, name in KINDS.items():
@@ -255,7 +281,7 @@ def kind_of(layer: nn.Module) -> str:
 class _Sequences(QuantizedRecurrent):
     """LSTM, GRU, RNN."""
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Tensor | PackedSequence, Any]:
+    def _compute(self, input: Tensor | PackedSequence, hx: Any) -> tuple[Tensor | PackedSequence, Any]:
         layer: Any = self
         pair = len(STATES[self.form.kind]) > 1
         initial: State = () if hx is None else tuple(hx) if pair else (hx,)
@@ -293,7 +319,7 @@ def _check(layer: Any, x: Tensor | PackedSequence, initial: State) -> None:
 class _OneStep(QuantizedRecurrent):
     """LSTMCell, GRUCell, RNNCell."""
 
-    def forward(self, input: Tensor, hx: Any = None) -> Any:
+    def _compute(self, input: Tensor, hx: Any) -> Any:
         pair = len(STATES[self.form.kind]) > 1
         initial: State = () if hx is None else tuple(hx) if pair else (hx,)
         alone = input.dim() == 1
@@ -306,15 +332,15 @@ class _OneStep(QuantizedRecurrent):
         return last if pair else last[0]
 
 
-class QuantLSTM(_Sequences, nn.LSTM):  # type: ignore[misc]
+class QuantLSTM(_Sequences, nn.LSTM):
     """`nn.LSTM` with fake-quantized weights, gates, cell and hidden state."""
 
 
-class QuantGRU(_Sequences, nn.GRU):  # type: ignore[misc]
+class QuantGRU(_Sequences, nn.GRU):
     """`nn.GRU` with fake-quantized weights, gates and hidden state."""
 
 
-class QuantRNN(_Sequences, nn.RNN):  # type: ignore[misc]
+class QuantRNN(_Sequences, nn.RNN):
     """`nn.RNN` with fake-quantized weights and hidden state."""
 
 

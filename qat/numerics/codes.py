@@ -7,13 +7,13 @@ numbers to the bit, in a quarter of the memory. Whatever has no integers at hand
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qat.numerics import kernels
+from qat.numerics import kernels, native
 
 LEVELS = 256
 """The most integers of a grid that a byte holds."""
@@ -24,22 +24,30 @@ class Codes:
     """The integers of a tensor that a kernel has made, and what turns them back.
 
     Attributes:
-        values: int8, as the kernel saw the tensor (see `kernels.decode`).
-        scale, bottom: as the kernel was given them.
+        values: int8, in the order of memory (see `kernels.decode`).
+        numbers: scale and bottom, as the kernel was given them; of the form `native`, its params.
         form: of the kernel.
         dtype: of the tensor.
+        inner: how many neighbours in memory have one scale, for the form `native`.
     """
 
     values: Tensor
-    scale: Tensor
-    bottom: Tensor
+    numbers: tuple[Tensor, ...]
     form: str
     dtype: torch.dtype
+    inner: int = 0
+
+    @property
+    def single(self) -> bool:
+        """Whether all have one scale."""
+        return self.form == "flat" or (self.form == "native" and self.numbers[0].shape[1] == 1)
 
     def decode(self, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
         """The tensor again, in any shape and order of memory that a view of it had."""
+        if self.form == "native":
+            return native.decode(self.values, self.numbers[0], self.inner, shape, stride, self.dtype)
         with torch.no_grad():
-            (y,) = kernels.run("decode", self.form, self.values, self.scale, self.bottom)
+            (y,) = kernels.run("decode", self.form, self.values, *self.numbers)
             return y.to(self.dtype).as_strided(shape, stride)
 
 
@@ -79,7 +87,7 @@ def gathered(x: Tensor) -> Tensor:
 
     The rows of a matrix, or its columns, stay in the order of memory. What has no integers, or no gaps, is returned.
     """
-    if not _applies() or (codes := _codes_of(x)) is None or codes.form != "flat" or _dense(x):
+    if not _applies() or (codes := _codes_of(x)) is None or not codes.single or _dense(x):
         return x
     turned = x.stride(-1) != 1
     view = x.mT if turned else x
@@ -87,7 +95,7 @@ def gathered(x: Tensor) -> Tensor:
     place = view.storage_offset() - x._base.storage_offset()
     values = codes.values.as_strided(view.shape, view.stride(), place).flatten()
     copied = view.contiguous()
-    attach(copied, Codes(values, codes.scale, codes.bottom, "flat", codes.dtype))
+    attach(copied, replace(codes, values=values))
     return copied.mT if turned else copied
 
 

@@ -1,10 +1,10 @@
 """The fast path of fake quantization: integers, rounded to nearest, with the clipped straight-through gradient.
 
 The definition is `qat.numerics.affine`'s and the results are equal to the bit; only a scale's gradient is summed in
-another order. One byte an element is kept for backward. Two forms do it: kernels compiled by Inductor
-(`qat.numerics.kernels`), and cache-sized blocks of ordinary operations (`qat.numerics.blocks`) where no compiler is at
-hand. What neither takes (small tensors, tensors with gaps in memory, scales that vary along two dimensions) is the
-composed form's.
+another order. One byte an element is kept for backward. Three forms do it: C++ on CPUs (`qat.numerics.native`), kernels
+compiled by Inductor on other devices (`qat.numerics.kernels`), and cache-sized blocks of ordinary operations
+(`qat.numerics.blocks`) on CPUs where no compiler is at hand. What none takes (tensors with gaps in memory, scales that
+vary along two dimensions, and for the latter two forms small tensors) is the composed form's.
 """
 
 import functools
@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.numerics import blocks, kernels
+from qat.numerics import blocks, kernels, native
 from qat.numerics.affine import SMALLEST_SCALE
 from qat.numerics.codes import Codes, attach
 from qat.numerics.order import Layout, layout_of
 
+SMALLEST_EXACT = 2**12
+"""Elements from which C++ takes tensors with a learned scale: of fewer, no rounding residual has to fit in a byte."""
+
 SMALLEST = 2**15
-"""Elements from which the compiled form pays for its call."""
+"""Elements from which what Inductor compiles pays for its call."""
 
 SMALLEST_LEARNED = 2**14
 """The same where the scale is learned: there the composed form has more to do."""
@@ -35,7 +38,7 @@ class Plan:
     """How tensors of one shape and order of memory are taken.
 
     Attributes:
-        form: "compiled" or "blocked".
+        form: "native", "compiled" or "blocked".
         layout: of the values.
         shape, stride: of the tensors.
         lsq: whether there is a gradient for the scale.
@@ -46,6 +49,11 @@ class Plan:
     shape: torch.Size
     stride: tuple[int, ...]
     lsq: bool
+
+    @property
+    def inner(self) -> int:
+        """How many neighbours in memory have one scale."""
+        return self.layout.pieces * self.layout.inner
 
     def restore(self, values: Tensor) -> Tensor:
         """Inverse of `layout.view`."""
@@ -75,6 +83,8 @@ def _plan(
     layout = layout_of(shape, stride, scale)
     if layout is None or math.prod(shape) >= 2**31:  # the compiler may count in 32 bits
         return None
+    if device == "cpu" and switch == "on" and native.module() is not None:
+        return Plan("native", layout, shape, stride, lsq)
     one = layout.form != "flat" and 1 in (*layout.shape, layout.block if layout.form == "cols" else 2)
     if not one and kernels.available(lsq, layout.form, dtype, device):
         return Plan("compiled", layout, shape, stride, lsq)
@@ -85,6 +95,8 @@ def pays(x: Tensor, taken: Plan | None) -> bool:
     """Whether a plan is worth its call: for large tensors."""
     if taken is None:
         return False
+    if taken.form == "native":
+        return not taken.lsq or x.numel() >= SMALLEST_EXACT
     if taken.form == "blocked":
         return x.numel() >= SMALLEST_BLOCKED
     return x.numel() >= (SMALLEST_LEARNED if taken.lsq else SMALLEST)
@@ -108,7 +120,7 @@ def _forward(
         name = name if held is None else name + "_codes"
         y, code, *more = kernels.run(name, taken.layout.form, values, scale, bottom, top, _floor(relu, x.device))
         if held is not None:
-            held.append(Codes(more[0], scale, bottom, taken.layout.form, x.dtype))
+            held.append(Codes(more[0], (scale, bottom), taken.layout.form, x.dtype))
     else:
         y, code = blocks.forward(_two(values), *(_two(p) for p in (scale, bottom, top)), relu=relu, lsq=taken.lsq)
     return taken.restore(y), code
@@ -148,7 +160,7 @@ class _FakeQuantizeWhole(torch.autograd.Function):
         name, form = "forward_whole" if held is None else "forward_whole_codes", taken.layout.form
         y, *more = kernels.run(name, form, taken.layout.view(x), scale, bottom, top)
         if held is not None:
-            held.append(Codes(more[0], scale, bottom, form, x.dtype))
+            held.append(Codes(more[0], (scale, bottom), form, x.dtype))
         return taken.restore(y)
 
     @staticmethod
@@ -289,11 +301,22 @@ def take(
         whole: nothing is clipped, as the range is that of `x`.
         codes: let the result know its integers (`qat.numerics.codes`), of which there are at most `codes.LEVELS`.
     """
+    if taken.form == "native":
+        params = torch.stack([p.reshape(-1) for p in (scale, bottom, top)])
+        return known(native.given(x, params, taken.inner, relu, codes, whole), taken.inner)
     spread = taken.layout.spread
     held = _held(taken, codes)
     if whole and kernels.usable((("forward_whole", taken.layout.form),), x.dtype, x.device.type):
         return _told(_FakeQuantizeWhole.apply(x, taken, spread(scale), spread(bottom), spread(top), held), held)
     return _told(_FakeQuantize.apply(x, taken, spread(scale), spread(bottom), spread(top), relu, held), held)
+
+
+def known(result: tuple[Tensor, Tensor | None, Tensor], inner: int) -> Tensor:
+    """Of what C++ returns (`native`) the tensor, which knows its integers if there are any."""
+    y, integers, params = result
+    if integers is not None:
+        attach(y, Codes(integers, (params,), "native", y.dtype, inner))
+    return y
 
 
 def _held(taken: Plan, codes: bool) -> list[Codes] | None:
@@ -333,6 +356,9 @@ def fake_quantize(
     taken = taken or plan(x, scale.shape, grad_scale is not None)
     if taken is None:
         raise ValueError("no form takes these arguments: ask `plan` first")
+    if taken.form == "native":
+        grid = native.options(quant_min, quant_max, zero_point is None, relu, codes)
+        return known(native.kept(x, scale, zero_point, grid, taken.inner, grad_scale), taken.inner)
     if zero_point is None:
         bottom, top = ends(quant_min, quant_max, relu, scale.shape, scale.device)
     else:

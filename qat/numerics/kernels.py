@@ -1,4 +1,6 @@
-"""The kernels of the fast path: one pass over the values each way, compiled by Inductor.
+"""The kernels of the fast path: one pass over the values each way, as they are defined, and compiled by Inductor.
+
+CPUs have the same in C++ (`qat.numerics.native`).
 
 Composed operations read and write a tensor five to ten times; these functions do once. They see a dense tensor in the
 order of memory, in one of three forms:
@@ -14,7 +16,7 @@ A long tensor with one scale is cut into `strips`, [strips, n], where the gradie
 Every form takes one dynamic-shape compilation a kernel and dtype, which Inductor keeps on disk for later processes.
 Extents of 0 and 1, which the compiler would specialise on, do not get here (`qat.numerics.fast`).
 
-`QAT_KERNELS=off` in the environment turns compilation off.
+`QAT_KERNELS=off` in the environment turns compilation off; `inductor` takes Inductor's kernels on CPUs, too.
 """
 
 import functools
@@ -24,10 +26,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qat.numerics import pool
 from qat.numerics.affine import choose_qparams
 
 log = logging.getLogger(__name__)
@@ -272,53 +273,6 @@ KERNELS: dict[tuple[str, str], _Kernel] = {
 }
 """(name, form) -> function. What is chosen for many ranges is of the form `ranges`, [n]; for one, `range`, [1]."""
 
-LARGE: dict[str, tuple[torch.dtype | None, ...]] = {
-    "forward_ste": (None, torch.int8),
-    "forward_lsq": (None, torch.int8),
-    "forward_whole": (None,),
-    "forward_ste_codes": (None, torch.int8, torch.int8),
-    "forward_lsq_codes": (None, torch.int8, torch.int8),
-    "forward_whole_codes": (None, torch.int8),
-    "decode": (torch.float32,),
-    "backward_ste": (None,),
-    "backward_lsq": (None,),
-}
-"""Of a kernel's first results, which are of the shape of its values, the dtypes (None: that of the values). On a CPU
-they have the pool's memory (`qat.numerics.pool`), which the compiled kernel is given."""
-
-
-def _writing(kernel: _Kernel, count: int) -> _Kernel:
-    """The same kernel, with its first `count` results written into its last arguments."""
-
-    def write(*args: Tensor) -> tuple[Tensor, ...]:
-        results = kernel(*args[:-count])
-        for place, result in zip(args[-count:], results[:count], strict=True):
-            place.copy_(result)
-        return results[count:]
-
-    return write
-
-
-@functools.cache
-def _writing_first() -> Any:
-    """A pass of Inductor's that lets results be written as soon as they are known, not at the end.
-
-    A loop that sums takes in what is computed before the sum only: written after it, the values would need a loop of
-    their own, which reads everything once more.
-    """
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-
-    class WritingFirst(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
-                node.args[1].append(node)
-
-        def uuid(self) -> bytes:
-            return get_hash_for_files((__file__,))
-
-    return WritingFirst()
-
-
 _VALUES = {"flat": (2**16,), "strips": (192, 320), "rows": (192, 320), "cols": (192, 320)}
 _SCALE = {"flat": (), "strips": (), "rows": (192, 1), "cols": (320,)}
 
@@ -363,29 +317,18 @@ def compiled(name: str, form: str, dtype: torch.dtype, device: str, threads: int
         device: its type.
         threads: on a CPU, how many share the work.
     """
-    kernel = KERNELS[name, form]
     arguments: list[Any] = [*_example(name, form, dtype, device)]
-    if places := _places(name, arguments[0]):
-        kernel, arguments = _writing(kernel, len(places)), [*arguments, *places]
     try:
-        options = {"config_patches": {"cpp.threads": threads, "post_grad_custom_post_pass": _writing_first()}}
         with torch.inference_mode(False), torch.no_grad():
-            graph = make_fx(kernel, tracing_mode="symbolic")(*arguments)
+            graph = make_fx(KERNELS[name, form], tracing_mode="symbolic")(*arguments)
             artifact: _Kernel = torch._inductor.standalone_compile(
-                graph, arguments, dynamic_shapes="from_graph", options=options
+                graph, arguments, dynamic_shapes="from_graph", options={"config_patches": {"cpp.threads": threads}}
             )
             artifact(*arguments)
     except Exception as error:  # no compiler, no write access to the cache, ...: the other forms serve
         log.warning("Compiled kernels are not available (%s); training is slower without them.", error)
         return None
     return artifact
-
-
-def _places(name: str, x: Tensor) -> list[Tensor]:
-    """Where a compiled kernel writes its results that are as large as its values `x`."""
-    if x.device.type != "cpu" or not pool.usable:
-        return []
-    return [pool.POOL.empty(x.shape, dtype or x.dtype) for dtype in LARGE.get(name, ())]
 
 
 _broken: set[str] = set()
@@ -406,8 +349,8 @@ def available(lsq: bool, form: str, dtype: torch.dtype = torch.float32, device: 
 
 
 def usable(keys: Iterable[tuple[str, str]], dtype: torch.dtype = torch.float32, device: str = "cpu") -> bool:
-    """Whether kernels, keys of KERNELS, can run; compiles them at the first call."""
-    if device in _broken or switch() == "off":
+    """Whether kernels, keys of KERNELS, are to run; compiles them at the first call."""
+    if device in _broken or switch() == "off" or (device == "cpu" and switch() != "inductor"):
         return False
     if all(compiled(*key, dtype, device, torch.get_num_threads()) for key in keys):
         return True
@@ -423,5 +366,4 @@ def run(name: str, form: str, *args: Tensor) -> tuple[Tensor, ...]:
     kernel = compiled(name, form, x.dtype, x.device.type, torch.get_num_threads())
     if kernel is None:
         return KERNELS[name, form](*args)
-    places = _places(name, x)
-    return (*places, *kernel(*args, *places))
+    return kernel(*args)

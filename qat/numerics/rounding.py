@@ -6,6 +6,7 @@
 | floor       | -3   | -2   | -1   | 0   | 1   | 2   | 2   | 5   |
 | ceil        | -2   | -1   | 0    | 1   | 2   | 3   | 3   | 6   |
 | truncate    | -2   | -1   | 0    | 0   | 1   | 2   | 2   | 5   |
+| half_up     | -2   | -1   | 0    | 1   | 2   | 3   | 3   | 6   |
 | logarithmic | -2   | -2   | 0    | 0   | 2   | 2   | 4   | 8   |
 
 The first four are IEEE 754-2019's (section 4.3): roundTiesToEven, roundTowardNegative, roundTowardPositive and
@@ -15,6 +16,7 @@ learns for each weight whether it goes up or down.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +35,17 @@ def stochastic(x: Tensor) -> Tensor:
     u = uniform(x)
     low = torch.floor(x)
     return low + (u < x - low).to(x.dtype)
+
+
+def half_up(x: Tensor) -> Tensor:
+    """To the nearest integer, halves towards +infinity: what an integer product shifted right after half a unit does.
+
+    Not `floor(x + 0.5)`, which takes the largest float32 below 0.5 to 1.
+
+    Source: CMSIS-NN, `arm_nn_requantize` (single rounding).
+    """
+    low = torch.floor(x)
+    return torch.where(x - low >= 0.5, low + 1, low)
 
 
 def logarithmic(x: Tensor) -> Tensor:
@@ -131,19 +144,22 @@ class Rounding:
         settled: key of what stands in for it in evaluation and export, for a rounding that is for training only.
         powers: it gives powers of two, not one of the two neighbouring integers.
         learned: a parameter a value decides, which FakeQuantize holds (`adaptive`); `function` is where that starts.
+        ties: a runtime rounds activations so, halves to `even` integers or `up`; None for what is for weights.
     """
 
     function: Callable[[Tensor], Tensor]
     settled: str | None = None
     powers: bool = False
     learned: bool = False
+    ties: Literal["even", "up"] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:  # noqa: D102
         return self.function(x)
 
 
 ROUNDING: dict[str, Rounding] = {
-    "nearest": Rounding(torch.round),  # ties to even, as ONNX's QuantizeLinear does
+    "nearest": Rounding(torch.round, ties="even"),  # as ONNX's QuantizeLinear does
+    "half_up": Rounding(half_up, ties="up"),  # as fixed-point runtimes do
     "floor": Rounding(torch.floor),
     "ceil": Rounding(torch.ceil),
     "truncate": Rounding(torch.trunc),

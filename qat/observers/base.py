@@ -79,11 +79,13 @@ class Observer(nn.Module):
             order, or `joint`: the class's own `merge` needs several states together.
         ordered: the range depends on the order of the batches, so that processes have to take in each batch together.
         integers: it counts the levels of integers, and knows no other format.
+        weighs: it weighs what values become on the levels of the format, with a range of their own.
     """
 
     reduce: ClassVar[dict[str, str]] = {}
     ordered: ClassVar[bool] = False
     integers: ClassVar[bool] = False
+    weighs: ClassVar[bool] = False
 
     def __init__(self, options: ObserverOptions) -> None:
         super().__init__()
@@ -104,7 +106,7 @@ class Observer(nn.Module):
             site: tells apart several edges that share one range.
             relu: take in `relu(x)`. Observers of extremes do so without a copy of the values.
             together: take in what all processes of a distributed run have here, each its part of the batch. All of them
-                must call this.
+                must call this, or take turns (`processes.Turns`).
             real: which values count, bool, shape of `x`; the others fill a short row (`Layout.real`). None for all.
         """
         x = x.clamp(min=0) if relu else x
@@ -112,6 +114,7 @@ class Observer(nn.Module):
             if x.numel():
                 self._update(x, site, real)
             return
+        processes.take_turn((self, site))
         batch = copy.deepcopy(self)
         batch.reset()
         if x.numel():

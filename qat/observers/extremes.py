@@ -14,6 +14,8 @@ class Extremes(Observer):
         self, x: Tensor, site: int = 0, relu: bool = False, together: bool = False, real: Tensor | None = None
     ) -> None:
         together = together and processes.several()
+        if together:
+            processes.take_turn((self, site))
         if x.numel():
             low, high = Extremes.measure(self, x, real)
         elif together:  # the other processes wait

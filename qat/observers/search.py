@@ -21,6 +21,7 @@ class Lp(Histogram):
     """
 
     CANDIDATES = 100
+    weighs = True
 
     @property
     def norm(self) -> float:

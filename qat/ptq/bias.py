@@ -1,5 +1,6 @@
 """Biases: corrected for the mean error of quantized weights, and rounded to the integers that the runtime adds."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qat.fold import BatchNorm, batch_norm_affine, fold, integer_bias
+from qat.fold import LARGEST_BIAS, LARGEST_WIDE_BIAS, BatchNorm, batch_norm_affine, fold, integer_bias
 from qat.graph import Graph
 from qat.kinds import Kind
 from qat.layers import QuantizedLayer, QuantizedRecurrent
@@ -15,6 +16,7 @@ from qat.mode import Mode
 from qat.modes import eval_mode
 from qat.parts import graphs
 from qat.record import run
+from qat.translate import factors
 
 
 @torch.no_grad()
@@ -65,7 +67,8 @@ def round_biases(prepared: nn.Module) -> None:
     """Move every bias to the nearest multiple of `input_scale * weight_scale`, the unit in which integers are summed.
 
     The unit is far below a step at 8 bits, but a good part of one at 2. After this, the fake-quantized network and the
-    integer network add the same number. The bias of a layer whose BatchNorm is folded is `beta - mean * gain`.
+    integer network add the same number. The bias of a layer whose BatchNorm is folded is `beta - mean * gain`; the
+    `input_scale` of a bilinear layer is the product of its inputs' scales.
 
     Source: Jacob et al. 2018, section 2.4 (int32 biases).
     """
@@ -80,17 +83,19 @@ def _round_biases(graph: Graph) -> None:
     calls = [layer for _, layer in graph.layers()]
     biases = [_place(layer.bias) for layer in set(calls) if layer.bias is not None]
     for node, layer in graph.layers():
-        quantizer = graph.quantizer_of(node.all_input_nodes[0])
-        integer = quantizer is not None and quantizer.integer and layer.weight_quantizer.integer and layer.multiplies
+        sources = [graph.quantizer_of(source) for source in factors(layer, node)]
+        quantizers = [source for source in sources if source is not None and source.integer]
+        integer = len(quantizers) == len(sources) and layer.weight_quantizer.integer and layer.multiplies
         shared = calls.count(layer) > 1 or (layer.bias is not None and biases.count(_place(layer.bias)) > 1)
-        if quantizer is None or not integer or shared:  # added in float, or at several scales
+        if not integer or shared:  # added in float, or at several scales
             continue
         norm_node = graph.batch_norm_after(node)
         norm = graph.submodule(norm_node) if norm_node else None
         folded = fold(layer, norm)
-        input_scale = float(quantizer.qparams()[0].detach())
-        scale, _, bias = integer_bias(folded, input_scale, folded.q.dim())
-        _add_to_folded_bias(layer, norm, bias * scale * input_scale - folded.bias)
+        unit = float(math.prod(quantizer.qparams()[0].detach() for quantizer in quantizers))
+        largest = LARGEST_BIAS if len(quantizers) == 1 else LARGEST_WIDE_BIAS
+        scale, _, bias = integer_bias(folded, unit, folded.q.dim(), largest)
+        _add_to_folded_bias(layer, norm, bias * scale * unit - folded.bias)
     for recurrent in dict.fromkeys(layer for _, layer in graph.recurrent()):
         _round_recurrent(recurrent)
 

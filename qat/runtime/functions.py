@@ -3,6 +3,7 @@
 Parameters have torch's names: settings are plain data, tensors are inputs or constants of the layer.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from qat.attention import add_mask, causal, mask_out
+from qat.places import max_places
 
 
 def _adaptive(kind: str) -> Callable[..., Tensor]:
@@ -22,6 +24,17 @@ def _adaptive(kind: str) -> Callable[..., Tensor]:
         return pools[len(output_size) - 1](input, size)
 
     return pool
+
+
+def _max_places(input: Tensor, ceil_mode: bool = False, **window: Any) -> Tensor:
+    """Places of maxima; of integers, which torch pools in two or three dimensions, a signal is an image of one row."""
+    if input.is_floating_point():
+        return max_places(input, **window, ceil_mode=ceil_mode)
+    if len(window["kernel_size"]) > 1:
+        return max_places(input.long(), **window, ceil_mode=ceil_mode)
+    given = {name: value[0] if isinstance(value, list | tuple) else value for name, value in window.items()}
+    row = {name: (int(name != "padding"), value) for name, value in given.items()}
+    return max_places(input.long().unsqueeze(-2), **row, ceil_mode=ceil_mode).squeeze(-2)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -35,6 +48,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "pow": lambda input, exponent: input**exponent,
     "where": lambda condition, input, other: torch.where(condition.bool(), input, other),
     "masked_fill": lambda input, mask, value: input.masked_fill(mask.bool(), value),
+    "pad": F.pad,
     "add_mask": add_mask,
     "mask_out": mask_out,
     "causal": causal,
@@ -44,6 +58,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "clamp": torch.clamp, "neg": torch.neg, "abs": torch.abs, "exp": torch.exp, "log": torch.log, "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt, "square": torch.square, "sum": torch.sum,
     "argmax": torch.argmax, "argmin": torch.argmin,
+    "max_places": _max_places,
     "layer_norm": F.layer_norm, "rms_norm": F.rms_norm, "group_norm": F.group_norm, "instance_norm": F.instance_norm,
     "batch_norm": F.batch_norm, "normalize": F.normalize,
     "lp_pool1d": F.lp_pool1d, "lp_pool2d": F.lp_pool2d, "lp_pool3d": F.lp_pool3d, "adaptive_avg_pool": _adaptive("avg"),
@@ -130,6 +145,12 @@ def _take(x: Tensor, places: Sequence[Sequence[int]]) -> Tensor:
     return x
 
 
+def _max_unpool(x: Tensor, places: Tensor, size: Sequence[int], value: float) -> Tensor:
+    """Values of the last dimensions at their places in dimensions of `size`, which hold `value` elsewhere."""
+    flat = x.new_full((*x.shape[: -len(size)], math.prod(size)), value)
+    return flat.scatter(-1, places.flatten(-len(size)), x.flatten(-len(size))).unflatten(-1, size)
+
+
 def _in_float(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """For what torch has on floats alone; integers of up to 16 bits are exact in float32."""
     return lambda x, **settings: function(x.float(), **settings).to(x.dtype)
@@ -157,6 +178,7 @@ MOVES: dict[str, Callable[..., Any]] = {
     "adaptive_max_pool": _adaptive_max,
     "interpolate": _in_float(F.interpolate),
     "take": _take,
+    "max_unpool": _max_unpool,
     "masked_fill": lambda x, mask, value: x.masked_fill(mask.bool(), value),
     "pack": _pack,
     "pack_sequence": lambda *tensors, enforce_sorted: pack_sequence(list(tensors), enforce_sorted),

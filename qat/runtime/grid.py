@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qat.numerics import affine
 from qat.numerics.fixed_point import multiplier_and_shift, requantize
+from qat.numerics.rounding import ROUNDING
 
 
 def storage_dtype(quant_min: int, quant_max: int) -> torch.dtype:
@@ -26,16 +27,18 @@ class Quantize(nn.Module):
         relu: absorb a ReLU: the lower clamp is the zero point (only needed where that is not `quant_min` anyway).
         scale: > 0.
         zero_point: an integer of the grid.
+        rounding: key of ROUNDING: what is done with ties.
     """
 
     scale: Tensor
     zero_point: Tensor
 
     def __init__(
-        self, quant_min: int, quant_max: int, relu: bool = False, scale: float = 1.0, zero_point: int = 0
-    ) -> None:
+        self, quant_min: int, quant_max: int, relu: bool = False, scale: float = 1.0, zero_point: int = 0,
+        rounding: str = "nearest",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.quant_min, self.quant_max, self.relu = quant_min, quant_max, relu
+        self.quant_min, self.quant_max, self.relu, self.rounding = quant_min, quant_max, relu, rounding
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
 
@@ -46,7 +49,7 @@ class Quantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float, any shape -> integers of `dtype`, same shape."""
-        q = affine.quantize(x, self.scale, self.zero_point.float(), self.quant_min, self.quant_max)
+        q = affine.quantize(x, self.scale, self.zero_point.float(), self.quant_min, self.quant_max, self.rounding)
         if self.relu:
             q = torch.maximum(q, self.zero_point.float())
         return q.to(self.dtype)
@@ -54,11 +57,11 @@ class Quantize(nn.Module):
     def clamped(self, low: float, high: float) -> "Quantize":
         """The same grid for values that are clamped to [low, high], which holds 0, before they are rounded."""
         wide = (torch.tensor([low, high], dtype=torch.float32) / self.scale).clamp(-(2.0**30), 2.0**30)
-        ends = (wide.round() + self.zero_point).long().tolist()
+        ends = (ROUNDING[self.rounding](wide) + self.zero_point).long().tolist()
         relu = self.relu or (low == 0 and int(self.zero_point) != self.quant_min)
         least = self.quant_min if low == 0 else max(self.quant_min, ends[0])
         return Quantize(
-            least, min(self.quant_max, ends[1]), relu, float(self.scale), int(self.zero_point)
+            least, min(self.quant_max, ends[1]), relu, float(self.scale), int(self.zero_point), self.rounding
         )  # fmt: skip
 
     def dequantize(self, x_q: Tensor) -> Tensor:
@@ -71,7 +74,8 @@ class Quantize(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """Constructor arguments that are not tensors."""
-        return {"quant_min": self.quant_min, "quant_max": self.quant_max, "relu": self.relu}
+        rounding = {} if self.rounding == "nearest" else {"rounding": self.rounding}
+        return {"quant_min": self.quant_min, "quant_max": self.quant_max, "relu": self.relu} | rounding
 
     @staticmethod
     def from_spec(spec: dict[str, Any]) -> "Quantize":

@@ -23,6 +23,7 @@ LAYERS: dict[str, type[RuntimeLayer]] = {
     "table_look_up": lookup.TableLookUp,
     "product_look_up": lookup.ProductLookUp,
     "outer": outer.Outer,
+    "integer_bilinear": outer.IntegerBilinear,
     "recurrent": recurrent.Recurrent,
     "take": recurrent.Take,
     "quantize": operations.QuantizeInput,

@@ -60,6 +60,13 @@ def refusals(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
         yield from check(scheme, role)
 
 
+def keeps_tensor_scale(scheme: TensorScheme, role: str) -> bool:
+    """Whether a scale of the tensor is kept, and those of its blocks are computed with it (`Format.block_scales`)."""
+    rule, grouped = RANGES[scheme.range], scheme.granularity is Granularity.group
+    two_levels = FORMATS[scheme.format].block_scales is not None
+    return role == "activation" and two_levels and grouped and not (rule.dynamic or rule.learned)
+
+
 def shown(value: object) -> object:
     """A field's value as one writes it on the command line."""
     if value is None or isinstance(value, bool):
@@ -166,7 +173,8 @@ def _granularity(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     if kind.unit_scale and granularity not in (Granularity.tensor, Granularity.channel):
         yield Refusal("granularity", f"{scheme.format} has no scale",
                       "granularity=tensor group_size=null block_size=null")  # fmt: skip
-    if role == "activation" and granularity in (Granularity.token, Granularity.group) and not dynamic:
+    differ = granularity in (Granularity.token, Granularity.group) and not keeps_tensor_scale(scheme, role)
+    if role == "activation" and differ and not dynamic:
         yield Refusal("granularity", f"{granularity.value}s differ from batch to batch, so their ranges are not kept",
                       "range=dynamic", "granularity=tensor")  # fmt: skip
 
@@ -195,20 +203,29 @@ def _ranges(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     if kind.unit_scale and (rule.learned or rule.follows):
         yield Refusal("range", f"{scheme.format} has no scale to choose", "range=fixed")
     grouped = scheme.granularity is Granularity.group and scheme.group_size == kind.block
-    if kind.block is not None and (not rule.dynamic or not grouped):
+    computed = rule.dynamic or keeps_tensor_scale(scheme, role)
+    if kind.block is not None and not (computed and grouped):
         yield Refusal("format", f"blocks of {kind.block} values have scales of their own, computed from them",
                       f"granularity=group group_size={kind.block} block_size=null range=dynamic")  # fmt: skip
     if OBSERVERS[scheme.observer].integers and scheme.format != "int":
-        yield Refusal("observer", f"{scheme.observer} counts the levels of integers", "observer=mse")
+        instead = "observer=minmax" if keeps_tensor_scale(scheme, role) else "observer=mse"
+        yield Refusal("observer", f"{scheme.observer} counts the levels of integers", instead)
+    elif OBSERVERS[scheme.observer].weighs and keeps_tensor_scale(scheme, role):
+        yield Refusal("observer", "levels are those of blocks, and a range of the whole tensor is kept",
+                      "observer=minmax")  # fmt: skip
     if scheme.observer != "minmax" and (kind.unit_scale or kind.fitted):
         yield Refusal("observer", f"the format {scheme.format} observes no range", "observer=minmax")
 
 
 def _rounding(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     kind, rounding, rule = FORMATS[scheme.format], scheme.rounding, RANGES[scheme.range]
-    if role == "activation" and rounding != "nearest":
+    if role == "activation" and ROUNDING[rounding].ties is None:
         yield Refusal("rounding", "activations are rounded by the runtime, and runtimes (ONNX QuantizeLinear) round to "
                       "'nearest' (did you mean quant.weight.rounding?)", "rounding=nearest")  # fmt: skip
+    plain = scheme.format == "int" and scheme.granularity is Granularity.tensor and not rule.dynamic
+    if role == "activation" and ROUNDING[rounding].ties == "up" and not plain:
+        yield Refusal("rounding", "runtimes in fixed point round so, and take integers with one known scale",
+                      "rounding=nearest")  # fmt: skip
     if kind.fitted and rounding != "nearest":
         yield Refusal("rounding", f"{scheme.format} takes the nearest entry", "rounding=nearest")
     if ROUNDING[rounding].powers:

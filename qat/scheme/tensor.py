@@ -38,7 +38,8 @@ class TensorScheme:
             negative, as after ReLU), unsigned for affine ones.
         narrow_range: leave out the lowest integer of a signed grid (-128), so that it is symmetric about zero.
         granularity: one scale a tensor, channel, group, block or token.
-        axis: the channel axis; None is 0 for weights and 1 for activations (-1 for sequences of vectors).
+        axis: the channel axis; None is 0 for weights, and for activations -1 where a linear layer or a product of
+            matrices reads them (that is what it sums), else 1.
         group_size: how many inputs share a scale, with granularity `group`; the width of a vector of `product`.
         block_size: [rows, columns] that share a scale, with granularity `block`; -1 takes all.
         allow_padding: let the last group of a row be shorter.
@@ -52,7 +53,9 @@ class TensorScheme:
         momentum: share of the newest batch in the `ema` observer.
         norm: exponent of the error that the `lp` observer minimises.
         sigmas: standard deviations to either side of the mean, in the `sigma` observer.
-        range: key of RANGES: where the range comes from.
+        range: key of RANGES: where the range comes from. An activation in nvfp4 has two: `fixed` and `running` keep the
+            float32 scale of the tensor, and the float8 of a block is computed as its values come; with `dynamic` both
+            are.
         range_decay: weight of the L2 term that pulls the clip of `pact` down.
         gradient: key of GRADIENTS: how the gradient passes the rounding.
         gradient_strength: [first, last] step's delta of `ewgs` or temperature of `dsq`; None takes the usual ones.

@@ -10,6 +10,7 @@ from qat.scheme.config import ATTENTION
 from qat.targets.limits import FAMILIES, Kernel, Target
 from qat.targets.nearest import Way, breaches, changes, nearest
 from qat.targets.table import TARGETS
+from qat.targets.ties import check_ties
 
 OF_ATTENTION = tuple(f".{name}" for name in ATTENTION)
 """What rules that name tensors of attention end with."""
@@ -39,6 +40,7 @@ def check_target(config: QuantConfig) -> None:
     """
     target = choice("quant.target", config.target, TARGETS)
     check_kernels(config, Engine(f"target={config.target}", target, "target=generic"))
+    check_ties(config, target)
 
 
 class Engine(NamedTuple):

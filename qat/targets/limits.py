@@ -156,9 +156,14 @@ class Target:
         return tuple(dict.fromkeys((*self.layers["default"], *self.layers.get("linear", ()))))
 
     @property
+    def ties(self) -> Literal["even", "up"]:
+        """Which way exact ties are rounded where it requantizes: as `affine.quantize` and `fixed_point` do it."""
+        return "up" if self.requantize == "fixed_point" else "even"
+
+    @property
     def rounding(self) -> str:
-        """How exact ties are rounded where it requantizes, in words: as `affine.quantize` and `fixed_point` do it."""
-        return {"float": "halves to even", "fixed_point": "halves up"}[self.requantize]
+        """The same in words."""
+        return {"even": "halves to even", "up": "halves up"}[self.ties]
 
     @property
     def weight_bits(self) -> int:

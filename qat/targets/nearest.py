@@ -108,6 +108,8 @@ def breaches(limits: Limits, scheme: TensorScheme, role: str) -> Iterator[Change
         yield Change("group_size", close, f"takes groups of {', '.join(map(str, sizes))} {role}s")
     elif role == "weight" and (scheme.axis or 0) != 0 and "token" not in limits.granularities:
         yield Change("axis", None, "takes a scale an output channel")
+    elif role == "activation" and scheme.granularity is Granularity.group and scheme.axis not in (None, -1):
+        yield Change("axis", None, "takes groups along the last axis, which a linear layer sums")
     if limits.ranges != "any" and role == "activation" and RANGES[scheme.range].dynamic != (limits.ranges == "dynamic"):
         kind = "computed as they come" if limits.ranges == "dynamic" else "known beforehand"
         yield Change("range", "dynamic" if limits.ranges == "dynamic" else "running", f"takes ranges that are {kind}")

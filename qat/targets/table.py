@@ -58,7 +58,7 @@ def _onnxruntime(description: str, weight: Limits, **settings: Any) -> Target:
         description=description,
         layers={
             "default": (integer, weight_only, replace(mixed, weight=_GROUPS), IN_FLOAT),
-            "transposed convolution": (mixed, weight_only, IN_FLOAT),
+            **dict.fromkeys(("transposed convolution", "bilinear"), (mixed, weight_only, IN_FLOAT)),
             "embedding": (Kernel(name="Gather", weight=rows, activation=None), IN_FLOAT),
             "lstm": (IN_FLOAT,),
             "recurrent": (IN_FLOAT,),
@@ -78,14 +78,16 @@ _SEVEN_BITS = replace(
 
 # ---- OpenVINO --------------------------------------------------------------------------------------------------------
 
+_DECOMPRESSED = Kernel(name="decompression, in float", weight=_DEQUANTIZED, activation=FLOAT, integers=False)
 _OPENVINO = Target(
     description="OpenVINO on CPU: int8 by its low-precision transformations.",
     layers={
         "default": (
             Kernel(name="oneDNN u8s8", weight=replace(_PER_CHANNEL, symmetric=True), activation=_STATIC),
-            Kernel(name="decompression, in float", weight=_DEQUANTIZED, activation=FLOAT, integers=False),
+            _DECOMPRESSED,
             IN_FLOAT,
         ),
+        "bilinear": (replace(_DECOMPRESSED, activation=_STATIC), _DECOMPRESSED, IN_FLOAT),
         "embedding": (
             Kernel(name="Gather", weight=replace(_DEQUANTIZED, granularities=("channel", "tensor")), activation=None),
             IN_FLOAT,
@@ -121,6 +123,8 @@ _TENSORRT = Target(
                 formats={"int": (4,)}, symmetric=True, granularities=("group",), group_sizes=(64, 128), why=_RT)),
             IN_FLOAT,
         ),
+        "bilinear": (*(replace(kernel, name="dequantized, in float", integers=False) for kernel in (_RT_INT8, _RT_FP8)),
+                     IN_FLOAT),
         "embedding": (IN_FLOAT,),
         "lstm": (IN_FLOAT,),
         "recurrent": (IN_FLOAT,),
@@ -143,11 +147,12 @@ _NARROW = Limits(
 )  # fmt: skip
 _INT8 = Limits(formats={"int": (8,)}, signed=True, ranges="static", why="its activations are int8 with a zero point")
 _QS8 = Kernel(name="qs8_qc8w", weight=_NARROW, activation=_INT8)
+_QS8_IN_FLOAT = replace(_QS8, name="dequantized, in float", integers=False)
 _XNNPACK = Target(
     description="ExecuTorch with XNNPACK: int8 activations with a zero point, symmetric int8 weights.",
     layers={
         "default": (_QS8, IN_FLOAT),
-        "transposed convolution": (replace(_QS8, name="dequantized, in float", integers=False), IN_FLOAT),
+        **dict.fromkeys(("transposed convolution", "bilinear"), (_QS8_IN_FLOAT, IN_FLOAT)),
         "embedding": (IN_FLOAT,),
         "lstm": (IN_FLOAT,),
         "recurrent": (IN_FLOAT,),

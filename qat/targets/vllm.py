@@ -15,10 +15,9 @@ GROUP_SIZES = (32, 64, 128)
 """Inputs that share a scale, with integers."""
 
 
-def blocks(format: str, bits: int, size: int) -> Kernel:
-    """Weights and inputs in blocks, whose scales are computed as the values come."""
-    limits = Limits(formats={format: (bits,)}, granularities=("group",), group_sizes=(size,), ranges="dynamic")
-    return Kernel(name=format.upper(), weight=limits, activation=limits)
+def _blocks(format: str, size: int) -> Limits:
+    """4-bit floats in blocks."""
+    return Limits(formats={format: (4,)}, granularities=("group",), group_sizes=(size,))
 
 
 _TOKENS = Limits(formats={"int": (8,)}, symmetric=True, signed=True, narrow=False, granularities=("token",),
@@ -34,8 +33,8 @@ _E4M3 = Limits(formats=FLOAT8, granularities=("channel", "tensor"), why="e4m3fn 
 
 def _weight_only(format: str, size: int, why: str) -> Kernel:
     """Weights in blocks; `why` inputs in blocks are not taken."""
-    return replace(blocks(format, 4, size), name=f"{format.upper()}A16", activation=replace(FLOAT, why=why),
-                   integers=False, stored=f"{format}-pack-quantized")  # fmt: skip
+    return Kernel(name=f"{format.upper()}A16", weight=_blocks(format, size), activation=replace(FLOAT, why=why),
+                  integers=False, stored=f"{format}-pack-quantized")  # fmt: skip
 
 
 VLLM = Target(
@@ -51,8 +50,10 @@ VLLM = Target(
                 formats=FLOAT8, ranges="static")),
             Kernel(name="W8A16 fp8", weight=_E4M3, activation=FLOAT, integers=False, stored="float-quantized"),
             Kernel(name="W4A16, W8A16", weight=_PACKED, activation=FLOAT, integers=False, stored="pack-quantized"),
-            _weight_only("nvfp4", 16, "its file keeps one float32 scale for every input of a layer; training has one "
-                                      "of each input"),
+            Kernel(name="NVFP4", weight=_blocks("nvfp4", 16), stored="nvfp4-pack-quantized", activation=replace(
+                _blocks("nvfp4", 16), ranges="static",
+                why="its file keeps one float32 scale for every input of a layer, and those of blocks are computed")),
+            _weight_only("nvfp4", 16, "inputs are nvfp4, too, or float"),
             _weight_only("mxfp4", 32, "engines round the scale of a block of inputs up or down, the MX specification "
                                       "down only"),
             IN_FLOAT,

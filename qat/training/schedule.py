@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.fake_quant import FakeQuantize
 from qat.layers import weights_of
 from qat.mode import Mode
 from qat.modes import get_mode, quantizers, set_mode, set_progress, watch
+from qat.processes import settle_turns
 from qat.training.averaging import average_weights_only, measures_batch_norm
 from qat.training.steps import check_moment, reached, step_of, total_steps
 
@@ -122,6 +123,10 @@ class QATSchedule(L.Callback):
         if self.batch_norm_frozen_at(trainer.global_step, total_steps(trainer)):
             for norm in _batch_norms(pl_module):
                 norm.eval()
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """In manual optimization, inside a training step: other processes may have quantizers that did not run here."""
+        settle_turns()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ranges come from training data: what is validated on is not observed."""

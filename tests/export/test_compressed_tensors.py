@@ -12,14 +12,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import qat
-from qat.export import compressed_tensors
+from qat.export import compressed_tensors, sums
+from qat.export.agreement import ParityError, ParityLimits
 from qat.export.compressed_run import open_compressed_tensors
 from qat.export.compressed_tensors import save_compressed_tensors, simulated_as
+from qat.export.parity import measure
+from qat.fake_quant import FakeQuantize
 from qat.layers import QuantizedLayer
+from qat.mode import Mode
 from qat.ptq import PTQConfig, finalize
+from qat.scheme import Granularity, TensorScheme
 from qat.targets.compressed import check_compressed
 
 transformers = pytest.importorskip("transformers", reason="pip install 'qat[hf]'")
@@ -37,6 +43,7 @@ def group(bits: int, **changes: Any) -> dict[str, Any]:
 
 
 E4M3 = {**CHANNEL, "format": "e4m3fn"}
+NVFP4 = group(4, format="nvfp4", group_size=16)
 SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8_dynamic": ("int-quantized", {"weight": {**CHANNEL, "narrow_range": True}, "activation": TOKEN}),
     "w8a8": ("int-quantized", {"weight": CHANNEL, "activation": KEPT}),
@@ -53,7 +60,8 @@ SCHEMES: dict[str, tuple[str, dict[str, Any]]] = {
     "fp8": ("float-quantized", {"weight": E4M3, "activation": {**KEPT, "format": "e4m3fn"}}),
     "fp8_dynamic": ("float-quantized", {"weight": E4M3, "activation": {**TOKEN, "format": "e4m3fn"}}),
     "fp8_weights": ("float-quantized", {"weight": E4M3}),
-    "nvfp4": ("nvfp4-pack-quantized", {"weight": group(4, format="nvfp4", group_size=16)}),
+    "nvfp4": ("nvfp4-pack-quantized", {"weight": NVFP4}),
+    "nvfp4_a4": ("nvfp4-pack-quantized", {"weight": NVFP4, "activation": {**NVFP4, "range": "fixed"}}),
     "mxfp4": ("mxfp4-pack-quantized", {"weight": group(4, format="mxfp4")}),
 }  # fmt: skip
 WEIGHTS_ONLY = [name for name, (_, scheme) in SCHEMES.items() if "activation" not in scheme]
@@ -134,7 +142,9 @@ def test_transformers_reads_it_and_gives_the_same_logits(
     ours = logits(simulated_as(simulated, tmp_path / "out"), ids)
     torch.testing.assert_close(run(ids), ours, atol=0.01 if name == "w8a8_asymmetric" else 0, rtol=0)
     if "fp4" in name:  # the package unpacks them to bfloat16, and computes in that
-        expected = logits(with_rounded_weights(float_net, simulated, torch.bfloat16), ids)
+        expected = ours
+    if name in ("nvfp4", "mxfp4"):
+        assert torch.equal(ours, logits(with_rounded_weights(float_net, simulated, torch.bfloat16), ids))
     if name in ("w8a8_dynamic", "w4a8_dynamic"):  # the package divides by 127.5, vLLM's kernel (and training) by 127
         assert (got - expected).abs().max() < 0.02 * expected.abs().max()
         got = logits(dynamic_as_vllm(net), ids)
@@ -182,6 +192,38 @@ def assert_inputs_within_a_step(simulated: nn.Module, net: Any, ids: Tensor) -> 
     assert len(steps) == 14
     assert apart.max() < 1.01
     assert (apart > 0.5).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_inputs_are_the_packages(dtype: torch.dtype) -> None:
+    """NVFP4 inputs in training, against what the package computes by the preset of that name."""
+    pytest.importorskip("compressed_tensors", reason="pip install 'qat[hf]'")
+    from compressed_tensors.quantization import QuantizationStatus, quant_scheme
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+    from compressed_tensors.quantization.utils import generate_gparam
+
+    args = quant_scheme.NVFP4["input_activations"]
+    scheme = TensorScheme(format="nvfp4", bits=4, granularity=Granularity.group, group_size=16, axis=-1, range="fixed")
+    quantizer = FakeQuantize(scheme, activation=[4, 5, 64])
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.randn(4, 5, 64, generator=generator).to(dtype)
+    quantizer.observe(seen)
+    quantizer.set_range_from_observer()
+    quantizer.mode = Mode.quantize
+    layer = nn.Linear(64, 1)
+    layer.quantization_status = QuantizationStatus.FROZEN
+    layer.input_global_scale = 1 / quantizer.range.scale.reshape(1)
+    torch.testing.assert_close(layer.input_global_scale, generate_gparam(seen.float().min(), seen.float().max()))
+    sizes = torch.tensor([1e-7, 4e-6, 1e-2, 1.0, 3.0]).reshape(5, 1)
+    x = (torch.randn(300, 5, 64, generator=generator) * sizes).to(dtype)
+    x[:, 0, :16] = 0
+    y = quantizer(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, forward_quantize(layer, x, "input", args))
+    blocks = y.float().reshape(300, 5, 4, 16).abs().amax(-1)
+    assert (blocks[:, 1] == 0).any()  # where a block's scale rounds to 0
+    assert (blocks[:, 1] > 0).any()
+    assert blocks[:, 4].max() == seen.abs().max()  # what is beyond the range saturates
 
 
 def test_rules_become_groups(float_net: nn.Module, ids: Tensor, tmp_path: Path) -> None:
@@ -257,6 +299,38 @@ def test_training_goes_into_the_file(ids: Tensor, tmp_path: Path) -> None:
     finalize(trained, [{"input_ids": ids}], PTQConfig(), trained=True)
     save_compressed_tensors(trained, tmp_path)
     assert torch.equal(logits(loaded(tmp_path), ids), logits(trained, ids))
+
+
+@pytest.mark.parametrize("name", ["nvfp4_a4", "w8a8_asymmetric"])
+def test_parity_asks_each_layer_of_the_folder(name: str, float_net: nn.Module, ids: Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="pip install 'qat[hf]'")
+    simulated = prepared(float_net, SCHEMES[name][1], ids)
+    save_compressed_tensors(simulated, tmp_path / "out")
+    files = {"compressed_tensors": tmp_path / "out"}
+    parity = measure(simulated, simulated, files, ids, class_dim=2)["qat_compressed_tensors"]
+    assert [row.name for row in parity.linear] == list(quantized(simulated))
+    assert {row.unequal_weights for row in parity.linear} == {0}
+    assert min(row.equal_inputs for row in parity.linear) >= (0.999 if name == "w8a8_asymmetric" else 1)
+    assert max(row.rounding for row in parity.linear) <= 1
+    assert "14 linear layers one by one" in parity.notes[0]
+    assert len(parity.to_dict(layers=True)["linear"]) == 14
+    parity.check("qat_compressed_tensors", ParityLimits(agreement=0.99))
+
+    folder, path = tmp_path / "out", "model.layers.1.mlp.up_proj"
+    for key, change, breach in (
+        ("weight_packed" if "nvfp4" in name else "weight", lambda t: t.view(torch.uint8).bitwise_xor_(16), "weights"),
+        ("input_global_scale", lambda t: t.mul_(1.4), "inputs"), ("input_scale", lambda t: t.mul_(1.4), "inputs"),
+    ):  # fmt: skip
+        tensors = tensors_of(folder)
+        if f"{path}.{key}" not in tensors:
+            continue
+        change(tensors[f"{path}.{key}"].view(-1)[:1])
+        (folder / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+        (folder / sums.NAME).unlink()
+        with pytest.raises(ParityError, match=rf"layer '{path}' departs given equal inputs: .* {breach} ") as error:
+            measure(simulated, simulated, files, ids, class_dim=2)["qat_compressed_tensors"].check("", ParityLimits())
+        assert "\n  " in str(error.value)
+        save_compressed_tensors(simulated, folder)
 
 
 def test_two_exports_are_the_same_bytes(float_net: nn.Module, ids: Tensor, tmp_path: Path) -> None:
@@ -388,6 +462,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         {"weight": group(4, format="mxfp4"), "activation": group(4, format="mxfp4")},
         r"quant\.activation\.bits=4: .*engines round",
         "bits=null",
+    ),
+    "nvfp4 activations whose scales are all computed": (
+        {"weight": NVFP4, "activation": {**NVFP4}}, r"quant\.activation\.range=dynamic: .*one float32", "range=running"
     ),
     "of a rule": (
         {"weight": CHANNEL, "rules": [{"match": "*", "weight": {"bits": 2}}]},

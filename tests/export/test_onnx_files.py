@@ -181,6 +181,22 @@ def test_openvinos_own_files(tmp_path: Path) -> None:
     assert torch.allclose(OpenVinoNetwork(paths["openvino"])(file.x[:5]), file.network(file.x[:5]), atol=1e-5)
 
 
+def test_openvino_rounds_no_activations_of_its_own(tmp_path: Path) -> None:
+    """In front of 8-bit weights it would: the files' options keep it from that, also for those who give none."""
+    openvino = pytest.importorskip("openvino", reason="pip install 'qat[openvino]'")
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10)), torch.randn(256, 64)
+    weights_alone = qat.QuantConfig.from_dict({"weight": {"bits": 8, "granularity": "channel"}, "target": "openvino"})
+    prepared = qat.prepare(net, weights_alone, x[:2])
+    qat.calibrate(prepared, [x])
+    network = qat.lower(prepared.eval())
+    paths = qat.export(network, tmp_path, x[:2], formats=["onnx", "openvino"])
+    assert torch.allclose(OpenVinoNetwork(paths["onnx"])(x), network(x), atol=1e-6)
+    given = {"INFERENCE_PRECISION_HINT": "f32"}  # it would take bfloat16 where the processor has it
+    compiled = openvino.Core().compile_model(str(paths["openvino"] / "model.xml"), "CPU", given)
+    assert torch.allclose(torch.from_numpy(compiled([x.numpy()])[0]), network(x), atol=1e-6)
+
+
 # ---- what does not work ----------------------------------------------------------------------------------------------
 
 

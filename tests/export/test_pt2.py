@@ -23,6 +23,7 @@ from qat.ptq.finalize import PTQConfig, finalize
 from qat.runtime.layers import IntegerConv
 from qat.runtime.network import IntegerNetwork
 from qat.zoo.models import SmallCNN
+from tests.networks.blocks import Net
 
 
 class Mixed(nn.Module):
@@ -42,9 +43,22 @@ class Mixed(nn.Module):
         return self.head(torch.tanh(y))
 
 
+def filled(net: Any, x: Tensor) -> Tensor:
+    """What stands for numbers of the network's code: padding with one, zeros at given places, and beside maxima."""
+    y = nn.functional.pad(net.a(x), (1, 1), value=0.6)
+    y, places = nn.functional.max_pool2d(net.b(y.masked_fill(net.hidden, 0.0)), 2, return_indices=True)
+    return nn.functional.max_unpool2d(net.c(y), places, 2)
+
+
+def filled_net() -> nn.Module:
+    hidden = torch.rand(12, 14) > 0.7
+    return Net(filled, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 4, 3), c=nn.Conv2d(4, 4, 1), hidden=hidden)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[int]]] = {
     "small_cnn": (lambda: SmallCNN(1, 10, width=8), [16, 1, 12, 12]),
     "mixed": (Mixed, [8, 3, 12, 12]),
+    "filled": (filled_net, [8, 3, 12, 12]),
 }
 
 

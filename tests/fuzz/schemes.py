@@ -76,7 +76,9 @@ def _scheme(rng: random.Random, role: str) -> dict[str, Any]:
         "rounding": rng.choice(list(ROUNDING)) if role == "weight" and rng.random() < 0.4 else "nearest",
     }
     if FORMATS[name].block:
-        scheme |= {"range": "dynamic", "group_size": FORMATS[name].block, "allow_padding": True}
+        kept = name == "nvfp4" and role == "activation" and rng.random() < 0.5
+        block = {"group_size": FORMATS[name].block, "allow_padding": True}
+        scheme |= {"range": "running" if kept else "dynamic", **block}
     elif granularity == "group":
         scheme |= {"group_size": rng.choice((2, 4, 32)), "allow_padding": FORMATS[name].fitted is None}
     elif granularity == "block":

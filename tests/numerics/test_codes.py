@@ -10,10 +10,10 @@ from torch import Tensor, nn
 import qat
 from qat.attention import matmul
 from qat.modes import set_mode
-from qat.numerics import codes, fast, kernels
+from qat.numerics import codes, fast, native
 from qat.zoo.gpt import CharGPT
 
-pytestmark = pytest.mark.skipif(not kernels.usable((("decode", "flat"),)), reason="no compiler at hand")
+pytestmark = pytest.mark.skipif(native.module() is None, reason="no compiler at hand")
 
 
 def quantized(x: Tensor, low: int = -128, high: int = 127, with_codes: bool = True, **settings: Any) -> Tensor:
@@ -21,11 +21,14 @@ def quantized(x: Tensor, low: int = -128, high: int = 127, with_codes: bool = Tr
     return fast.fake_quantize(x, torch.tensor(0.03), zero, low, high, codes=with_codes, **settings)
 
 
+@pytest.mark.parametrize("form", ["on", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("low", "high", "relu", "grad_scale"), [(-128, 127, False, None), (0, 255, True, 0.1)])
 def test_integers_are_the_tensor_again(
-    low: int, high: int, relu: bool, grad_scale: float | None, dtype: torch.dtype
-) -> None:
+    low: int, high: int, relu: bool, grad_scale: float | None, dtype: torch.dtype, form: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("QAT_KERNELS", form)
     x = (torch.randn(64, 33, 17) * 3).to(dtype).requires_grad_()
     y = quantized(x, low, high, relu=relu, grad_scale=grad_scale)
     again = y.codes.decode(y.shape, y.stride())  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The fast path, compiled and in blocks, against the formulas written out."""
+"""The fast path, in C++, compiled by Inductor and in blocks, against the formulas written out."""
 
 import json
 import os
@@ -14,13 +14,23 @@ from hypothesis import example, given, settings
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from qat.numerics import blocks, fast, kernels
+from qat.numerics import blocks, fast, kernels, native
 from qat.numerics.affine import choose_qparams, dequantize, quantize
 from qat.numerics.order import layout_of
 from qat.observers import Ema, ObserverOptions
 
 GRIDS = [(-8, 7, 0), (0, 15, 0), (0, 255, 113), (-127, 127, 0), (-2, 1, 1)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMS = {"native": "on", "compiled": "inductor", "blocked": "off"}
+"""Form -> what QAT_KERNELS says."""
+SOME = [pytest.param(form, marks=pytest.mark.slow) if form == "compiled" else form for form in FORMS]
+"""Inductor takes seconds a kernel; by default `test_kernels.py` has a sample of them."""
+
+
+def need(form: str) -> None:
+    """Skip where there is no compiler for a form."""
+    if (form == "native" and native.module() is None) or (form == "compiled" and not kernels.available(False, "rows")):
+        pytest.skip("no compiler at hand")
 
 
 class Result(NamedTuple):
@@ -80,9 +90,10 @@ def check(
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
         y = fast.fake_quantize(leaf, learned, zero_point, low, high, relu=relu, grad_scale=grad_scale)
-    ranges = 4 * scale.numel() + 8 * chosen.layout.spread(scale).numel()  # the scale, and both ends of the grid
+    # the scale, as it is and as it is used, and both ends of the grid
+    ranges = 8 * scale.numel() + 8 * (scale if chosen.form == "native" else chosen.layout.spread(scale)).numel()
     small = x.numel() < fast.SMALLEST_LEARNED  # which the composed form takes
-    assert ranges <= 12 * scale.numel() or ranges <= x.numel() // 4 or small
+    assert ranges <= 16 * scale.numel() or ranges <= x.numel() // 4 or small
     assert x.numel() <= sum(kept) <= x.numel() + ranges
     y.backward(grad)
     expected = definition(x.detach(), scale, zero_point, low, high, relu, grad, grad_scale is not None)
@@ -161,7 +172,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return x, torch.linspace(0.05, 0.5, x.shape[axis]).reshape([1] * leading + [-1] + [1] * trailing)
 
 
-@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("form", SOME)
 @given(
     case=cases(),
     grid=st.sampled_from(GRIDS),
@@ -172,13 +183,12 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 @settings(max_examples=75, deadline=None)
 @example(case=(torch.tensor(0.3), torch.tensor(0.1)), grid=GRIDS[0], relu=True, grad_scale=0.5, block=1)
 def test_every_shape_and_order_of_memory(
-    compiler: bool, case: tuple[Tensor, Tensor], grid: tuple[int, int, int], relu: bool, grad_scale: float | None,
+    form: str, case: tuple[Tensor, Tensor], grid: tuple[int, int, int], relu: bool, grad_scale: float | None,
     block: int,
 ) -> None:  # fmt: skip
-    if compiler and not kernels.available(False, "rows"):
-        pytest.skip("no compiler at hand")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QAT_KERNELS", "on" if compiler else "off")
+        patch.setenv("QAT_KERNELS", FORMS[form])
+        need(form)
         patch.setattr(blocks, "BLOCK", block)
         check(*case, grid, relu, grad_scale)
 
@@ -197,13 +207,11 @@ LARGE = [
 ]
 
 
-@pytest.fixture(params=["compiled", "blocked"])
+@pytest.fixture(params=SOME)
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which form takes large tensors."""
-    if request.param == "blocked":
-        monkeypatch.setenv("QAT_KERNELS", "off")
-    elif not kernels.available(False, "rows"):
-        pytest.skip("no compiler at hand")
+    monkeypatch.setenv("QAT_KERNELS", FORMS[request.param])
+    need(request.param)
     return request.param
 
 
@@ -278,10 +286,11 @@ def train(shape: tuple[int, ...], scale: tuple[int, ...]) -> None:
         fast.fake_quantize(x, s, torch.zeros(scale), -8, 7, grad_scale=grad_scale).sum().backward()
 
 
-def test_one_compilation_serves_every_extent() -> None:
+@pytest.mark.slow
+def test_one_compilation_serves_every_extent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted by the compiler: one of each kernel, and none for other extents."""
-    if not kernels.available(False, "rows"):
-        pytest.skip("no compiler at hand")
+    monkeypatch.setenv("QAT_KERNELS", "inductor")
+    need("compiled")
     kernels.compiled.cache_clear()
     before = counters["aot_autograd"]["total"]
     for shape, scale in (((N,), ()), ((131101,), ()), ((N // 16, 16), (N // 16, 1)), ((N // 16, 16), (16,))):
@@ -307,9 +316,9 @@ print(json.dumps({name: counters["inductor"][f"fxgraph_cache_{name}"] for name i
 
 
 @pytest.mark.slow
-def test_another_process_compiles_nothing(tmp_path: Path) -> None:
-    if not kernels.available(False, "flat"):
-        pytest.skip("no compiler at hand")
+def test_another_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QAT_KERNELS", "inductor")
+    need("compiled")
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     counted, files = [], []
     for _ in range(2):
@@ -347,6 +356,11 @@ def test_what_pays(form: str) -> None:
         x = torch.zeros(elements)
         return fast.pays(x, fast.plan(x, (), lsq))
 
+    if form == "native":
+        assert pays(1, False)
+        assert pays(fast.SMALLEST_EXACT, True)
+        assert not pays(fast.SMALLEST_EXACT - 1, True)
+        return
     compiled = form == "compiled"
     assert pays(fast.SMALLEST, False) is compiled
     assert not pays(fast.SMALLEST - 1, False)

@@ -21,8 +21,9 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "form"), kernels.KERNELS)
-def test_compiled_and_written_agree(name: str, form: str) -> None:
+def test_compiled_and_written_agree(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kernel as Inductor compiles it against the same lines run as they are."""
+    monkeypatch.setenv("QAT_KERNELS", "inductor")
     if not kernels.usable([(name, form)]):
         pytest.skip("no compiler at hand")
     args = kernels._example(name, form, torch.float32, "cpu")
@@ -49,6 +50,7 @@ def test_without_a_compiler_training_goes_on(monkeypatch: pytest.MonkeyPatch, ca
     def broken(*args: object, **kwargs: object) -> object:
         raise RuntimeError("no C++ compiler")
 
+    monkeypatch.setenv("QAT_KERNELS", "inductor")
     monkeypatch.setattr(torch._inductor, "standalone_compile", broken)
     x = torch.randn(2 * N, requires_grad=True)
     for _ in range(2):
@@ -61,3 +63,6 @@ def test_without_a_compiler_training_goes_on(monkeypatch: pytest.MonkeyPatch, ca
 def test_the_environment_turns_compilation_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QAT_KERNELS", "off")
     assert not kernels.available(False, "rows")
+    taken = fast.plan(torch.zeros(N), (), False)
+    assert taken is not None
+    assert taken.form == "blocked"

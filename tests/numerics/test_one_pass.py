@@ -7,7 +7,9 @@ from torch._inductor.graph import GraphLowering
 from qat.numerics import kernels
 
 
-@pytest.mark.parametrize(("name", "form"), [("forward_ste_codes", "flat"), ("backward_lsq", "strips")])
+@pytest.mark.parametrize(
+    ("name", "form"), [pytest.param("forward_ste_codes", "flat", marks=pytest.mark.slow), ("backward_lsq", "strips")]
+)
 def test_a_kernel_is_one_loop(monkeypatch: pytest.MonkeyPatch, name: str, form: str) -> None:
     written: list[str] = []
     monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(written.append))

@@ -1,9 +1,11 @@
 """What each process of `test_distributed.py` does, as a script: `ranks.py RANK FOLDER`; one process calls `phases`."""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import branches
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -168,7 +170,10 @@ def lone(rank: int) -> float:
 
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
     result: dict[str, Any] = {name: phases(name, rank) for name in SCHEMES}
     result["unequal shares"] = unequal_shares(rank)
     result["refusals"] = refusals(rank)
@@ -176,8 +181,10 @@ def main(rank: int, folder: Path) -> None:
     result["alone"] = lone(rank)
     result["unused"] = unused_branch(rank, True)
     result["unused, not looked for"] = message(RuntimeError, unused_branch, rank, False)
+    result["branches"] = branches.results(rank)
     torch.save(result, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
+    if distributed.is_initialized():  # Lightning may have ended it
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

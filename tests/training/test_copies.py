@@ -154,3 +154,18 @@ def test_a_network_is_prepared_without_memory_and_filled_later(name: str) -> Non
     empty.load_state_dict(network.state_dict())
     set_mode(empty, "quantize")
     check_same(step(empty.train(), x), step(network, x))
+
+
+def note(module: nn.Module, args: object, output: Tensor) -> None:
+    """A user's hook, which a pickle finds by its name."""
+    module.get_submodule("8").seen = output.shape
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_keeps_the_hooks_of_the_network(way: str) -> None:
+    network = calibrated("running")
+    network.register_forward_hook(note)
+    twin = COPIES[way](network)
+    twin(images())
+    assert twin.get_submodule("8").seen == (4, 3)
+    assert not hasattr(network.get_submodule("8"), "seen")

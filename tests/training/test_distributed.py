@@ -5,12 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import branches
 import pytest
+import ranks
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-import ranks
 
 PHASES = ("calibrated", "trained", "frozen", "observed")
 
@@ -30,6 +29,12 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks.WORLD)]
 
 
+def check_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value.nan_to_num(7.0), second[name].nan_to_num(7.0)), name
+
+
 def check_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
@@ -41,8 +46,7 @@ def test_two_processes_hold_what_one_holds(both: list[dict[str, Any]], name: str
     alone = ranks.phases(name)
     for phase in PHASES:
         first, second = (result[name][phase] for result in both)
-        for key, value in first.items():
-            assert torch.equal(value.nan_to_num(7.0), second[key].nan_to_num(7.0)), f"{phase}: {key}"
+        check_equal(first, second)
         check_close(first, alone[phase])
     assert any(not torch.equal(alone["trained"][key], alone["calibrated"][key]) for key in alone["trained"])
 
@@ -82,3 +86,39 @@ def test_quantizers_that_never_run_do_not_stop_training(both: list[dict[str, Any
     for result in both:
         assert result["unused"] == "trained"
         assert "find_unused_parameters=True" in result["unused, not looked for"]
+
+
+@pytest.mark.parametrize(("network", "ranges", "branch"), branches.CASES)
+def test_two_processes_hold_what_one_holds_where_one_took_a_branch(
+    both: list[dict[str, Any]], network: str, ranges: str, branch: str
+) -> None:
+    case = network, ranges, branch
+    first, second = (result["branches"][case] for result in both)
+    alone = branches.train(*case)
+    for phase, expected in alone.items():
+        check_equal(first[phase], second[phase])
+        check_close(first[phase], expected)
+    before, after = ({k: t.nan_to_num() for k, t in alone[phase].items()} for phase in ("observe", "quantize"))
+    moved = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert any("extra" in name for name in moved) == (branch != "none")
+    assert any("head" in name for name in moved)
+
+
+@pytest.mark.parametrize("ranges", branches.NORMS)
+def test_batch_norm_in_two_processes(both: list[dict[str, Any]], ranges: str) -> None:
+    """Each normalises by its own part of the batch; ranges are of both. Running statistics are the first one's."""
+    expected = branches.norms(ranges)
+    for rank, result in enumerate(both):
+        got = result["branches"]["norms", ranges]
+        own = {name: t for name, t in expected.items() if "running_" in name} if rank else {}
+        assert all(not torch.equal(got[name], t) for name, t in own.items())  # until DDP's next forward
+        check_close(got | own, expected)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_lightning_module_that_needs_a_network_in_one_process_only(both: list[dict[str, Any]], manual: bool) -> None:
+    first, second = (result["branches"]["lightning", manual] for result in both)
+    check_equal(first, second)
+    seen = [name for name in first if name.endswith("observer.low")]
+    assert any(name.startswith("auxiliary") for name in seen)
+    assert not any(first[name].isnan().any() for name in seen)

@@ -8,7 +8,14 @@ pickled.
 from functools import partial
 
 from qat.numerics.formats.base import Format, Grid, Round
-from qat.numerics.formats.block import MX_BLOCK, NVFP4_BLOCK, mx_scales, nvfp4_scales
+from qat.numerics.formats.block import (
+    MX_BLOCK,
+    NVFP4_BLOCK,
+    mx_scales,
+    nvfp4_block_scales,
+    nvfp4_scales,
+    nvfp4_tensor_scale,
+)
 from qat.numerics.formats.fitted import binary, signs, ternary, trits
 from qat.numerics.formats.integer import BITS, integers, mxint8
 from qat.numerics.formats.minifloat import BF16, E2M1, E2M3, E3M2, E4M3FN, E5M2, FP16, TF32, Minifloat
@@ -51,6 +58,8 @@ FORMATS: dict[str, Format] = {
         grid=E2M1.grid,
         block=NVFP4_BLOCK,
         scales=nvfp4_scales,
+        tensor_scale=nvfp4_tensor_scale,
+        block_scales=nvfp4_block_scales,
     ),
     "pow2": Format(
         description="powers of two and 0 (Miyashita 2016)", bits=POWER_BITS, grid=pow2, unsigned=True, powers=True

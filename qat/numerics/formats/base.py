@@ -65,6 +65,11 @@ class Format:
         block: elements that share a scale; None for what granularity says.
         scales: (largest magnitudes, float32, shape [rows, blocks]; grid) -> scales, float32, > 0, same shape. None for
             `amax / grid.high`.
+        tensor_scale: (largest magnitude of a tensor, float32; grid) -> a scale of the tensor above those of its blocks,
+            for a format that has one; float32, > 0, same shape. An activation's may be kept, while its blocks' are
+            computed.
+        block_scales: (largest magnitudes of blocks, in the tensor's dtype; the tensor's scale; grid) -> the blocks'
+            scales with it, multiplied out: float32, > 0, the first one's shape.
         fitted: key of `qat.fitted.FITTED`: the rule by which scale and levels come from the tensor, instead of from an
             observed range. With a `grid` the rule chooses a scale (binary, ternary), without one a table of levels.
         vectors: the entries of that table are vectors of `group_size` values.
@@ -78,6 +83,8 @@ class Format:
     unit_scale: bool = False
     block: int | None = None
     scales: Callable[[Tensor, Grid], Tensor] | None = None
+    tensor_scale: Callable[[Tensor, Grid], Tensor] | None = None
+    block_scales: Callable[[Tensor, Tensor, Grid], Tensor] | None = None
     fitted: str | None = None
     vectors: bool = False
 

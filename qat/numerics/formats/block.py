@@ -1,6 +1,6 @@
 """Scales of the block formats: few elements share one scale, which has a small format of its own.
 
-Both rules take the largest magnitudes of the blocks of one tensor, float32, shape [rows, blocks], and give scales of
+The rules take the largest magnitudes of the blocks of one tensor, float32, shape [rows, blocks], and give scales of
 the same shape. NaN counts as 0 and inf as the largest float32, so that every scale is finite and above 0; NaN elements
 stay NaN on the grid.
 """
@@ -18,6 +18,7 @@ NVFP4_BLOCK = 16
 
 _E8M0 = (2.0**-127, 2.0**127)
 _E4M3_SMALLEST = 2.0**-9
+_E4M3_OF_SMALL_BLOCKS = 2.0**-3
 _TENSOR_SCALE_SMALLEST = 2.0**-117
 
 
@@ -67,8 +68,43 @@ def nvfp4_parts(amax: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     if amax.numel() == 0:
         return torch.ones_like(amax), torch.ones((), device=amax.device)
     amax = torch.nan_to_num(amax, nan=0.0)
-    largest = amax.amax()
-    tensor_scale = (largest / (grid.high * E4M3FN.high)).clamp_(min=_TENSOR_SCALE_SMALLEST)
-    tensor_scale = torch.where(largest > 0, tensor_scale, 1.0)
-    float8 = E4M3FN.grid(8, False, False)
-    return float8.snap(amax / grid.high / tensor_scale, torch.round).clamp_(min=_E4M3_SMALLEST), tensor_scale
+    tensor_scale = nvfp4_tensor_scale(amax.amax(), grid)
+    return _float8(amax / grid.high / tensor_scale).clamp_(min=_E4M3_SMALLEST), tensor_scale
+
+
+def nvfp4_tensor_scale(largest: Tensor, grid: Grid) -> Tensor:
+    """`largest / (6 * 448)`, so that the scale of the largest block is the largest float8; at least 2**-117; 1 for 0.
+
+    Args:
+        largest: magnitude of a tensor, float32, any shape.
+        grid: of the elements.
+    """
+    scale = (largest / (grid.high * E4M3FN.high)).clamp(min=_TENSOR_SCALE_SMALLEST)
+    return torch.where(largest > 0, scale, 1.0)
+
+
+def nvfp4_block_scales(amax: Tensor, tensor_scale: Tensor, grid: Grid) -> Tensor:
+    """Scales of blocks with a tensor's scale that was known before: inputs of a layer, whose file keeps one float32.
+
+        global_scale = 1 / tensor_scale
+        block_scale  = e4m3fn(global_scale * (amax / 6))
+        scale        = block_scale / global_scale
+
+    What lies beyond the tensor's range, `6 * 448 * tensor_scale`, saturates. A block scale that would round to 0 is
+    2**-3, by which every element of so small a block rounds to 0, as where 0 itself is stored.
+
+    Args:
+        amax: of each block, in the dtype of the tensor, in which it is divided; shape [rows, blocks].
+        tensor_scale: float32, shape [].
+        grid: of the elements.
+
+    Source: compressed-tensors 0.20, `compute_dynamic_scales_and_zp` and `_quantize_dequantize` (`dynamic: local`).
+    """
+    global_scale = 1 / tensor_scale
+    block = _float8(global_scale * (torch.nan_to_num(amax, nan=0.0) / grid.high).float())
+    return torch.where(block > 0, block, _E4M3_OF_SMALL_BLOCKS) / global_scale
+
+
+def _float8(x: Tensor) -> Tensor:
+    """The nearest magnitude of e4m3fn, at most 448."""
+    return E4M3FN.grid(8, False, False).snap(x, torch.round)
