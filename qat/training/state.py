@@ -167,6 +167,8 @@ class RunState:
             write_state(self.folder, self._state)
         else:
             done = [phase for phase in PHASES if self.trained(phase).is_file()]
+            for phase in done:  # a process that was killed at the end of a phase has left them
+                self._remove_steps(phase)
             log.info("Going on with %s%s", self.folder, f"; trained: {', '.join(done)}" if done else "")
 
     @rank_zero_only
@@ -203,8 +205,11 @@ class RunState:
         self.save(self._state["summary"])
         trainer.save_checkpoint(self.trained(phase))
         if trainer.is_global_zero:
-            for name in (LATEST, BEFORE):
-                (self.folder / "checkpoints" / phase / name).unlink(missing_ok=True)
+            self._remove_steps(phase)
+
+    def _remove_steps(self, phase: str) -> None:
+        for name in (LATEST, BEFORE):
+            (self.trained(phase).parent / name).unlink(missing_ok=True)
 
 
 def clear(folder: Path, names: Iterable[str]) -> None:

@@ -1,5 +1,6 @@
 """What happens when a number is no longer finite, or training fails."""
 
+import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qat.modes import quantizers
 from qat.training import AtomicCheckpointIO, NonFiniteError, QATModule, QATSchedule, Resumable, StopOnNonFinite
 from qat.training.callbacks import first_non_finite
 from qat.training.checkpoints import newest
+from qat.training.state import RunState
 
 TASK = {"_target_": "qat.zoo.tasks.Classification", "num_classes": 3}
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.01}
@@ -247,6 +249,21 @@ def test_two_checkpoints_are_kept_and_a_damaged_one_is_left_out(
     (tmp_path / "step.before.ckpt").write_bytes(whole[:middle])
     assert newest(tmp_path) is None
     assert newest(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize("left", [{"step.ckpt", "step.before.ckpt"}, {"step.before.ckpt"}])
+def test_a_run_killed_while_it_ended_a_phase_is_tidied_by_the_next(tmp_path: Path, left: set[str]) -> None:
+    RunState(tmp_path, {}, {}, None).begin()
+    of_phase = {phase: tmp_path / "checkpoints" / phase for phase in ("float", "qat")}
+    for folder in of_phase.values():
+        folder.mkdir(parents=True)
+        for name in left:
+            (folder / name).touch()
+    (of_phase["float"] / "last.ckpt").touch()
+    gc.collect()  # the lock of a killed process is nobody's
+    RunState(tmp_path, {}, {}, "auto").begin()
+    assert {path.name for path in of_phase["float"].iterdir()} == {"last.ckpt"}
+    assert {path.name for path in of_phase["qat"].iterdir()} == left  # to go on from
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(
