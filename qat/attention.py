@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.numerics.codes import gathered, kept_as_integers
+from qat.numerics import codes
 
 
 def one_operation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -27,8 +27,8 @@ def one_operation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @one_operation
 def causal(scores: Tensor) -> Tensor:
     """Scores [..., queries, keys] with minus infinity where a key comes after the query."""
-    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return scores.masked_fill(later, -torch.inf)
+    later = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)
+    return scores + later  # not masked_fill: its backward would pass over them again
 
 
 @one_operation
@@ -53,6 +53,4 @@ def mask_out(scores: Tensor, mask: Tensor) -> Tensor:
 @one_operation
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """`torch.matmul` of tensors of one dtype; for backward, of those on a grid their integers are kept."""
-    left, right = gathered(input), gathered(other)
-    with kept_as_integers(left, right):
-        return torch.matmul(left, right)
+    return codes.matmul(input, other)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from qat.fake_quant import FakeQuantize
 from qat.mode import Mode
-from qat.numerics.codes import kept_as_integers
 from qat.numerics.rounding import straight_through
 
 Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -36,14 +35,13 @@ def product(layer: Any, x: Tensor, multiply: Multiply) -> Tensor:
     Args:
         layer: a QuantizedLayer; `sources` say on which grid its input may lie, where its sums are to be exact.
         x: the input, as it is computed with.
-        multiply: (input, weight, bias) -> output.
+        multiply: (input, weight, bias) -> output; what it keeps for backward is its own concern.
     """
     exact = _exact(layer, x, multiply) if layer.sources and not layer.training else None
     if exact is not None and not torch.is_grad_enabled():
         return exact
     weight = layer.quantized_weight()
-    with kept_as_integers(x, weight):
-        y = multiply(x, weight, layer.bias)
+    y = multiply(x, weight, layer.bias)
     return y if exact is None else straight_through(y, exact)
 
 

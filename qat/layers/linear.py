@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.layers.base import QuantizedLayer
 from qat.layers.exact import product
+from qat.numerics.codes import linear
 from qat.scheme import Granularity, TensorScheme
 
 
@@ -20,4 +20,4 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         super().quantize_input(scheme, example, name, sites)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
-        return product(self, self.read(input), F.linear)
+        return product(self, self.read(input), linear)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from qat.numerics import kernels, native
 
@@ -82,6 +83,60 @@ def kept_as_integers(*tensors: Tensor) -> contextlib.AbstractContextManager[Any]
     return torch.autograd.graph.saved_tensors_hooks(_pack(known), _unpack) if known else contextlib.nullcontext()
 
 
+def keeping(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`multiply(x, weight, bias)` within `kept_as_integers`."""
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with kept_as_integers(x, weight):
+            return multiply(x, weight, bias)
+
+    return call
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, which keeps integers as within `kept_as_integers`; on CPUs, one call of C++ (`native.linear`)."""
+    if x.dim() > 1 and x.is_contiguous() and _applies() and _ordinary(x, weight, bias):
+        of_x, of_weight = _known(x), _known(weight)
+        if of_x is not None or of_weight is not None:
+            return native.linear(x, weight, bias, of_x, of_weight)
+    with kept_as_integers(x, weight):
+        return F.linear(x, weight, bias)
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """`torch.matmul`, which keeps integers; of views that have gaps, too, as attention multiplies."""
+    left, right = gathered(left), gathered(right)
+    if left.dim() > 2 and left.shape[:-2] == right.shape[:-2] and _applies() and _ordinary(left, right, None):
+        of_left, of_right = _known(left), _known(right)
+        if of_left is not None or of_right is not None:
+            return native.matmul(left, right, of_left, of_right)
+    with kept_as_integers(left, right):
+        return torch.matmul(left, right)
+
+
+def _ordinary(x: Tensor, other: Tensor, bias: Tensor | None) -> bool:
+    """Whether C++ takes these tensors: of one dtype, nobody's subclass, on a CPU, and nobody casts them."""
+    given = (x, other) if bias is None else (x, other, bias)
+    return (
+        x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in given)
+    )
+
+
+def _known(x: Tensor) -> native.Known:
+    """A tensor's integers as C++ takes them."""
+    codes = _codes_of(x)
+    if codes is None or codes.form != "native" or not _is_all_of(x, codes):
+        return None
+    return codes.values, codes.numbers[0], codes.inner
+
+
+def _is_all_of(x: Tensor, codes: Codes) -> bool:
+    """Whether the integers are those of `x`, one by one in the order of memory: a view may show a part, or a cast."""
+    return x.numel() == codes.values.numel() and x.dtype == codes.dtype and _dense(x)
+
+
 def gathered(x: Tensor) -> Tensor:
     """A copy without gaps of a view that has some, as products of matrices make it, that knows its integers.
 
@@ -106,9 +161,7 @@ def _dense(x: Tensor) -> bool:
 def _pack(known: dict[int, Codes]) -> Callable[[Tensor], Any]:
     def pack(x: Tensor) -> Any:
         codes = known.get(x.data_ptr())
-        if codes is None or x.numel() != codes.values.numel() or x.dtype != codes.dtype:
-            return x
-        return (codes, x.shape, x.stride()) if _dense(x) else x
+        return x if codes is None or not _is_all_of(x, codes) else (codes, x.shape, x.stride())
 
     return pack
 

@@ -1,4 +1,4 @@
-"""Compiles `native.cpp`, once on a machine, and loads it: the fast path's kernels and nodes on CPUs.
+"""Compiles the C++ of `cpu/`, once on a machine, and loads it: the fast path's kernels and nodes on CPUs.
 
 A node of a few hundred thousand values takes less time than Python around it, so all of it is C++: range, quantization,
 the autograd node, and memory that is used again from step to step. What it computes is written down in
@@ -24,7 +24,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = Path(__file__).with_name("cpu")
 
 OPTIMIZED = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 """No option that changes a result: all rounding is as in the operations that define it."""
@@ -50,7 +50,7 @@ def _options() -> list[str]:
     """What the result depends on beside source, compiler and torch."""
     options = [*OPTIMIZED, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), [])]
     options += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-fopenmp"]
-    return [*options, "-std=c++20", "-shared", "-fPIC", "-DTORCH_EXTENSION_NAME=native"]
+    return [*options, "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-DTORCH_EXTENSION_NAME=native"]
 
 
 def _paths() -> list[str]:
@@ -78,7 +78,8 @@ def _build() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise FileNotFoundError("no g++ and no clang++ on PATH, and no CXX in the environment")
-    made_of = (SOURCE.read_text(), torch.__version__, sys.version, _version(compiler), *_options())
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    made_of = (*sources, torch.__version__, sys.version, _version(compiler), *_options())
     key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
     place = folder() / f"native_{key}"
     library = place / f"native{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -90,7 +91,7 @@ def _build() -> Path:
             log.info("Compiling the kernels of quantized training for this machine; it takes half a minute, once.")
             with tempfile.TemporaryDirectory(dir=place) as scratch:
                 made = Path(scratch) / library.name
-                command = [compiler, *_options(), *_paths(), str(SOURCE), *LIBRARIES, "-o", str(made)]
+                command = [compiler, *_options(), *_paths(), str(SOURCES / "native.cpp"), *LIBRARIES, "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 os.replace(made, library)  # whole, or not there
     return library
@@ -198,6 +199,29 @@ def decode(
         shape, stride, dtype: of the result.
     """
     result: Tensor = _loaded().decode(codes, params, inner, shape, stride, dtype)
+    return result
+
+
+Known = tuple[Tensor, Tensor, int] | None
+"""The integers of a tensor, their params and `inner`; None where nothing is known."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, of_x: Known, of_weight: Known) -> Tensor:
+    """`F.linear`, which keeps for backward the integers of its factors, where they are known.
+
+    Args:
+        x: [..., inputs], without gaps, float32, bfloat16 or float16, as are the next two.
+        weight: [outputs, inputs].
+        bias: [outputs].
+        of_x, of_weight: of a dense tensor of as many values.
+    """
+    result: Tensor = _loaded().linear(x, weight, bias, of_x, of_weight)
+    return result
+
+
+def matmul(left: Tensor, right: Tensor, of_left: Known, of_right: Known) -> Tensor:
+    """`torch.matmul` of [..., n, k] and [..., k, m] with the same leading sizes, which keeps integers as `linear` does."""
+    result: Tensor = _loaded().matmul(left, right, of_left, of_right)
     return result
 
 
