@@ -54,15 +54,18 @@ class Codes:
 
 def attach(y: Tensor, codes: Codes) -> None:
     """Let a tensor know its integers; they live as long as it does, or as a graph that keeps them."""
-    y.codes = codes  # type: ignore[attr-defined]
-    if y._base is not None:  # views of `y` are views of that
-        y._base.codes = codes  # type: ignore[attr-defined]
+    for tensor in (y, y._base):  # views of `y` are views of its base
+        if tensor is not None:
+            tensor.codes, tensor.coded_version = codes, tensor._version  # type: ignore[attr-defined]
 
 
 def _codes_of(x: Tensor) -> Codes | None:
-    """The integers of a tensor, or of the one that it is a view of."""
-    found: Codes | None = getattr(x, "codes", None)
-    return found if found is not None or x._base is None else getattr(x._base, "codes", None)
+    """The integers of a tensor, or of the one that it is a view of; None once that was written to."""
+    for tensor in (x, x._base):
+        codes: Codes | None = getattr(tensor, "codes", None)
+        if codes is not None:
+            return codes if tensor.coded_version == tensor._version else None  # type: ignore[union-attr]
+    return None
 
 
 def _applies() -> bool:
@@ -105,11 +108,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """`torch.matmul`, which keeps integers; of views that have gaps, too, as attention multiplies."""
-    left, right = gathered(left), gathered(right)
     if left.dim() > 2 and left.shape[:-2] == right.shape[:-2] and _applies() and _ordinary(left, right, None):
-        of_left, of_right = _known(left), _known(right)
+        of_left, of_right = _known(left, part=True), _known(right, part=True)
         if of_left is not None or of_right is not None:
             return native.matmul(left, right, of_left, of_right)
+    left, right = _gathered(left), _gathered(right)
     with kept_as_integers(left, right):
         return torch.matmul(left, right)
 
@@ -124,10 +127,12 @@ def _ordinary(x: Tensor, other: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _known(x: Tensor) -> native.Known:
-    """A tensor's integers as C++ takes them."""
+def _known(x: Tensor, part: bool = False) -> native.Known:
+    """A tensor's integers as C++ takes them; of a `part`, those of the whole, which have one scale."""
     codes = _codes_of(x)
-    if codes is None or codes.form != "native" or not _is_all_of(x, codes):
+    if codes is None or codes.form != "native":
+        return None
+    if not _is_all_of(x, codes) and not (part and codes.single and x.dtype == codes.dtype):
         return None
     return codes.values, codes.numbers[0], codes.inner
 
@@ -137,7 +142,7 @@ def _is_all_of(x: Tensor, codes: Codes) -> bool:
     return x.numel() == codes.values.numel() and x.dtype == codes.dtype and _dense(x)
 
 
-def gathered(x: Tensor) -> Tensor:
+def _gathered(x: Tensor) -> Tensor:
     """A copy without gaps of a view that has some, as products of matrices make it, that knows its integers.
 
     The rows of a matrix, or its columns, stay in the order of memory. What has no integers, or no gaps, is returned.

@@ -220,7 +220,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, of_x: Known, of_weigh
 
 
 def matmul(left: Tensor, right: Tensor, of_left: Known, of_right: Known) -> Tensor:
-    """`torch.matmul` of [..., n, k] and [..., k, m] with the same leading sizes, which keeps integers as `linear` does."""
+    """`torch.matmul` of [..., n, k] and [..., k, m] with the same leading sizes, which keeps integers as `linear` does.
+
+    A factor may also be a view with gaps of a tensor with one scale, whose integers are then given.
+    """
     result: Tensor = _loaded().matmul(left, right, of_left, of_right)
     return result
 

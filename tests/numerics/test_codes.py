@@ -78,7 +78,130 @@ def test_views_with_gaps_are_gathered() -> None:
         z = matmul(matmul(q, k.transpose(-2, -1)), v)
         results.append((z, *torch.autograd.grad(z.square().sum(), x)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-4)  # sums of rows in another order
-    assert torch.equal(codes.gathered(q), q)
+    assert torch.equal(codes._gathered(q), q)
+
+
+FACTORS = {  # of which a product is made: shape of the input and of the other factor
+    "rows": ((64, 40), (30, 40)),
+    "sequences": ((8, 16, 40), (30, 40)),
+    "images": ((2, 4, 8, 40), (30, 40)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("known", ["input", "weight", "both"])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", FACTORS)
+def test_linear_is_that_of_torch(
+    shape: str, biased: bool, known: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Result, gradients and second derivatives, equal to the bit."""
+    called = []
+    monkeypatch.setattr(native, "linear", lambda *args: (called.append(args), native._loaded().linear(*args))[1])
+    x, w = (torch.randn(size).to(dtype).requires_grad_() for size in FACTORS[shape])
+    bias = torch.randn(30).to(dtype).requires_grad_() if biased else None
+    leaves = [x, w] if bias is None else [x, w, bias]
+    results = []
+    for multiply in (codes.linear, F.linear):
+
+        def run(multiply: Any = multiply) -> Tensor:
+            a = quantized(x) if known != "weight" else x * 1
+            b = quantized(w) if known != "input" else w * 1
+            result: Tensor = multiply(a, b, bias)
+            return result
+
+        y = run()
+        assert multiply is F.linear or y._base is None  # it may be written to
+        grads = torch.autograd.grad(y.float().square().mean(), leaves)
+        (first,) = torch.autograd.grad(run().float().square().mean(), x, create_graph=True)
+        second = torch.autograd.grad(first.float().square().sum(), [x, w])
+        results.append((y.detach(), *grads, *second))
+    assert len(called) == 2
+    assert [t is None for t in called[0][3:]] == [known == "weight", known == "input"]
+    for ours, torchs in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert torch.equal(ours, torchs)
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
+def test_only_gradients_that_are_asked_for(frozen: str) -> None:
+    tensors = {"input": torch.randn(64, 40), "weight": torch.randn(30, 40), "bias": torch.randn(30)}
+    leaves = [t.requires_grad_() for name, t in tensors.items() if name != frozen]
+    results = []
+    for multiply in (codes.linear, F.linear):
+        y = multiply(quantized(tensors["input"]), quantized(tensors["weight"]), tensors["bias"])
+        results.append(torch.autograd.grad(y.square().sum(), leaves))
+    for ours, torchs in zip(*results, strict=True):
+        assert torch.equal(ours, torchs)
+
+
+def test_a_product_is_an_operation_of_autograd() -> None:
+    x, w = torch.randn(64, 40, requires_grad=True), torch.randn(30, 40, requires_grad=True)
+    y = codes.linear(quantized(x), quantized(w), None)
+    y.square().sum().backward(retain_graph=True)
+    once = x.grad.clone()  # type: ignore[union-attr]
+    y.square().sum().backward()
+    assert torch.equal(x.grad, 2 * once)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="second time"):
+        y.square().sum().backward()
+    z = codes.linear(quantized(x), quantized(w), None).relu_()
+    assert torch.equal(z, F.linear(quantized(x), quantized(w)).relu())
+    real = w * 1
+    y = codes.linear(quantized(x), real, None)
+    real.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("case", ["autocast", "gaps", "subclass", "no integers", "evaluation"])
+def test_what_cpp_does_not_take_is_torchs(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "linear", lambda *args: pytest.fail("called"))
+    x, w = torch.randn(64, 40, requires_grad=True), torch.randn(30, 40, requires_grad=True)
+    a, b = quantized(x), quantized(w)
+    if case == "gaps":
+        a = quantized(torch.randn(64, 80, requires_grad=True))[:, :40]
+    elif case == "subclass":
+        b = b.as_subclass(Subclass)
+    elif case == "no integers":
+        a, b = x * 1, w * 1
+    with torch.autocast("cpu", enabled=case == "autocast"), torch.set_grad_enabled(case != "evaluation"):
+        assert torch.equal(codes.linear(a, b, None), F.linear(a, b))
+
+
+def test_integers_of_what_was_written_to_are_forgotten() -> None:
+    x, w = torch.randn(64, 40, requires_grad=True), torch.randn(30, 40, requires_grad=True)
+    results = []
+    for multiply in (codes.linear, F.linear):
+        a = quantized(x)
+        a[:, :7].mul_(0.5)
+        results.append(torch.autograd.grad(multiply(a, w, None).square().sum(), w)[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("known", ["left", "right", "both"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_of_batches_are_those_of_torch(known: str, turned: bool) -> None:
+    """Of whole tensors and of views with gaps; gradients, second derivatives."""
+    x = torch.randn(4, 6, 16, 2 * 24, requires_grad=True)
+    results = []
+    for multiply in (codes.matmul, torch.matmul):
+        for part in (True, False):
+            grid = quantized(x)
+            left, right = (grid if known in (side, "both") else x * 1 for side in ("left", "right"))
+            left = left[..., 24:] if part else left
+            right = right[..., :24].mT if turned and part else right.mT if turned else right[:, :, :, :24]
+            left = left if turned else left.mT
+            y = multiply(left, right)
+            (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(grad.square().sum(), x)
+            results.append((y.detach(), grad.detach(), second))
+    for ours, torchs in zip(results[:2], results[2:], strict=True):
+        for a, b in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))  # sums in another order
 
 
 @pytest.mark.parametrize("outer", ["checkpoint", "hooks"])

@@ -56,7 +56,7 @@ def test_without_a_compiler_training_goes_on(
     assert 0 < x.grad.mean() < 2
 
 
-PROCESS = [sys.executable, "-P", str(native.SOURCE.with_suffix(".py"))]
+PROCESS = [sys.executable, "-P", str(native.__file__)]
 """As `make` calls it."""
 
 

@@ -22,6 +22,23 @@ using torch::autograd::SavedVariable;
 using Integers = std::tuple<Tensor, Tensor, int64_t>;  // as they were written, their params, and `inner`
 using Known = std::optional<Integers>;
 
+// A copy without gaps in the pool, of what has some; the rows of a matrix, or its columns, stay in the order of memory.
+inline Tensor without_gaps(const Tensor& x) {
+  if (x.is_non_overlapping_and_dense()) return x;
+  const bool turned = x.stride(-1) != 1;
+  const Tensor view = turned ? x.mT() : x;
+  Tensor y = pool().empty(view.sizes(), c10::contiguous_strides(view.sizes()), x.scalar_type());
+  y.copy_(view);
+  return turned ? y.mT() : y;
+}
+
+// The integers of a factor that may be a view with gaps of the tensor that they were written for.
+inline Known of_view(const Tensor& x, const Known& known) {
+  if (!known || x.is_non_overlapping_and_dense()) return known;
+  const auto& [codes, params, inner] = *known;
+  return Integers(without_gaps(codes.as_strided(x.sizes(), x.strides(), x.storage_offset())), params, inner);
+}
+
 // Of a factor what backward needs: its integers, where they are known.
 class Factor {
  public:
@@ -146,12 +163,10 @@ Pointer make_node() {
 
 // Let `y`, which was computed without a record, be the product of two factors; `bias` may be undefined.
 template <typename N>
-N& record(Tensor& y, const Tensor& a, const Known& of_a, const Tensor& b, const Known& of_b, const Tensor& bias) {
+N& record(Tensor& y, const Tensor& a, const Tensor& b, const Tensor& bias) {
   auto made = make_node<N>();
   N& node = static_cast<N&>(*made);
   node.set_next_edges(torch::autograd::collect_next_edges(a, b, bias));
-  if (b.requires_grad()) node.left = Factor(a, of_a);
-  if (a.requires_grad()) node.right = Factor(b, of_b);
   torch::autograd::set_history(y, made);
   return node;
 }
@@ -163,28 +178,32 @@ inline Tensor linear(
   {
     at::NoGradGuard no_grad;
     Tensor rows = rows_of(y);
-    if (bias && x.dim() <= 3) {  // as torch does it
-      at::addmm_out(rows, *bias, rows_of(x), weight.t());
-    } else {
-      at::mm_out(rows, rows_of(x), weight.t());
-      if (bias) rows.add_(*bias);
-    }
+    if (bias) at::addmm_out(rows, *bias, rows_of(x), weight.t());
+    else at::mm_out(rows, rows_of(x), weight.t());
   }
   const bool of_bias = bias && bias->requires_grad();
-  if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() || of_bias))
-    record<LinearBackward>(y, x, of_x, weight, of_weight, bias ? *bias : Tensor());
+  if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() || of_bias)) {
+    LinearBackward& node = record<LinearBackward>(y, x, weight, bias ? *bias : Tensor());
+    if (weight.requires_grad()) node.left = Factor(x, of_x);
+    if (x.requires_grad()) node.right = Factor(weight, of_weight);
+  }
   return y;
 }
 
-// `torch.matmul` of batches of as many matrices.
-inline Tensor matmul(const Tensor& a, const Tensor& b, const Known& of_a, const Known& of_b) {
-  Tensor y;
+// `torch.matmul` of batches of as many matrices. They may have gaps, if they have one scale and start where memory does.
+inline Tensor matmul(const Tensor& left, const Tensor& right, const Known& of_left, const Known& of_right) {
+  Tensor a, b, y;
   {
     at::NoGradGuard no_grad;
+    a = without_gaps(left), b = without_gaps(right);
     y = bmm(batch_of(a), batch_of(b), with_last(a, {b.size(-1)}));
   }
-  if (at::GradMode::is_enabled() && (a.requires_grad() || b.requires_grad()))
-    record<MatmulBackward>(y, a, of_a, b, of_b, Tensor()).turned = b.stride(-1) != 1;
+  if (at::GradMode::is_enabled() && (left.requires_grad() || right.requires_grad())) {
+    MatmulBackward& node = record<MatmulBackward>(y, left, right, Tensor());
+    if (right.requires_grad()) node.left = Factor(of_left ? a : left, of_view(left, of_left));
+    if (left.requires_grad()) node.right = Factor(of_right ? b : right, of_view(right, of_right));
+    node.turned = b.stride(-1) != 1;
+  }
   return y;
 }
 
