@@ -8,8 +8,11 @@ for variable in ("WANDB_MODE", "WANDB_API_KEY", "HYDRA_FULL_ERROR"):
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)  # the first example may load or compile something
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,18 @@ from torch import Tensor
 from qat.fake_quant import FakeQuantize
 from qat.mode import Mode
 from qat.numerics.formats import FORMATS
-from qat.observers import BINS, OBSERVERS, Ema, Entropy, Histogram, Mse, Observer, ObserverOptions, Percentile
+from qat.observers import (
+    BINS,
+    OBSERVERS,
+    Ema,
+    Entropy,
+    Histogram,
+    Mse,
+    Observer,
+    ObserverOptions,
+    Percentile,
+    histogram,
+)  # fmt: skip
 from qat.scheme import Granularity, TensorScheme
 
 
@@ -225,6 +236,28 @@ def test_any_split_into_batches_gives_the_same_histogram(values: list[float], cu
     assert torch.equal(whole.counts, split.counts)
     assert torch.equal(whole.limit, split.limit)
     assert ranges(whole) == ranges(split)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "values"), [(1, 100_001), (7, 4096), (300, 9)])
+def test_a_histogram_is_numpys(rows: int, values: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In C++ and in tensor operations, with zeros of both signs, ends of bins and a row of zeros."""
+    x = torch.randn(rows, values) * torch.logspace(-3, 3, rows).unsqueeze(1)
+    x[:, :4] = torch.tensor([0.0, -0.0, 2.0**-9, -(2.0**-9)])
+    x[1 : rows // 2] = 0
+    x = x.to(dtype)
+    for in_cpp in (True, False):
+        if not in_cpp:
+            monkeypatch.setattr(histogram, "_in_cpp", lambda x: False)
+        observer = make("percentile", rows=rows)
+        assert isinstance(observer, Histogram)
+        observer.update(x)
+        observer.update(-x)  # bins hold their left end, not their right one
+        for row, counts, limit in zip(x.double().numpy(), observer.counts, observer.limit.tolist(), strict=True):
+            both = np.concatenate([row, -row])
+            place = np.floor(both / (limit or 1.0) * (BINS // 2)) + BINS // 2
+            expected = np.bincount(np.clip(place, 0, BINS - 1).astype(int), minlength=BINS)
+            assert np.array_equal(counts.numpy(), expected)
 
 
 def test_a_tiny_negative_value_stays_on_its_side_of_zero() -> None:

@@ -202,6 +202,17 @@ def decode(
     return result
 
 
+def count(x: Tensor, counts: Tensor, span: Tensor) -> None:
+    """Add to a histogram of each row how many of its values fall into each of as many equal parts of [-span, span].
+
+    Args:
+        x: [rows, values], contiguous, float32, bfloat16 or float16; finite.
+        counts: float64, [rows, bins].
+        span: float32, [rows]; powers of two.
+    """
+    _loaded().count(x, counts, span)
+
+
 Known = tuple[Tensor, Tensor, int] | None
 """The integers of a tensor, their params and `inner`; None where nothing is known."""
 

@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import Tensor
 
-from qat.observers.base import Observer, ObserverOptions
+from qat.numerics import native
+from qat.observers.base import Observer, ObserverOptions, row_range
 
 BINS = 4096
 
@@ -34,15 +35,19 @@ class Histogram(Observer):
         self.limit.zero_()
 
     def _update(self, x: Tensor, site: int, real: Tensor | None) -> None:
-        x = x.float()
-        largest = x.abs().amax(dim=1)
+        low, high = row_range(x)
+        largest = torch.maximum(-low, high).float()
         sound = torch.isfinite(largest).all()  # else nothing counts: whoever trains is told by the loss
         needed = torch.exp2(torch.floor(torch.log2(largest)) + 1).clamp(max=2.0**127)
         needed = torch.where((largest > 0) & sound, needed, 0.0)
         self._grow(torch.maximum(self.limit, needed))
-        span = torch.where(self.limit > 0, self.limit, 1.0).unsqueeze(1)
+        span = torch.where(self.limit > 0, self.limit, 1.0)
+        if real is None and _in_cpp(x):
+            if sound:
+                native.count(x, self.counts, span)
+            return
         # floor before the shift: x / span + 1 would round small values into a neighbour's bin
-        index = (torch.floor(x / span * (BINS // 2)).long() + BINS // 2).clamp_(0, BINS - 1)
+        index = (torch.floor(x.float() / span.unsqueeze(1) * (BINS // 2)).long() + BINS // 2).clamp_(0, BINS - 1)
         counted = sound if real is None else real & sound
         self.counts.scatter_add_(1, index, counted.to(self.counts.dtype).expand(x.shape))
 
@@ -73,6 +78,13 @@ class Histogram(Observer):
 
     def _row_range(self, row: int) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
+
+
+def _in_cpp(x: Tensor) -> bool:
+    """Whether C++ takes these rows: as many passes in ATen take four times as long."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or not x.is_contiguous():
+        return False
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16) and native.module() is not None
 
 
 class Percentile(Histogram):

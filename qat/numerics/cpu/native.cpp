@@ -5,6 +5,7 @@
 
 #include <torch/csrc/utils/pybind.h>
 
+#include "histogram.h"
 #include "products.h"
 #include "quantize.h"
 
@@ -22,6 +23,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("following", &following, Free());
   m.def("measured", &measured, Free());
   m.def("decode", &decode, Free());
+  m.def("count", &count, Free());
   m.def("linear", &linear, Free());
   m.def("matmul", &matmul, Free());
   m.def("empty", [](const std::vector<int64_t>& shape, const std::vector<int64_t>& stride, at::ScalarType dtype) {

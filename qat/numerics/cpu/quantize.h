@@ -158,8 +158,11 @@ struct Learned : torch::autograd::Function<Learned> {
 
 using Result = std::tuple<Tensor, std::optional<Tensor>, Tensor>;  // result, integers, params
 
+// Whether integers are of use: only backward reads them.
+inline bool keeps(bool codes) { return codes && at::GradMode::is_enabled() && !c10::InferenceMode::is_enabled(); }
+
 inline Result run(const Tensor& x, const Tensor& params, int64_t inner, bool relu, bool codes, bool whole) {
-  Call call{params, inner, relu, codes && at::GradMode::is_enabled(), {}};
+  Call call{params, inner, relu, keeps(codes), {}};
   const bool records = at::GradMode::is_enabled() && x.requires_grad();
   Tensor y = !records ? call.run(x, Keep::nothing).first : whole ? Whole::apply(x, &call) : Inside::apply(x, &call);
   return {y, call.integers, params};
@@ -178,7 +181,7 @@ inline Result fixed(
 inline Result learned(
     const Tensor& x, const Tensor& scale, const std::optional<Tensor>& zero_point, const Options& options, int64_t inner,
     double grad_scale) {
-  Call call{params_of(scale, zero_point, options.grid), inner, options.grid.relu, options.codes, {}};
+  Call call{params_of(scale, zero_point, options.grid), inner, options.grid.relu, keeps(options.codes), {}};
   Tensor y = Learned::apply(x, scale, &call, grad_scale);
   return {y, call.integers, call.params};
 }

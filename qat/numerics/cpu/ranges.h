@@ -1,8 +1,6 @@
 // Scale and zero point of a range, of given ones and of a tensor's own.
 #pragma once
 
-#include <ATen/record_function.h>
-
 #include <optional>
 #include <tuple>
 
