@@ -104,6 +104,11 @@ STATES: dict[str, tuple[str, ...]] = {
 """Kind -> the grids of its states."""
 
 
+def repacked(packed: PackedSequence, data: Tensor) -> PackedSequence:
+    """Sequences of the same lengths that hold other values. (torch.compile makes nothing of `_replace`.)"""
+    return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+
+
 def recur(
     form: Form,
     cells: Sequence[Cell],
@@ -154,7 +159,7 @@ def recur(
     if packed is not None:
         if packed.unsorted_indices is not None:
             last = tuple(state.index_select(1, packed.unsorted_indices) for state in last)
-        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), last
+        return repacked(packed, data), last
     output = data.unflatten(0, (len(sizes), batch))
     if alone:
         return output.squeeze(1), tuple(state.squeeze(1) for state in last)

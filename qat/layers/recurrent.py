@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from qat.cells import GRIDS, STATES, STEPS, Form, State, recur
+from qat.cells import GRIDS, STATES, STEPS, Form, State, recur, repacked
 from qat.fake_quant import FakeQuantize
 from qat.layers.base import Quantized, Weight, check_fits
 from qat.layers.exact import EXACT_FLOAT32, simulates
@@ -167,6 +167,8 @@ class QuantizedRecurrent(Quantized):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As of torch's layer; what activation checkpointing repeats, with the ranges of the first time."""
+        if torch.compiler.is_compiling() and isinstance(input, PackedSequence):
+            return _in_python(self, input, hx)
         if recomputing():
             with self._ranges_used():
                 return self._compute(input, hx)
@@ -179,6 +181,11 @@ class QuantizedRecurrent(Quantized):
 
     def _cells(self) -> list["_Cell"]:
         return [_Cell(self, cell) for cell in range(self.form.layers * self.form.directions)]
+
+
+@torch.compiler.disable(reason="how many sequences are left at each step is known to Python only")
+def _in_python(layer: QuantizedRecurrent, input: PackedSequence, hx: Any) -> Any:
+    return layer.forward(input, hx)
 
 
 class _Cell:
@@ -293,7 +300,7 @@ class _Sequences(QuantizedRecurrent):
         return output, last if pair else last[0]
 
     def _read(self, input: Tensor | PackedSequence) -> Tensor | PackedSequence:
-        return input._replace(data=self.read(input.data)) if isinstance(input, PackedSequence) else self.read(input)
+        return repacked(input, self.read(input.data)) if isinstance(input, PackedSequence) else self.read(input)
 
     def _between(self, x: Tensor) -> Tensor:
         return F.dropout(x, float(self.dropout), self.training)  # type: ignore[arg-type]

@@ -143,19 +143,20 @@ def _is_all_of(x: Tensor, codes: Codes) -> bool:
 
 
 def _gathered(x: Tensor) -> Tensor:
-    """A copy without gaps of a view that has some, as products of matrices make it, that knows its integers.
+    """A copy without gaps of a view that has some, as C++ makes it; it knows its integers, if they have one scale.
 
-    The rows of a matrix, or its columns, stay in the order of memory. What has no integers, or no gaps, is returned.
+    The rows of a matrix, or its columns, stay in the order of memory. What has no gaps is returned.
     """
-    if not _applies() or (codes := _codes_of(x)) is None or not codes.single or _dense(x):
+    if torch.compiler.is_compiling() or _dense(x):
         return x
     turned = x.stride(-1) != 1
     view = x.mT if turned else x
-    assert x._base is not None
-    place = view.storage_offset() - x._base.storage_offset()
-    values = codes.values.as_strided(view.shape, view.stride(), place).flatten()
     copied = view.contiguous()
-    attach(copied, replace(codes, values=values))
+    codes = _codes_of(x) if _applies() else None
+    if codes is not None and codes.single and x._base is not None:
+        place = view.storage_offset() - x._base.storage_offset()
+        values = codes.values.as_strided(view.shape, view.stride(), place).flatten()
+        attach(copied, replace(codes, values=values))
     return copied.mT if turned else copied
 
 

@@ -145,7 +145,8 @@ class Ema(Extremes):
         for averages, value in ((self.low, low), (self.high, high)):
             average = averages[site]
             old = torch.where(average.isnan(), value, average)
-            average.copy_(torch.where(value.isfinite(), old.lerp(value, self.options.momentum), average))
+            moved = old + self.options.momentum * (value - old)  # as `params_followed` in C++ has it; lerp rounds once
+            average.copy_(torch.where(value.isfinite(), moved, average))
 
     def range(self) -> tuple[Tensor, Tensor]:  # noqa: D102
         low, high = self.low, self.high

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from qat.cells import repacked
 from qat.runtime.functions import FUNCTIONS, MOVES
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import RuntimeLayer
@@ -35,7 +36,7 @@ class Dequantize(RuntimeLayer):
 
     def forward(self, x_q: Tensor | PackedSequence) -> Tensor | PackedSequence:  # noqa: D102
         if isinstance(x_q, PackedSequence):
-            return x_q._replace(data=self.grid.dequantize(x_q.data))
+            return repacked(x_q, self.grid.dequantize(x_q.data))
         return self.grid.dequantize(x_q)
 
 

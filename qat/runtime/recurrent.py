@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from qat.cells import Form, recur
+from qat.cells import Form, recur, repacked
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import FloatConv, IntegerConv, RuntimeLayer
 from qat.runtime.stored import ProductConv, Simulate, TableConv
@@ -121,7 +121,7 @@ class Recurrent(RuntimeLayer):
             assert isinstance(x, Tensor)
             x, initial = x.unsqueeze(0), tuple(state.unsqueeze(0) for state in initial)
         made, last = recur(self.form, list(self.cells), x, initial)  # type: ignore[arg-type]
-        output = made._replace(data=self.emit(made.data)) if isinstance(made, PackedSequence) else self.emit(made)
+        output = repacked(made, self.emit(made.data)) if isinstance(made, PackedSequence) else self.emit(made)
         if self.one_step:
             return output[0], *(state[0] for state in last)
         return output, *last
