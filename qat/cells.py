@@ -105,7 +105,7 @@ STATES: dict[str, tuple[str, ...]] = {
 
 
 def repacked(packed: PackedSequence, data: Tensor) -> PackedSequence:
-    """Sequences of the same lengths that hold other values. (torch.compile makes nothing of `_replace`.)"""
+    """Sequences of the same lengths that hold other values: torch.compile makes nothing of `_replace`."""
     return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
 
 

@@ -263,7 +263,7 @@ RECURRENT = torch._dynamo.config.patch(allow_rnn=True)
 OWN_CODE = ("gpt that recomputes", "gpt that recomputes, reentrant", "gru, packed", "llama", "llama, tied", "bert")
 """What torch.compile makes of their own code, not of ours, may be several graphs."""
 LOOPS = ("lstm", "gru, packed")
-"""Where Inductor's last bits round a state the other way, all later steps differ: of 8 states in 4 bits, by a per cent."""
+"""Where Inductor's last bits round a state the other way, later steps differ: of 8 states in 4 bits, by a per cent."""
 PACKAGE = str(Path(qat.__file__).parent)
 
 
