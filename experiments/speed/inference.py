@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +84,20 @@ def _loaded(folder: Path, name: str, threads: int) -> Network:
     return qat.load(folder / "int8" / "model.safetensors")
 
 
+def _torch_ao(folder: Path, name: str, threads: int) -> Network:
+    """What torch.ao's FX mode makes of the same network: its defaults for x86, calibrated on the same images."""
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    torch.backends.quantized.engine = "x86"
+    x = torch.randn(16, *NETWORKS[name][1], generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        prepared = prepare_fx(float_network(name), get_default_qconfig_mapping("x86"), (x,))
+        prepared(x)
+        return convert_fx(prepared)
+
+
 def _compiled(make: Callable[[Path, str, int], Network]) -> Callable[[Path, str, int], Network]:
     """Weights are constants in both, which Inductor then lays out as its kernels like them."""
 
@@ -107,6 +122,7 @@ ROWS = (
     Row("openvino", "int8", _openvino("int8/model.onnx"), "openvino"),
     Row("torch eager", "float32", _float),
     Row("torch eager", "int8", _loaded),
+    Row("torch eager", "torch.ao", _torch_ao),
     Row("torch compiled", "float32", _compiled(_float)),
     Row("torch compiled", "int8", _compiled(_loaded)),
 )

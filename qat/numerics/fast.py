@@ -66,9 +66,14 @@ class Plan:
         return torch.empty_strided(self.shape, self.stride, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
+def transformed() -> bool:
+    """Whether `torch.func` transforms what runs now: its tensors have no memory that a kernel could read."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def plan(x: Tensor, scale: torch.Size | tuple[int, ...], lsq: bool) -> Plan | None:
     """How `x` is taken, with a scale of a shape that broadcasts against it; None where neither form can."""
-    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():
+    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or transformed():
         return None
     return _plan(x.shape, x.stride(), x.dtype, x.device.type, scale, lsq, torch.get_num_threads(), kernels.switch())
 

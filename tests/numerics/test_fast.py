@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 from qat.numerics import blocks, fast, kernels, native
 from qat.numerics.affine import choose_qparams, dequantize, quantize
+from qat.numerics.fake_quantize import fake_quantize
 from qat.numerics.order import layout_of
 from qat.observers import Ema, ObserverOptions
 
@@ -367,3 +368,10 @@ def test_what_pays(form: str) -> None:
     assert pays(fast.SMALLEST_LEARNED, True) is compiled
     assert not pays(fast.SMALLEST_LEARNED - 1, True)
     assert pays(fast.SMALLEST_BLOCKED, False)
+
+
+def test_transforms_of_functions_are_refused_by_torch() -> None:
+    """Not by a kernel that looks for memory where there is none."""
+    x, scale = torch.randn(300, 40), torch.tensor(0.05)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: fake_quantize(x, scale, torch.tensor(0.0), -128, 127).square().sum())(x)
