@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -262,8 +263,6 @@ RECURRENT = torch._dynamo.config.patch(allow_rnn=True)
 """Without it torch.compile takes no recurrent layer, torch's own neither: it leaves them to Python."""
 OWN_CODE = ("gpt that recomputes", "gpt that recomputes, reentrant", "gru, packed", "llama", "llama, tied", "bert")
 """What torch.compile makes of their own code, not of ours, may be several graphs."""
-LOOPS = ("lstm", "gru, packed")
-"""Where Inductor's last bits round a state the other way, later steps differ: of 8 states in 4 bits, by a per cent."""
 PACKAGE = str(Path(qat.__file__).parent)
 
 
@@ -280,13 +279,13 @@ def breaks_in_our_code(net: nn.Module, inputs: Any) -> list[str]:
 
 
 @RECURRENT
+@torch._inductor.config.patch(fallback_random=True)  # so that what is dropped is the same
 def check_compiled(network: str, scheme: str, **how: Any) -> None:
     """Training compiled is training as it is, compiled once."""
     net = prepared(network, scheme)
     twin = copy.deepcopy(net)
     torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=network not in OWN_CODE, **how)
-    loops = network in LOOPS and how.get("backend") != "aot_eager"
     optimizers = [torch.optim.SGD([p for p in n.parameters() if p.requires_grad], lr=0.01) for n in (net, twin)]
     for i in range(5):
         inputs, results = NETWORKS[network].inputs(), []
@@ -299,10 +298,10 @@ def check_compiled(network: str, scheme: str, **how: Any) -> None:
                 results.append({"loss": loss.detach(), **gradients})
                 optimizer.step()
         assert results[1].keys() == results[0].keys()
-        assert float(results[1]["loss"]) == pytest.approx(float(results[0]["loss"]), rel=0.05 if loops else 1e-3)
+        assert float(results[1]["loss"]) == pytest.approx(float(results[0]["loss"]), rel=1e-3)
         assert angle(results[1], results[0]) > SAME_WAY
     for name, value in kept(net).items():
-        assert torch.allclose(kept(twin)[name], value, rtol=0.1 if loops else 1e-2, atol=1e-4, equal_nan=True), name
+        assert torch.allclose(kept(twin)[name], value, rtol=1e-2, atol=1e-4, equal_nan=True), name
 
 
 @pytest.mark.slow
