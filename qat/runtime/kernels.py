@@ -6,8 +6,9 @@ Kernels take uint8 inputs and int8 weights. Integers of a signed grid are stored
 
 **Exactness.** Without VNNI instructions x86 adds pairs of products in 16 bits, which 255 * 127 * 2 overflows. FBGEMM's
 depthwise kernels do so with VNNI, too (measured: 63 steps off where inputs saturate). So a layer is given to a kernel
-if its weights have at most 7 bits, or if the machine was seen to add such products exactly (`exact_products`), and
-depthwise layers go to oneDNN. What the kernels do differently is the last step: they multiply by `s_x s_w / s_y` where
+if its weights have at most 7 bits, or if the machine was seen to add such products exactly (`exact_products`).
+Depthwise layers go to oneDNN, and with VNNI all do (`fast_onednn`): a convolution of ResNet-20 at batch 64 took 0.23 ms
+instead of 0.82. What the kernels do differently is the last step: they multiply by `s_x s_w / s_y` where
 the reference multiplies by `s_x s_w` and divides by `s_y`, and so does their addition; a value next to a tie may be
 rounded to the other neighbour, one step away.
 """
@@ -93,6 +94,13 @@ def exact_products(engine: str) -> bool:
     return bool((total == 200).all() and (sums == 200).all())
 
 
+@functools.cache
+def fast_onednn() -> bool:
+    """Whether oneDNN's kernels are the faster ones: where VNNI instructions multiply bytes, by three times."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_vnni", "avx_vnni")) and available("onednn")
+
+
 def per_channel(weight: Tensor, scale: Tensor) -> Tensor:
     """int8 weights with a scale for each of the first dimension, as a quantized tensor."""
     zeros = torch.zeros(len(scale), dtype=torch.long)
@@ -118,7 +126,7 @@ def engine_of(layer: IntegerConv, plain: bool = False) -> str | None:
     if int((magnitudes.sum(1) * 255 + layer.bias.long().abs()).max()) >= 2**31:
         return None
     depthwise = layer.groups > 1 and layer.weight.shape[1] == 1
-    engine = "onednn" if depthwise or plain else "fbgemm"
+    engine = "onednn" if depthwise or plain or fast_onednn() else "fbgemm"
     return engine if exact_products(engine) or (available(engine) and int(magnitudes.max()) <= 64) else None
 
 
