@@ -96,7 +96,11 @@ def test_kernels_equal_the_reference(name: str, grid: tuple[int, int, int], extr
         assert torch.equal(network(x), path.plan.integers({}, x).get("y", network(x)))
 
 
-def test_sums_that_leave_the_kernels_exactness_are_computed_by_the_layer() -> None:
+@pytest.mark.parametrize(("vnni", "engine"), [(True, "onednn"), (False, "fbgemm")])
+def test_sums_that_leave_the_kernels_exactness_are_computed_by_the_layer(
+    vnni: bool, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "fast_onednn", lambda: vnni)
     for change in ("zero point", "int32", "16 bits", "uneven padding"):
         layer = layer_of([4, 3, 3, 3], 0, 255, 0, Quantize(0, 255), False)
         if change == "zero point":
@@ -109,13 +113,14 @@ def test_sums_that_leave_the_kernels_exactness_are_computed_by_the_layer() -> No
             layer.padding = [[0, 1], [0, 1]]
         assert kernels.engine_of(layer) is None, change
         assert kernels.kernel_of(layer) is None, change
-    assert kernels.engine_of(layer_of([4, 3, 3, 3], 0, 255, 0, None, True)) == "fbgemm"
+    assert kernels.engine_of(layer_of([4, 3, 3, 3], 0, 255, 0, None, True)) == engine
     depthwise = layer_of([4, 1, 3, 3], 0, 255, 0, None, True, groups=4)
     assert kernels.engine_of(depthwise) == "onednn"  # FBGEMM's depthwise kernels saturate
 
 
 def test_without_exact_products_weights_of_seven_bits_remain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "exact_products", lambda engine: False)
+    monkeypatch.setattr(kernels, "fast_onednn", lambda: False)
     layer = layer_of([4, 3, 3, 3], 0, 255, 0, None, False)
     layer.weight[0, 0, 0, 0] = 65
     assert kernels.engine_of(layer) is None
