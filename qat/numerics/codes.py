@@ -54,6 +54,8 @@ class Codes:
 
 def attach(y: Tensor, codes: Codes) -> None:
     """Let a tensor know its integers; they live as long as it does, or as a graph that keeps them."""
+    if y.is_inference():  # no graph keeps it, and nobody counts who writes to it
+        return
     for tensor in (y, y._base):  # views of `y` are views of its base
         if tensor is not None:
             tensor.codes, tensor.coded_version = codes, tensor._version  # type: ignore[attr-defined]
@@ -118,10 +120,11 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _ordinary(x: Tensor, other: Tensor, bias: Tensor | None) -> bool:
-    """Whether C++ takes these tensors: of one dtype, nobody's subclass, on a CPU, and nobody casts them."""
+    """Whether C++ takes these tensors: with values, of one dtype, nobody's subclass, on a CPU, and nobody casts them."""
     given = (x, other) if bias is None else (x, other, bias)
     return (
         x.device.type == "cpu"
+        and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in given)
     )
@@ -147,7 +150,7 @@ def _gathered(x: Tensor) -> Tensor:
 
     The rows of a matrix, or its columns, stay in the order of memory. What has no gaps is returned.
     """
-    if torch.compiler.is_compiling() or _dense(x):
+    if torch.compiler.is_compiling() or x.dim() < 2 or _dense(x):
         return x
     turned = x.stride(-1) != 1
     view = x.mT if turned else x

@@ -2,7 +2,7 @@
 
 A node of a few hundred thousand values takes less time than Python around it, so all of it is C++: range, quantization,
 the autograd node, and memory that is used again from step to step. What it computes is written down in
-`qat.numerics.kernels`, which Inductor compiles for other devices.
+`qat.numerics.kernels`, which Inductor compiles for other devices; products are torch's, histograms `observers.histogram`'s.
 """
 
 import functools
@@ -233,7 +233,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, of_x: Known, of_weigh
 def matmul(left: Tensor, right: Tensor, of_left: Known, of_right: Known) -> Tensor:
     """`torch.matmul` of [..., n, k] and [..., k, m] with the same leading sizes, which keeps integers as `linear` does.
 
-    A factor may also be a view with gaps of a tensor with one scale, whose integers are then given.
+    A factor may also be a view of a part of a tensor with one scale, whose integers are then given.
     """
     result: Tensor = _loaded().matmul(left, right, of_left, of_right)
     return result

@@ -81,6 +81,43 @@ def test_views_with_gaps_are_gathered() -> None:
     assert torch.equal(codes._gathered(q), q)
 
 
+@pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 4)])
+def test_parts_without_gaps_have_their_own_integers(rows: slice) -> None:
+    """Queries, keys and values may also lie one behind the other."""
+    x = torch.randn(6, 3, 16, 24, requires_grad=True)
+    results = []
+    for multiply in (codes.matmul, torch.matmul):
+        grid = quantized(x)
+        left, right = grid[rows], grid[4:].mT
+        assert left.is_contiguous()
+        assert left._base is not None
+        y = multiply(left, right)
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        results.append((y.detach(), grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-4)
+
+
+def test_products_of_nothing_and_of_vectors() -> None:
+    x = quantized(torch.randn(4, 16, 24, requires_grad=True))
+    assert codes.matmul(x[:, :0], x.mT).shape == (4, 0, 16)
+    assert codes.linear(x[:0], x[0], None).shape == (0, 16, 16)
+    column = torch.randn(24, 2)[:, 0]
+    assert torch.equal(codes.matmul(x, column), torch.matmul(x, column))
+
+
+def test_nobody_keeps_integers_of_inference() -> None:
+    with torch.inference_mode(), torch.enable_grad():
+        y = quantized(torch.randn(64, 40))
+        assert codes._codes_of(y) is None
+        assert codes.linear(y, y, None).shape == (64, 64)
+
+
+def test_integers_of_another_tensor_are_refused() -> None:
+    values, params = torch.zeros(8, dtype=torch.int8), torch.ones(3, 1)
+    with pytest.raises(RuntimeError, match="8 integers for a tensor of 4 values"):
+        native.decode(values, params, 8, torch.Size([4]), (1,), torch.float32)
+
+
 FACTORS = {  # of which a product is made: shape of the input and of the other factor
     "rows": ((64, 40), (30, 40)),
     "sequences": ((8, 16, 40), (30, 40)),

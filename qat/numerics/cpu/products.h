@@ -32,10 +32,11 @@ inline Tensor without_gaps(const Tensor& x) {
   return turned ? y.mT() : y;
 }
 
-// The integers of a factor that may be a view with gaps of the tensor that they were written for.
+// The integers of a factor that may be a view, of a part, of the tensor that they were written for.
 inline Known of_view(const Tensor& x, const Known& known) {
-  if (!known || x.is_non_overlapping_and_dense()) return known;
+  if (!known) return known;
   const auto& [codes, params, inner] = *known;
+  if (x.numel() == codes.numel() && x.is_non_overlapping_and_dense()) return known;
   return Integers(without_gaps(codes.as_strided(x.sizes(), x.strides(), x.storage_offset())), params, inner);
 }
 
@@ -190,7 +191,7 @@ inline Tensor linear(
   return y;
 }
 
-// `torch.matmul` of batches of as many matrices. They may have gaps, if they have one scale and start where memory does.
+// `torch.matmul` of batches of as many matrices. They may be parts of tensors of one scale.
 inline Tensor matmul(const Tensor& left, const Tensor& right, const Known& of_left, const Known& of_right) {
   Tensor a, b, y;
   {

@@ -207,6 +207,7 @@ inline Tensor decode(
     const std::vector<int64_t>& stride, at::ScalarType dtype) {
   RECORD_FUNCTION("qat::decode", c10::ArrayRef<const c10::IValue>{});
   const Tensor y = pool().empty(shape, stride, dtype);
+  TORCH_CHECK(codes.numel() == y.numel(), codes.numel(), " integers for a tensor of ", y.numel(), " values");
   const Params p(params);
   const Cut cut(codes.numel(), p.channels, inner);
   by_dtype(dtype, [&](auto zero) {
