@@ -321,6 +321,14 @@ def test_a_watched_quantizer_names_the_tensor(name: str, value: float) -> None:
     quantizer(x)  # once
 
 
+def test_finite_values_whose_sum_is_not_are_let_through() -> None:
+    x = torch.full((4, 6, 5, 3), 1e38)
+    assert not x.sum().isfinite()
+    quantizer = of_activation(next(iter(ACTIVATIONS)), torch.randn(4, 6, 5, 3))
+    watch(quantizer)
+    quantizer(x)
+
+
 class Overflows(nn.Module):
     def __init__(self) -> None:
         super().__init__()
