@@ -120,7 +120,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _ordinary(x: Tensor, other: Tensor, bias: Tensor | None) -> bool:
-    """Whether C++ takes these tensors: not empty, of one dtype, nobody's subclass, on a CPU, and nobody casts them."""
+    """Whether C++ takes these tensors: not empty, of one dtype, no subclass, on a CPU, and nobody casts them."""
     given = (x, other) if bias is None else (x, other, bias)
     return (
         x.device.type == "cpu"
