@@ -2,7 +2,8 @@
 
 A node of a few hundred thousand values takes less time than Python around it, so all of it is C++: range, quantization,
 the autograd node, and memory that is used again from step to step. What it computes is written down in
-`qat.numerics.kernels`, which Inductor compiles for other devices, and in `qat.observers.histogram`; products are torch's.
+`qat.numerics.kernels`, which Inductor compiles for other devices, and in `qat.observers.histogram`. Products are
+torch's.
 """
 
 import functools
