@@ -118,17 +118,30 @@ def _relu(model: Model, node: Node, layer: RuntimeLayer) -> None:
 
 def _mean(model: Model, node: Node, layer: RuntimeLayer) -> None:
     assert isinstance(layer, ops.Mean)
-    rank, dims, keepdim = len(model.shapes[node.inputs[0]]), layer.settings["dims"], layer.settings["keepdim"]
-    spatial = rank > 2 and {d % rank for d in dims} == set(range(2, rank))  # which engines have in integers
-    if spatial and _pools(model, node.inputs[0], layer.output):
-        name = node.name if keepdim else f"{node.name}.pooled"
-        model.finish(layer, name, lambda out: model.op("GlobalAveragePool", list(node.inputs), out))
-        if not keepdim:
-            model.reshape(name, [0, -1], node.name)
-        return
-    axes = model.constant(f"{node.name}.axes", dims, np.int64)
-    inputs = [node.inputs[0], axes]
-    model.finish(layer, node.name, lambda out: model.op("ReduceMean", inputs, out, keepdims=int(keepdim)))
+    x, keepdim = node.inputs[0], layer.settings["keepdim"]
+    rank = len(model.shapes[x])
+    dims = {d % rank for d in layer.settings["dims"]}
+    pooled = rank > 2 and dims == set(range(2, rank)) and _pools(model, x, layer.output)  # in integers by engines
+    image = rank == 3 and 2 in dims
+    if image:  # as an image one pixel high: OpenVINO's mean of bytes along the last of three dimensions is wrong
+        x = model.op("Unsqueeze", [x, model.constant(f"{node.name}.height", [2], np.int64)], f"{node.name}.image")
+        dims = {d for d in dims if d < 2} | {2, 3}
+
+    def emit(out: str) -> str:
+        if pooled:
+            return model.op("GlobalAveragePool", [x], out)
+        axes = model.constant(f"{node.name}.axes", sorted(dims), np.int64)
+        return model.op("ReduceMean", [x, axes], out, keepdims=int(keepdim))
+
+    if pooled and not keepdim:
+        model.finish(layer, f"{node.name}.pooled", emit)
+        model.reshape(f"{node.name}.pooled", [0, -1], node.name)
+    elif image and keepdim:
+        model.finish(layer, f"{node.name}.mean", emit)
+        height = model.constant(f"{node.name}.height", [2], np.int64)
+        model.op("Squeeze", [f"{node.name}.mean", height], node.name)
+    else:
+        model.finish(layer, node.name, emit)
 
 
 def _pools(model: Model, x: str, output: Quantize | None) -> bool:
@@ -143,23 +156,51 @@ def _pools(model: Model, x: str, output: Quantize | None) -> bool:
     return 2.0**-32 <= float(grid.scale) / (float(output.scale) * model.shapes[x][2:].numel()) < 256
 
 
-def _pool(kind: str) -> Callable[[Model, Node, RuntimeLayer], None]:
-    def emit(model: Model, node: Node, layer: RuntimeLayer) -> None:
-        assert isinstance(layer, ops.Average | ops.MaxPool)
-        s, x = layer.settings, node.inputs[0]
-        attributes = {"kernel_shape": s["kernel"], "strides": s["stride"], "pads": s["padding"] * 2,
-                      "ceil_mode": int(s["ceil_mode"])}  # fmt: skip
-        if kind == "AveragePool":
-            attributes["count_include_pad"] = int(s["count_include_pad"])
-        else:
-            attributes["dilations"] = s["dilation"]
-        grid = model.grid(x)
-        if grid is not None and storage(grid)[0].itemsize > 1:
-            model.as_float(node, lambda x, out: model.op(kind, [x], out, **attributes))
-        else:
-            model.finish(layer, node.name, lambda out: model.op(kind, [x], out, **attributes))
+def _window(layer: ops.Average | ops.MaxPool) -> dict[str, Any]:
+    s = layer.settings
+    return {"kernel_shape": s["kernel"], "strides": s["stride"], "pads": s["padding"] * 2,
+            "ceil_mode": int(s["ceil_mode"])}  # fmt: skip
 
-    return emit
+
+def _max_pool(model: Model, node: Node, layer: RuntimeLayer) -> None:
+    assert isinstance(layer, ops.MaxPool)
+    attributes = _window(layer) | {"dilations": layer.settings["dilation"]}
+    grid = model.grid(node.inputs[0])
+    if grid is not None and storage(grid)[0].itemsize > 1:
+        model.as_float(node, lambda x, out: model.op("MaxPool", [x], out, **attributes))
+    else:
+        model.op("MaxPool", list(node.inputs), node.name, **attributes)
+
+
+def _average_pool(model: Model, node: Node, layer: RuntimeLayer) -> None:
+    assert isinstance(layer, ops.Average)
+    s, x = layer.settings, node.inputs[0]
+    attributes = _window(layer) | {"count_include_pad": int(s["count_include_pad"])}
+    counted = s["count_include_pad"] and any(s["padding"])
+    if counted and layer.output is not None and not s["ceil_mode"]:
+        x, attributes["pads"] = _padded(model, node, s["padding"])
+    exact = layer.output is None or (counted and x == node.inputs[0])
+    model.finish(layer, node.name, lambda out: model.average_pool(x, out, exact, **attributes))
+
+
+def _padded(model: Model, node: Node, padding: list[int]) -> tuple[str, list[int]]:
+    """What an average pooling reads, and how that is still to be padded.
+
+    Integers are padded by an operation of their own: OpenVINO pads bytes with 0, whatever their zero point is.
+    """
+    x = node.inputs[0]
+    made = next((made for made in model.network.nodes if made.name == x), None)
+    grid = None
+    if made is not None and isinstance(model.network.layer(x), ops.Dequantize):
+        source = made.inputs[0]
+        grid = model.grid(source)
+    if grid is None or storage(grid)[0].itemsize > 1:
+        return x, padding * 2
+    zero, dtype = model.number(source, int(grid.zero_point))
+    pads = model.constant(f"{node.name}.pads", [0, 0, *padding] * 2, np.int64)
+    filled = [source, pads, model.constant(f"{node.name}.zero", zero, dtype)]
+    wide = model.op("Pad", filled, f"{node.name}.padded")
+    return model.real(source, f"{node.name}.padded_real", wide), [0] * 2 * len(padding)
 
 
 def _reshape(model: Model, node: Node, layer: RuntimeLayer) -> None:
@@ -256,9 +297,9 @@ EMIT: dict[type[RuntimeLayer], Callable[[Model, Node, Any], None]] = {
     ops.Add: _simple("Add"),
     ops.Affine: _affine,
     ops.Relu: _relu,
-    ops.Average: _pool("AveragePool"),
+    ops.Average: _average_pool,
     ops.Mean: _mean,
-    ops.MaxPool: _pool("MaxPool"),
+    ops.MaxPool: _max_pool,
     ops.Reshape: _reshape,
     ops.Permute: _permute,
     ops.Slice: _slice,

@@ -145,6 +145,11 @@ def product(
         return model.op(kind, inputs, output, kernel_shape=shape[2:], **others)
     if len(model.shapes[node.inputs[0]]) == 2:
         return model.op("Gemm", inputs, output, transB=1)
+    if isinstance(layer, IntegerConv) and not model.pairs and not bool(layer.bias.any()):
+        # OpenVINO drops a bias of zeros, moves what zero points add to the sums behind the Reshape, and takes the second
+        # dimension for the channels there
+        turned = model.op("Transpose", [inputs[1]], f"{node.name}.weight_turned", perm=[1, 0])
+        return model.op("MatMul", [inputs[0], turned], output)
     # as rows of a matrix: Gemm has integer kernels with a bias; and around a MatMul with dequantized weights ONNX
     # Runtime quantizes float activations to 8 bits (MatMulNBits), which training did not see
     middle = model.shapes[node.inputs[0]][1:-1]

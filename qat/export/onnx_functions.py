@@ -281,7 +281,8 @@ def adaptive_average(s: Steps) -> str:
     x, outputs, spatial = s.get("input"), s.result[2:], s.shape[2:]
     if all(n % m == 0 for n, m in zip(spatial, outputs, strict=True)):
         kernel = [n // m for n, m in zip(spatial, outputs, strict=True)]
-        return s("AveragePool", x, kernel_shape=kernel, strides=kernel)
+        exact = s.model.network.layer(s.name).output is None
+        return s.model.average_pool(x, f"{s.name}.average", exact, kernel_shape=kernel, strides=kernel)
     for axis, (size, output) in enumerate(zip(spatial, outputs, strict=True), start=2):
         weights = np.zeros((size, output))
         for i, (start, stop) in enumerate(windows(size, output)):

@@ -24,6 +24,7 @@ from qat.numerics.packing import pack_bits
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import RuntimeLayer
 from qat.runtime.network import IntegerNetwork, Node
+from qat.runtime.operations import Dequantize
 from qat.targets import TARGETS
 
 
@@ -135,6 +136,22 @@ class Model:
         """The first `sizes` entries of `x` along `axes`."""
         columns = {"starts": [0] * len(sizes), "ends": sizes, "axes": axes}
         return self.op("Slice", [x, *(self.constant(f"{output}.{k}", v, np.int64) for k, v in columns.items())], output)
+
+    def average_pool(self, x: str, output: str, exact: bool, **attributes: Any) -> str:
+        """AveragePool of `x`; unless `exact`, OpenVINO may pool what is dequantized in bytes.
+
+        It rounds averages to bytes then, also where no QuantizeLinear does, and pads with bytes of 0. It moves no
+        DequantizeLinear behind a Max, though, which changes nothing here.
+        """
+        if exact and not self.pairs and self._dequantized(x):
+            lowest = self.constant(f"{output}.lowest", np.finfo(np.float32).min)
+            x = self.op("Max", [x, lowest], f"{output}.in")
+        return self.op("AveragePool", [x], output, **attributes)
+
+    def _dequantized(self, name: str) -> bool:
+        """Whether a tensor is one of integers, dequantized."""
+        layers = {node.name: self.network.layer(node.name) for node in self.network.nodes}
+        return isinstance(layers.get(name), Dequantize)
 
     def quantize(self, x: str, grid: Quantize, output: str) -> str:
         """Real numbers to integers of `grid`; to real numbers on it, where the file is one of pairs."""

@@ -183,7 +183,8 @@ def convolution(layer: IntegerConv, engine: str) -> Callable[[Tensor], Tensor]:
 class Kernel:
     """A convolution or linear layer by oneDNN on plain uint8 tensors: sums in int32, the result scaled in float32.
 
-    Zero points go into the bias, so that the kernel has none to make up for at each call; padding is then by hand.
+    Zero points go into the bias of results in bytes, so that the kernel has none to make up for at each call; padding is
+    then by hand.
     A linear layer is the convolution of an image of one column (Inductor knows `qlinear_pointwise` with frozen weights
     only).
     """
@@ -191,9 +192,11 @@ class Kernel:
     def __init__(self, layer: IntegerConv) -> None:
         self.output, self.dims = layer.output, layer.weight.dim() - 2
         zero = int(layer.input_zero_point) + (OFFSET if layer.input_bounds[0] < 0 else 0)
-        # sums beyond 2^24 are no float32: where zero points make such sums, the kernel takes them off in int32
+        # the kernel takes them off in int32 where float32 would be rounded by what they add: in real results, which no
+        # grid rounds, and in sums beyond 2^24
         within = int(layer.weight.flatten(1).long().abs().sum(1).max()) * 255 < EXACT_FLOAT32
-        self.zero, self.kernel_zero = (zero, 0) if within else (0, zero)
+        on_bytes = is_8_bit(layer.output)
+        self.zero, self.kernel_zero = (zero, 0) if within and on_bytes else (0, zero)
         weight = layer.weight if self.dims else layer.weight[:, :, None, None]
         padding = [before for before, _ in layer.padding] if self.dims else [0, 0]
         self.around = [p for before in reversed(padding) for p in (before, before)] if self.zero else []
@@ -208,7 +211,8 @@ class Kernel:
         )
         self.form: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32)
         self.bounds, grid = None, self.output
-        if grid is not None and is_8_bit(grid):
+        if on_bytes:
+            assert grid is not None
             self.bounds = narrowed(grid)
             self.form = (float(grid.scale), int(grid.zero_point) + offset(grid), torch.uint8)
 
