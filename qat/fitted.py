@@ -115,7 +115,9 @@ class Table(Fitted):
         if moves and not recomputing():
             self.steps += 1
             self._refresh(rows.detach(), real)
-        return self.look_up(rows, self.entries if moves and self.learned else self.entries.detach())
+        # backward reads them after another call of the layer has assigned them anew
+        indices = self.indices.clone() if moves and torch.is_grad_enabled() else self.indices
+        return self.look_up(rows, self.entries if moves and self.learned else self.entries.detach(), indices)
 
     @torch.no_grad()
     def _refresh(self, rows: Tensor, real: Tensor | None) -> None:
@@ -134,7 +136,7 @@ class Table(Fitted):
         """Index of the nearest entry. `real` as of `fit`."""
         raise NotImplementedError
 
-    def look_up(self, rows: Tensor, entries: Tensor) -> Tensor:
+    def look_up(self, rows: Tensor, entries: Tensor, indices: Tensor) -> Tensor:
         """The entries in the places of the weights, with gradients to both."""
         raise NotImplementedError
 
@@ -156,8 +158,8 @@ class Codebook(Table):
     def assign(self, rows: Tensor, real: Tensor | None = None) -> Tensor:  # noqa: D102
         return assign(rows, self.entries)
 
-    def look_up(self, rows: Tensor, entries: Tensor) -> Tensor:  # noqa: D102
-        return codebook_ste(rows, entries, self.indices)
+    def look_up(self, rows: Tensor, entries: Tensor, indices: Tensor) -> Tensor:  # noqa: D102
+        return codebook_ste(rows, entries, indices)
 
 
 class Product(Table):
@@ -211,8 +213,8 @@ class Product(Table):
             codes[last] = encode(x[last], ProductCodebook(self.entries.detach() * real))
         return codes
 
-    def look_up(self, rows: Tensor, entries: Tensor) -> Tensor:  # noqa: D102
-        return self.rows(product_ste(self.vectors(rows), entries, self.indices))
+    def look_up(self, rows: Tensor, entries: Tensor, indices: Tensor) -> Tensor:  # noqa: D102
+        return self.rows(product_ste(self.vectors(rows), entries, indices))
 
 
 FITTED: dict[str, Callable[..., Fitted]] = {

@@ -102,7 +102,7 @@ def conv(layer: IntegerConv, grid: Quantize) -> Made:
                                "input_bounds": [grid.quant_min, grid.quant_max]}  # fmt: skip
     if offset == 0 and low >= 0:
         settings["weight_bounds"] = [-1 if low == 0 else low, high]  # int8, not uint8
-    step = fixed.FixedConv(**settings)
+    step = fixed.FixedConv(fixed.FRACTION, **settings)
     step.weight.copy_(layer.weight.int() - offset)
     step.weight_scale.copy_(layer.weight_scale)
     step.weight_zero_point.copy_(layer.weight_zero_point - offset)
@@ -114,8 +114,8 @@ def conv(layer: IntegerConv, grid: Quantize) -> Made:
     largest = rows.abs().sum(1) * width(grid) + layer.bias.double().abs()
     if layer.remainder is not None:
         assert step.remainder is not None
-        step.remainder.copy_(torch.round(layer.remainder.double() / unit * 2**fixed.FRACTION))
-        unit, largest = unit / 2**fixed.FRACTION, largest * 2**fixed.FRACTION
+        step.remainder.copy_(torch.round(layer.remainder.double() / unit * 2**step.fraction))
+        unit, largest = unit / 2**step.fraction, largest * 2**step.fraction
     shape = (-1, *[1] * (layer.weight.dim() - 2)) if layer.weight.dim() > 2 else (-1,)
     return step, _total(unit.reshape(shape), largest.reshape(shape))
 

@@ -21,6 +21,7 @@ from qat.export.onnx_lookup import look_up
 from qat.export.onnx_model import Model, storage
 from qat.export.onnx_moves import constant, integer_matmul, move
 from qat.export.onnx_stored import product_conv, simulate, table_conv
+from qat.export.rounding import MOVES
 from qat.refusals import Refusals
 from qat.runtime import operations as ops
 from qat.runtime import stored
@@ -44,13 +45,14 @@ def _dequantize(model: Model, node: Node, layer: RuntimeLayer) -> None:
     """Integers to real numbers.
 
     In front of a layer that is computed in float it is no DequantizeLinear: between that and a QuantizeLinear behind,
-    ONNX Runtime rounds float weights to 8 bits (WeightBiasQuantization) and fuses an integer layer.
+    ONNX Runtime rounds float weights to 8 bits (WeightBiasQuantization) and fuses an integer layer. It moves a
+    DequantizeLinear behind what moves values.
     """
     if model.pairs:
         model.same(node.name, node.inputs[0])
         return
     readers = _readers(model.network, node.name)
-    if not any(isinstance(reader, FloatConv | stored.StoredConv) for reader in readers):
+    if not _reaches(model.network, node.name, (FloatConv, stored.StoredConv)):
         model.real(node.inputs[0], node.name, _rounded(model, node.inputs[0], readers))
         return
     grid = model.network.grid(node.inputs[0])
@@ -63,6 +65,15 @@ def _dequantize(model: Model, node: Node, layer: RuntimeLayer) -> None:
 
 def _readers(network: IntegerNetwork, name: str) -> list[RuntimeLayer]:
     return [network.layer(node.name) for node in network.nodes if name in node.inputs]
+
+
+def _reaches(network: IntegerNetwork, name: str, kinds: tuple[type[RuntimeLayer], ...]) -> bool:
+    """Whether a layer of one of these kinds reads a tensor, moved or not."""
+    readers = [(node, network.layer(node.name)) for node in network.nodes if name in node.inputs]
+    return any(
+        isinstance(layer, kinds) or (isinstance(layer, MOVES) and _reaches(network, node.name, kinds))
+        for node, layer in readers
+    )
 
 
 def _rounded(model: Model, name: str, readers: list[RuntimeLayer]) -> str:

@@ -5,6 +5,7 @@ its integers are compared in steps; an error cannot hide behind, or be blamed on
 logits, the decisions and the metrics of whole networks are compared.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -36,6 +37,9 @@ __all__ = [
     "ties_given",
     "training_integers",
 ]
+
+WIDEST_TIE = 0.01
+"""Steps by which float32's rounding may move a layer for what it moves across the middle to count as ties."""
 
 
 @torch.no_grad()
@@ -103,22 +107,35 @@ def measure(
             grids = network.grids()
             made |= {name: reloaded.given(name, grids, chosen, given) for name in names if EXPORTERS[name].given}
     measured = {name: metrics(next(iter(y.values()))) for name, y in known.items()} if metrics is not None else {}
-    pairs = {
-        f"{a}_{b}": compare(
-            (own.get(b, known[a]) if a == "qat" else known[a], known[b]),
-            list(zip(made[a], made[b], strict=True)) if a in made and b in made else [], class_dim, asked,
-            names=(a, b), metrics=(measured.get(a, {}), measured.get(b, {})),
-            notes=[] if b in made else [_whole(b, len(linear.get(b, [])))],
-        )
-        for a, b in pairs_of(names)
-    }  # fmt: skip
+
+    def compared(asked: Asked) -> dict[str, Parity]:
+        return {
+            f"{a}_{b}": compare(
+                (own.get(b, known[a]) if a == "qat" else known[a], known[b]),
+                list(zip(made[a], made[b], strict=True)) if a in made and b in made else [], class_dim, asked,
+                names=(a, b), metrics=(measured.get(a, {}), measured.get(b, {})),
+                notes=[] if b in made else [_whole(b, len(linear.get(b, [])))],
+            )
+            for a, b in pairs_of(names)
+        }  # fmt: skip
+
+    pairs = compared(asked)
+    if isinstance(network, IntegerNetwork) and (moved := _moved(network, pairs, chosen[0], given[0]) if made else {}):
+        widths = {name: steps for name, steps in moved.items() if steps < WIDEST_TIE}
+        ties = [ties_given(network, x, integers, widths) for x, integers in zip(chosen, given, strict=True)]
+        pairs = compared(dataclasses.replace(asked, ties=ties))
+        for row in [row for parity in pairs.values() for row in parity.layers if row.departs(ParityLimits())]:
+            row.rounding = moved.get(row.name)
     for name, rows in linear.items():
         pairs[f"qat_{name}"].linear = rows
-    if isinstance(network, IntegerNetwork):
-        for row in [row for parity in pairs.values() for row in parity.layers if row.departs(ParityLimits())]:
-            if network.layer(row.name).output is not None:  # others move integers
-                row.rounding = rounding_steps(network, chosen[0], given[0], row.name)
     return pairs
+
+
+def _moved(network: IntegerNetwork, pairs: Mapping[str, Parity], inputs: Inputs, given: Integers) -> dict[str, float]:
+    """Of layers that depart, by how many steps float32's rounding alone may move them."""
+    departing = {row.name for parity in pairs.values() for row in parity.layers if row.departs(ParityLimits())}
+    rounding = [name for name in network.grids() if name in departing and network.layer(name).output is not None]
+    return {name: rounding_steps(network, inputs, given, name) for name in rounding}  # others move integers
 
 
 def _whole(name: str, layers: int) -> str:

@@ -48,8 +48,9 @@ def output_rounding(network: IntegerNetwork, inputs: Inputs, given: Integers) ->
     inner = _read_by_computations(network, nodes)
     moved: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
-    for _ in range(TRIALS if inner else 0):
-        noisy, _ = _run(network, nodes, known, {name: magnitudes[name] for name in inner}, generator)
+    for trial in range(TRIALS if inner else 0):
+        noise = {name: magnitudes[name] for name in inner}
+        noisy, _ = _run(network, nodes, known, noise, generator, shared=trial % 2 == 1)
         for name in set(network.outputs) & magnitudes.keys():
             square = ((noisy[name] - tensors[name]) / NOISE).square()
             moved[name] = moved.get(name, 0) + square / TRIALS
@@ -87,8 +88,8 @@ def rounding_steps(network: IntegerNetwork, inputs: Inputs, given: Integers, nam
         inner = [key for key in _read_by_computations(network, nodes) if key in magnitudes]
         noise = {key: magnitudes[key] * (SHARE / NOISE) for key in inner}
         generator = torch.Generator().manual_seed(0)
-        for _ in range(TRIALS if inner else 0):
-            _run(network, nodes, known, noise, generator)
+        for trial in range(TRIALS if inner else 0):
+            _run(network, nodes, known, noise, generator, shared=trial % 2 == 1)
     finally:
         handle.remove()
     moved = [float((v - seen[0]).abs().nan_to_num(nan=0.0, posinf=0.0).max()) for v in seen[1:] if v.numel()]
@@ -151,9 +152,13 @@ def _read_by_computations(network: IntegerNetwork, nodes: list[Node]) -> list[st
 
 def _run(
     network: IntegerNetwork, nodes: list[Node], known: Integers, noise: Integers | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, shared: bool = False,
 ) -> tuple[Integers, Integers]:  # fmt: skip
-    """Every tensor, and the magnitude of each that is real; `noise` is the magnitude of what is added to tensors."""
+    """Every tensor, and the magnitude of each that is real.
+
+    `noise` is the magnitude of what is added to tensors, with random signs: of each value, or `shared` by a channel, as
+    the rounding of a bias or a mean is, which no average takes out.
+    """
     tensors, magnitudes = dict(known), dict[str, Tensor]()
     for node in nodes:
         layer, read = network.layer(node.name), [tensors[name] for name in node.inputs]
@@ -168,7 +173,8 @@ def _run(
                 size = magnitude(layer, read, y)
             magnitudes[node.name] = size.abs().nan_to_num(nan=0.0, posinf=0.0)
         elif noise is not None and node.name in noise:
-            signs = 1 - 2 * torch.randint(0, 2, y.shape, generator=generator).to(y)
+            shape = (*y.shape[:2], *[1] * (y.dim() - 2)) if shared else y.shape
+            signs = 1 - 2 * torch.randint(0, 2, shape, generator=generator).to(y)
             y = y + NOISE * signs * noise[node.name]
         tensors[node.name] = y
     return tensors, magnitudes
@@ -202,7 +208,27 @@ def magnitude(layer: RuntimeLayer, inputs: list[Tensor], y: Tensor) -> Tensor:
         return inputs[0].abs() + inputs[1].abs() * max(1.0, abs(layer.settings.get("alpha", 1)))
     if isinstance(layer, ops.Add | ops.Mean | ops.Average) or (isinstance(layer, ops.Function) and layer.name in SUMS):
         return torch.maximum(y.abs(), layer(*(x.abs() for x in inputs)))
+    if isinstance(layer, ops.Function) and layer.name in CENTRED:
+        return y.abs() + _taken_off(layer, inputs[0])
     return y
+
+
+CENTRED = {"layer_norm": -1, "group_norm": 1, "instance_norm": 1}
+"""Functions that take the mean off what they read -> the dimension of their weight."""
+
+
+def _taken_off(layer: ops.Function, x: Tensor) -> Tensor:
+    """The means that a norm takes off, in the unit of its result: of values far from 0 they leave little."""
+    s = layer.settings
+    lead = {"layer_norm": x.shape[: x.dim() - len(s.get("normalized_shape", ()))],
+            "group_norm": (x.shape[0], s.get("num_groups", 1)), "instance_norm": x.shape[:2]}[layer.name]  # fmt: skip
+    rows = x.reshape(*lead, -1)
+    deviation = (rows.var(-1, correction=0, keepdim=True) + s.get("eps", 1e-5)).sqrt()
+    taken = (rows.mean(-1, keepdim=True).abs() / deviation).expand_as(rows).reshape(x.shape)
+    if "weight" not in layer.constants:
+        return taken
+    weight = layer.constant("weight").abs()
+    return taken * (weight if CENTRED[layer.name] < 0 else weight.reshape(-1, *[1] * (x.dim() - 2)))
 
 
 def _conv_magnitude(layer: IntegerConv, inputs: list[Tensor]) -> Tensor:
@@ -214,7 +240,7 @@ def _conv_magnitude(layer: IntegerConv, inputs: list[Tensor]) -> Tensor:
     zero = (int(layer.input_zero_point) - layer.input_bounds[0]) * weight.flatten(1).sum(1)
     bias = layer.bias.float().abs() * unit + 2 * zero.abs()
     if layer.remainder is not None:
-        bias = bias + layer.remainder.abs() * (unit / 2**fixed.FRACTION if isinstance(layer, fixed.FixedConv) else 1)
+        bias = bias + layer.remainder.abs() * (unit / 2**layer.fraction if isinstance(layer, fixed.FixedConv) else 1)
     return _sums(layer, (x_q.float() - layer.input_zero_point).abs(), weight, bias)
 
 

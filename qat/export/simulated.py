@@ -73,15 +73,25 @@ def own_made(network: IntegerNetwork, inputs: Inputs) -> Made:
 
 
 @torch.no_grad()
-def ties_given(network: IntegerNetwork, inputs: Tensor | Inputs, given: Integers) -> dict[str, Tensor]:
-    """Where a layer of `network`, given equal inputs, rounds a value next to a tie (TIE), by name of tensor."""
+def ties_given(
+    network: IntegerNetwork, inputs: Tensor | Inputs, given: Integers,
+    widths: Mapping[str, float] = MappingProxyType({}),
+) -> dict[str, Tensor]:  # fmt: skip
+    """Where a layer of `network`, given equal inputs, rounds a value next to a tie, by name of tensor.
+
+    Args:
+        network: its own layers are asked.
+        inputs: of the network.
+        given: name of a tensor -> integers, which its readers get.
+        widths: name of a tensor -> how close to the middle a value is at a tie, in steps, where that is more than TIE.
+    """
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
         def note(grid: nn.Module, values: tuple[Tensor, ...]) -> None:
             assert isinstance(grid, Quantize)
             v = grid.steps(values[0])
-            found[name] = (v - torch.floor(v) - 0.5).abs() < TIE
+            found[name] = (v - torch.floor(v) - 0.5).abs() < max(TIE, widths.get(name, 0.0))
 
         return note
 

@@ -252,7 +252,7 @@ def _gradient(scheme: TensorScheme, role: str) -> Iterator[Refusal]:
     if kind.of_scale and not rule.scaled:
         yield Refusal("gradient", f"it is that of a scale learned by LSQ, and range={scheme.range}",
                       "gradient=clipped_ste", "range=lsq")  # fmt: skip
-    if kind.noisy and scheme.rounding != "nearest":
+    if kind.noisy and ROUNDING[scheme.rounding].ties is None:
         yield Refusal("gradient", "noise takes the place of rounding", "rounding=nearest", "gradient=clipped_ste")
     if kind.soft and ROUNDING[scheme.rounding].powers:
         yield Refusal("gradient", "a soft staircase needs steps between neighbouring levels", "gradient=clipped_ste")

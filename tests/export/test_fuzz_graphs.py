@@ -38,6 +38,7 @@ COUNTS = Counter[str]()
 SIMULATED = 1 / 32
 """The share of samples that a tie may move in a network whose ties are not known."""
 WITHOUT_FLOATS = "cannot be computed without floats"
+NO_GROUPS = "is no matrix of whole groups of"
 IN_CI, IN_ALL, CHUNKS = 40, 1000, 8
 
 
@@ -205,6 +206,9 @@ def run(seed: int) -> None:
     except Exception as error:
         if fixed and WITHOUT_FLOATS in str(error):
             COUNTS["fixed point refused"] += 1  # a layer that has no integer form, refused by name
+            return
+        if NO_GROUPS in str(error):  # of a size that the target's form of weights in groups does not fit
+            COUNTS["groups refused"] += 1
             return
         raise AssertionError(f"{type(error).__name__}: {error}\n{words}") from error
 
