@@ -133,10 +133,10 @@ def _mean(model: Model, node: Node, layer: RuntimeLayer) -> None:
     rank = len(model.shapes[x])
     dims = {d % rank for d in layer.settings["dims"]}
     pooled = rank > 2 and dims == set(range(2, rank)) and _pools(model, x, layer.output)  # in integers by engines
-    image = rank == 3 and 2 in dims
-    if image:  # as an image one pixel high: OpenVINO's mean of bytes along the last of three dimensions is wrong
+    image = rank == 3
+    if image:  # as an image one pixel high: OpenVINO's mean of bytes in three dimensions reads beyond them
         x = model.op("Unsqueeze", [x, model.constant(f"{node.name}.height", [2], np.int64)], f"{node.name}.image")
-        dims = {d for d in dims if d < 2} | {2, 3}
+        dims = {d for d in dims if d < 2} | {2} | ({3} if 2 in dims else set())
 
     def emit(out: str) -> str:
         if pooled:
@@ -190,8 +190,9 @@ def _average_pool(model: Model, node: Node, layer: RuntimeLayer) -> None:
     counted = s["count_include_pad"] and any(s["padding"])
     if counted and layer.output is not None and not s["ceil_mode"]:
         x, attributes["pads"] = _padded(model, node, s["padding"])
-    exact = layer.output is None or (counted and x == node.inputs[0])
-    model.finish(layer, node.name, lambda out: model.average_pool(x, out, exact, **attributes))
+    if layer.output is None or (counted and x == node.inputs[0]):
+        x = model.in_float(x, f"{node.name}.in")
+    model.finish(layer, node.name, lambda out: model.op("AveragePool", [x], out, **attributes))
 
 
 def _padded(model: Model, node: Node, padding: list[int]) -> tuple[str, list[int]]:
@@ -348,6 +349,7 @@ def save_onnx(network: IntegerNetwork, path: Path, example_inputs: tuple[Tensor,
         with refusals.noted():
             EMIT[type(network.layer(node.name))](model, node, network.layer(node.name))
     refusals.raise_any()
+    model.leave_out_unread()
 
     # bags and their samples differ in number, also where the example has as many of both
     ragged = any(isinstance(layer, LooksUp) and layer.ragged for layer in network.layers.values())

@@ -146,8 +146,8 @@ def product(
     if len(model.shapes[node.inputs[0]]) == 2:
         return model.op("Gemm", inputs, output, transB=1)
     if isinstance(layer, IntegerConv) and not model.pairs and not bool(layer.bias.any()):
-        # OpenVINO drops a bias of zeros, moves what zero points add to the sums behind the Reshape, and takes the second
-        # dimension for the channels there
+        # OpenVINO drops a bias of zeros, moves what zero points add to the sums behind the Reshape, and takes the
+        # second dimension for the channels there
         turned = model.op("Transpose", [inputs[1]], f"{node.name}.weight_turned", perm=[1, 0])
         return model.op("MatMul", [inputs[0], turned], output)
     # as rows of a matrix: Gemm has integer kernels with a bias; and around a MatMul with dequantized weights ONNX

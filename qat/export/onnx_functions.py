@@ -51,6 +51,10 @@ class Steps:
         """A parameter."""
         return self.given.get(parameter, default)
 
+    def real(self, parameter: str) -> str:
+        """A parameter that is a tensor, kept from being computed with in integers (`Model.in_float`)."""
+        return self.model.in_float(self.given[parameter], f"{self.name}.{parameter}_in_float")
+
     def reshape(self, x: str, shape: Sequence[int]) -> str:
         """`x` in another shape; 0 copies, -1 infers."""
         return self("Reshape", x, self.ints(*shape))
@@ -111,7 +115,7 @@ def _scaled(kind: str, first: str, second: str) -> Emit:
 
 
 def _clamp(s: Steps) -> str:
-    x = s.get("input")
+    x = s.real("input")
     for kind, parameter in (("Max", "min"), ("Min", "max")):
         if s.get(parameter) is not None:
             x = s(kind, x, s.get(parameter))
@@ -119,7 +123,7 @@ def _clamp(s: Steps) -> str:
 
 
 def _clip(low: float | None = None, high: float | None = None) -> Emit:
-    return lambda s: s("Clip", s.get("input"), s.get("min_val", low), s.get("max_val", high))
+    return lambda s: s("Clip", s.real("input"), s.get("min_val", low), s.get("max_val", high))
 
 
 def _mish(s: Steps) -> str:
@@ -175,7 +179,7 @@ def _einsum(s: Steps) -> str:
 def _sum(s: Steps) -> str:
     dims = s.get("dim")
     axes = s.ints(*(dims if isinstance(dims, list) else [dims]))
-    return s("ReduceSum", s.get("input"), axes, keepdims=int(s.get("keepdim")))
+    return s("ReduceSum", s.real("input"), axes, keepdims=int(s.get("keepdim")))
 
 
 def _arg(kind: str) -> Emit:
@@ -281,8 +285,8 @@ def adaptive_average(s: Steps) -> str:
     x, outputs, spatial = s.get("input"), s.result[2:], s.shape[2:]
     if all(n % m == 0 for n, m in zip(spatial, outputs, strict=True)):
         kernel = [n // m for n, m in zip(spatial, outputs, strict=True)]
-        exact = s.model.network.layer(s.name).output is None
-        return s.model.average_pool(x, f"{s.name}.average", exact, kernel_shape=kernel, strides=kernel)
+        x = s.real("input") if s.model.network.layer(s.name).output is None else x
+        return s("AveragePool", x, kernel_shape=kernel, strides=kernel)
     for axis, (size, output) in enumerate(zip(spatial, outputs, strict=True), start=2):
         weights = np.zeros((size, output))
         for i, (start, stop) in enumerate(windows(size, output)):
@@ -344,7 +348,7 @@ FUNCTIONS: dict[str, Emit] = {
     "hardswish": _unary("HardSwish"), "hardsigmoid": lambda s: s("HardSigmoid", s.get("input"), alpha=1 / 6, beta=0.5),
     "leaky_relu": lambda s: s("LeakyRelu", s.get("input"), alpha=s.get("negative_slope")),
     "elu": lambda s: s("Elu", s.get("input"), alpha=float(s.get("alpha"))), "prelu": _prelu, "softplus": _softplus,
-    "softmax": lambda s: s("Softmax", s.get("input"), axis=s.get("dim")),
+    "softmax": lambda s: s("Softmax", s.real("input"), axis=s.get("dim")),
     "log_softmax": lambda s: s("LogSoftmax", s.get("input"), axis=s.get("dim")),
     "clamp": _clamp, "neg": _unary("Neg"), "abs": _unary("Abs"), "exp": _unary("Exp"), "log": _unary("Log"),
     "sqrt": _unary("Sqrt"), "rsqrt": lambda s: s("Reciprocal", s("Sqrt", s.get("input"))),

@@ -65,6 +65,16 @@ class Model:
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, outputs, name=output, **attributes))
         return output
 
+    def leave_out_unread(self) -> None:
+        """Take away operations and numbers that nothing reads: what stands in the place of another leaves some."""
+        wanted, nodes = set(self.network.outputs), []
+        for node in reversed(self.nodes):
+            if wanted & set(node.output):
+                nodes.insert(0, node)
+                wanted |= set(node.input)
+        self.nodes = nodes
+        self.initializers = {name: tensor for name, tensor in self.initializers.items() if name in wanted}
+
     def same(self, name: str, source: str) -> None:
         """Let `name` stand for `source`, without an operation where nobody outside asks for it."""
         if name in self.network.outputs:
@@ -137,16 +147,16 @@ class Model:
         columns = {"starts": [0] * len(sizes), "ends": sizes, "axes": axes}
         return self.op("Slice", [x, *(self.constant(f"{output}.{k}", v, np.int64) for k, v in columns.items())], output)
 
-    def average_pool(self, x: str, output: str, exact: bool, **attributes: Any) -> str:
-        """AveragePool of `x`; unless `exact`, OpenVINO may pool what is dequantized in bytes.
+    def in_float(self, x: str, output: str) -> str:
+        """`x`, of which engines compute with real numbers: if it is dequantized, behind a Max that changes nothing.
 
-        It rounds averages to bytes then, also where no QuantizeLinear does, and pads with bytes of 0. It moves no
-        DequantizeLinear behind a Max, though, which changes nothing here.
+        OpenVINO moves a DequantizeLinear behind what reads it. So it rounds averages and what is clamped to bytes, also
+        where no QuantizeLinear does, pads with bytes of 0, and takes a zero point off a sum once. ONNX Runtime makes a
+        softmax of bytes that rounds down, and a quarter of its integers wrong. Behind a Max they do not.
         """
-        if exact and not self.pairs and self._dequantized(x):
-            lowest = self.constant(f"{output}.lowest", np.finfo(np.float32).min)
-            x = self.op("Max", [x, lowest], f"{output}.in")
-        return self.op("AveragePool", [x], output, **attributes)
+        if self.pairs or not self._dequantized(x):
+            return x
+        return self.op("Max", [x, self.constant(f"{output}.lowest", np.finfo(np.float32).min)], output)
 
     def _dequantized(self, name: str) -> bool:
         """Whether a tensor is one of integers, dequantized."""

@@ -67,9 +67,9 @@ def _options(onnxruntime: Any, target: str, threads: int = 0) -> Any:
     return options
 
 
-def _failing(target: str) -> set[str]:
-    """ONNX Runtime's optimizers that fail on a target's files: this one knows no float8 zero points."""
-    return {"ClipQuantRewrite"} if TARGETS[target].pairs else set()
+def _wrong_for(target: str) -> set[str]:
+    """ONNX Runtime's optimizers that get a target's files wrong: these take a float8 zero point for an integer."""
+    return {"ClipQuantRewrite", "ReluQuantRewrite"} if TARGETS[target].pairs else set()
 
 
 def _session(onnxruntime: Any, model: str | bytes, options: Any, target: str) -> Any:
@@ -77,7 +77,7 @@ def _session(onnxruntime: Any, model: str | bytes, options: Any, target: str) ->
         verify(model)
     try:
         return onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_failing(target)
+            model, options, providers=["CPUExecutionProvider"], disabled_optimizers=_wrong_for(target)
         )
     except Exception as error:  # ONNX Runtime has a class of its own for every fault
         if not isinstance(model, bytes) and not Path(model).is_file():

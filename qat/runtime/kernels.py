@@ -183,8 +183,7 @@ def convolution(layer: IntegerConv, engine: str) -> Callable[[Tensor], Tensor]:
 class Kernel:
     """A convolution or linear layer by oneDNN on plain uint8 tensors: sums in int32, the result scaled in float32.
 
-    Zero points go into the bias of results in bytes, so that the kernel has none to make up for at each call; padding is
-    then by hand.
+    Zero points go into the bias, so that the kernel has none to make up for at each call; padding is then by hand.
     A linear layer is the convolution of an image of one column (Inductor knows `qlinear_pointwise` with frozen weights
     only).
     """
@@ -192,11 +191,10 @@ class Kernel:
     def __init__(self, layer: IntegerConv) -> None:
         self.output, self.dims = layer.output, layer.weight.dim() - 2
         zero = int(layer.input_zero_point) + (OFFSET if layer.input_bounds[0] < 0 else 0)
-        # the kernel takes them off in int32 where float32 would be rounded by what they add: in real results, which no
-        # grid rounds, and in sums beyond 2^24
-        within = int(layer.weight.flatten(1).long().abs().sum(1).max()) * 255 < EXACT_FLOAT32
-        on_bytes = is_8_bit(layer.output)
-        self.zero, self.kernel_zero = (zero, 0) if within and on_bytes else (0, zero)
+        # sums beyond 2^24 are no float32: where zero points make such sums, the kernel takes them off in int32
+        reach = layer.weight.flatten(1).double().abs().sum(1) * 255
+        within = bool(reach.max() < EXACT_FLOAT32)
+        self.zero, self.kernel_zero = (zero, 0) if within else (0, zero)
         weight = layer.weight if self.dims else layer.weight[:, :, None, None]
         padding = [before for before, _ in layer.padding] if self.dims else [0, 0]
         self.around = [p for before in reversed(padding) for p in (before, before)] if self.zero else []
@@ -205,6 +203,12 @@ class Kernel:
         self.input_scale, self.scale = float(layer.input_scale), layer.weight_scale.clone()
         self.zeros = torch.zeros(len(self.scale), dtype=torch.int32)
         bias = layer.bias.double() - self.zero * layer.weight.flatten(1).long().sum(1).double()
+        # real results, which no grid rounds, are of whole sums: a scaled bias is rounded, zero points and all
+        on_bytes = is_8_bit(layer.output)
+        self.unit = None
+        if not on_bytes and bool((reach + bias.abs()).max() < EXACT_FLOAT32):
+            self.unit = (self.scale.double() * self.input_scale).float().reshape(-1, *[1] * self.dims)
+            self.input_scale, self.scale = 1.0, torch.ones_like(self.scale)
         self.bias = (bias * self.scale.double() * self.input_scale).float()
         self.weight = torch.ops.onednn.qconv_prepack(
             weight, self.scale, self.input_scale, self.kernel_zero, *self.geometry, None
@@ -230,6 +234,7 @@ class Kernel:
         if self.dims == 0:
             y = y.permute(0, 2, 3, 1).reshape(*x_q.shape[:-1], y.shape[1])
         if y.dtype is torch.float32:
+            y = y if self.unit is None else y * self.unit
             return y if self.output is None else self.output(y)
         assert self.output is not None
         return signed(y if self.bounds is None else y.clamp(*self.bounds), self.output.dtype)
