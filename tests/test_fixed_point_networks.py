@@ -315,6 +315,35 @@ def test_sums_are_moved_and_selected_without_loss() -> None:
     assert torch.equal(tensors[network.nodes[-1].inputs[0]].double(), expected)
 
 
+class OnTwoScales(nn.Module):
+    """A layer that is called with inputs of two scales: its bias lies between the integers of a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.sigmoid(self.shared(2.5 * torch.tanh(self.shared(x)))))
+
+
+def test_a_bias_between_the_integers_of_a_sum_is_that_of_training() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, 6)
+    prepared = finalized(OnTwoScales(), x, config())
+    network = assert_runs_what_trains(prepared, x, quantizers(prepared))
+    layers = [m for m in network.modules() if isinstance(m, fixed.FixedConv) and m.remainder is not None]
+    assert layers
+    bias = prepared.get_submodule("shared").bias.double()
+    for layer in layers:
+        unit = layer.input_scale.double() * layer.weight_scale.double()
+        stored = (layer.bias.double() + layer.remainder.double() / 2**layer.fraction) * unit
+        assert ((stored - bias).abs() <= unit * 2.0**-16).all()
+        assert layer.fraction == layer.spec()["fraction"] == fixed.FRACTION
+    settings = layers[0].spec()
+    del settings["fraction"], settings["output"]
+    assert fixed.FixedConv(**settings).fraction == 8  # of files that do not say it
+
+
 UNPOOLED: dict[str, Case] = {
     "function": between(lambda s, y: F.max_unpool2d(*both(F.max_pool2d(y, (1, 2), return_indices=True)), (1, 2))),
     "modules": between(lambda s, y: s.up(*both(s.op(y))), dims=1, op=nn.MaxPool1d(3, return_indices=True),

@@ -86,6 +86,16 @@ def test_other_ranges_keep_the_fast_kernels_and_may_ask(x: Tensor) -> None:
     assert ties.with_ties_of_target(config).activation.rounding == "nearest"
 
 
+@pytest.mark.parametrize("range", ["tqt", "lsq"])
+def test_noise_in_the_place_of_rounding_goes_with_the_targets_ties(range: str, x: Tensor) -> None:
+    net = prepared("cmsis_nn", {"range": range, "symmetric": True, "gradient": "noise"}, x)
+    network = qat.lower(net)
+    mine = training_integers(net, network, x)
+    theirs, tied = integers_given(network, (x,), mine), ties_given(network, x, mine)
+    for name, integers in mine.items():
+        assert not bool(((integers != theirs[name]) & ~tied.get(name, torch.tensor(False))).any()), name
+
+
 @pytest.mark.parametrize("target", ["generic", "onnxruntime_x86_vnni", "tensorrt"])
 def test_ties_of_another_target_are_refused(target: str) -> None:
     config = qat.preset("int8", target=target, activation={"rounding": "half_up"})

@@ -67,7 +67,7 @@ class Model:
 
     def leave_out_unread(self) -> None:
         """Take away operations and numbers that nothing reads: what stands in the place of another leaves some."""
-        wanted, nodes = set(self.network.outputs), []
+        wanted, nodes = set(self.network.outputs), list[Any]()
         for node in reversed(self.nodes):
             if wanted & set(node.output):
                 nodes.insert(0, node)

@@ -94,7 +94,7 @@ class Plan:
             name, quantized = step.made
             if name in given and name not in found:
                 grid = self._grid(name)
-                found[name] = kernels.signed(y.int_repr(), grid.dtype) if quantized else y
+                found[name] = kernels.signed(y.int_repr(), grid) if quantized else y
                 y = self._wrapping(name)(given[name]) if quantized else given[name]
             tensors[step.made] = y
         return found, tuple(tensors[key] for key in self.outputs)
@@ -116,8 +116,8 @@ class Plan:
             return (name, False)
         if (name, True) not in self.made:
             return self._plain_layer(name)
-        dtype = self._grid(name).dtype
-        return self._add(lambda q: kernels.signed(q.int_repr(), dtype), [(name, True)], (name, False))
+        grid = self._grid(name)
+        return self._add(lambda q: kernels.signed(q.int_repr(), grid), [(name, True)], (name, False))
 
     def _quantized(self, name: str) -> Key:
         """The tensor as a quantized tensor, made if it is not there yet."""
@@ -126,9 +126,7 @@ class Plan:
         return self._add(self._wrapping(name), [self._plain(name)], (name, True))
 
     def _wrapping(self, name: str) -> Callable[[Tensor], Tensor]:
-        grid = self._grid(name)
-        zero = int(grid.zero_point) + kernels.offset(grid)
-        return functools.partial(kernels.wrap, scale=float(grid.scale), zero_point=zero)
+        return functools.partial(kernels.wrap, grid=self._grid(name))
 
     def _grid(self, name: str) -> Quantize:
         grid = self.network.grid(name)

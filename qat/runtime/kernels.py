@@ -2,7 +2,8 @@
 
 Two families, both with int32 sums: those on quantized tensors (`torch.ops.quantized`, FBGEMM and oneDNN), which take
 the least time a call, and those on plain uint8 tensors (`torch.ops.onednn`), which torch.compile can have in its graph.
-Kernels take uint8 inputs and int8 weights. Integers of a signed grid are stored with 128 added.
+Kernels take uint8 inputs and int8 weights. Integers of a signed grid are stored from 0 on, so of few bits with little
+added: kernels scale, and so round, what that adds to a sum apart from it.
 
 **Exactness.** Without VNNI instructions x86 adds pairs of products in 16 bits, which 255 * 127 * 2 overflows. FBGEMM's
 depthwise kernels do so with VNNI, too (measured: 63 steps off where inputs saturate). So a layer is given to a kernel
@@ -27,10 +28,6 @@ from qat.runtime.accumulate import EXACT_FLOAT32
 from qat.runtime.grid import Quantize
 from qat.runtime.layers import IntegerConv
 
-OFFSET = 128
-"""What is added to integers of a signed grid."""
-
-
 FORMATS = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
 """Memory formats of images, by number of dimensions: what kernels read and return without a copy."""
 
@@ -41,7 +38,7 @@ CONV = {1: ("conv1d_prepack", "conv1d", "default"), 2: ("conv2d_prepack", "conv2
 
 def offset(grid: Quantize) -> int:
     """What is added to integers of a grid to store them as uint8."""
-    return OFFSET if grid.dtype is torch.int8 else 0
+    return -grid.quant_min if grid.dtype is torch.int8 else 0
 
 
 def is_8_bit(grid: Quantize | None) -> bool:
@@ -49,14 +46,14 @@ def is_8_bit(grid: Quantize | None) -> bool:
     return grid is not None and grid.dtype in (torch.uint8, torch.int8)
 
 
-def unsigned(x_q: Tensor) -> Tensor:
-    """int8 -> uint8, 128 added; uint8 as it is."""
-    return x_q.view(torch.uint8) ^ OFFSET if x_q.dtype is torch.int8 else x_q
+def unsigned(x_q: Tensor, offset: int) -> Tensor:
+    """int8 -> uint8, the offset of its grid added; uint8 as it is."""
+    return x_q.view(torch.uint8) + offset if x_q.dtype is torch.int8 else x_q
 
 
-def signed(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `unsigned`, for a grid of this dtype."""
-    return (x ^ OFFSET).view(torch.int8) if dtype is torch.int8 else x
+def signed(x: Tensor, grid: Quantize) -> Tensor:
+    """The inverse of `unsigned`, for a grid."""
+    return (x - offset(grid)).view(torch.int8) if grid.dtype is torch.int8 else x
 
 
 def available(engine: str) -> bool:
@@ -118,7 +115,7 @@ def engine_of(layer: IntegerConv, plain: bool = False) -> str | None:
         return None
     if layer.remainder is not None or layer.output_padding is not None or layer.weight.dtype is not torch.int8:
         return None
-    if low < -OFFSET or high > 255 or (low < 0 and high >= OFFSET) or bool(layer.weight_zero_point.any()):
+    if low < -128 or high > 255 or (low < 0 and high >= 128) or bool(layer.weight_zero_point.any()):
         return None
     if layer.weight.dim() > 5 or any(before != after for before, after in layer.padding):
         return None
@@ -142,9 +139,9 @@ def narrowed(grid: Quantize) -> tuple[int, int] | None:
     return None if (low + add, grid.quant_max + add) == (0, 255) else (low + add, grid.quant_max + add)
 
 
-def wrap(x_q: Tensor, scale: float, zero_point: int) -> Tensor:
-    """Integers of a grid -> quantized tensor; `zero_point` with the offset of a signed grid."""
-    x = unsigned(x_q)
+def wrap(x_q: Tensor, grid: Quantize) -> Tensor:
+    """Integers of a grid -> quantized tensor."""
+    x, scale, zero_point = unsigned(x_q, offset(grid)), float(grid.scale), int(grid.zero_point) + offset(grid)
     x = x.contiguous(memory_format=FORMATS.get(x.dim(), torch.contiguous_format))
     return torch._make_per_tensor_quantized_tensor(x, scale, zero_point)
 
@@ -190,7 +187,8 @@ class Kernel:
 
     def __init__(self, layer: IntegerConv) -> None:
         self.output, self.dims = layer.output, layer.weight.dim() - 2
-        zero = int(layer.input_zero_point) + (OFFSET if layer.input_bounds[0] < 0 else 0)
+        self.offset = max(-layer.input_bounds[0], 0)
+        zero = int(layer.input_zero_point) + self.offset
         # sums beyond 2^24 are no float32: where zero points make such sums, the kernel takes them off in int32
         reach = layer.weight.flatten(1).double().abs().sum(1) * 255
         within = bool(reach.max() < EXACT_FLOAT32)
@@ -222,7 +220,7 @@ class Kernel:
 
     def __call__(self, x_q: Tensor) -> Tensor:
         """Integers of the input's grid -> integers of the output's grid, or float32."""
-        x = unsigned(x_q)
+        x = unsigned(x_q, self.offset)
         if self.dims == 0:
             x = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
         elif any(self.around):
@@ -237,7 +235,7 @@ class Kernel:
             y = y if self.unit is None else y * self.unit
             return y if self.output is None else self.output(y)
         assert self.output is not None
-        return signed(y if self.bounds is None else y.clamp(*self.bounds), self.output.dtype)
+        return signed(y if self.bounds is None else y.clamp(*self.bounds), self.output)
 
 
 def addition(grid: Quantize) -> Callable[[Tensor, Tensor], Tensor]:
