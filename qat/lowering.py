@@ -44,11 +44,14 @@ class Lowering:
     taken: dict[tuple[fx.Node, int, int | None], str] = field(default_factory=dict)  # part of it -> its name
 
     biases: Counter[int] = field(init=False)  # by identity: calls that add it
+    calls: Counter[int] = field(init=False)  # of a layer, by identity
 
     def __post_init__(self) -> None:
         self.graph = Graph(self.prepared)
         self.sizes = Sizes(self.prepared)
-        self.biases = Counter(id(layer.bias) for _, layer in self.graph.layers() if layer.bias is not None)
+        layers = [layer for _, layer in self.graph.layers()]
+        self.biases = Counter(id(layer.bias) for layer in layers if layer.bias is not None)
+        self.calls = Counter(map(id, layers))
 
     def is_simulated(self, node: fx.Node) -> bool:
         """Whether a node of the prepared network puts a tensor on its grid."""

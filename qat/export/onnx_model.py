@@ -148,14 +148,16 @@ class Model:
         return self.op("Slice", [x, *(self.constant(f"{output}.{k}", v, np.int64) for k, v in columns.items())], output)
 
     def in_float(self, x: str, output: str) -> str:
-        """`x`, of which engines compute with real numbers: if it is dequantized, behind a Max that changes nothing.
+        """`x`; if it is dequantized, `held`, where engines would compute with its integers, and not as the file says.
 
-        OpenVINO moves a DequantizeLinear behind what reads it. So it rounds averages and what is clamped to bytes, also
-        where no QuantizeLinear does, pads with bytes of 0, and takes a zero point off a sum once. ONNX Runtime makes a
-        softmax of bytes that rounds down, and a quarter of its integers wrong. Behind a Max they do not.
+        OpenVINO rounds averages and what is clamped to bytes, also where no QuantizeLinear does, pads with bytes of 0,
+        and takes a zero point off a sum once. ONNX Runtime makes a softmax of bytes that rounds down, and a quarter of
+        its integers wrong.
         """
-        if self.pairs or not self._dequantized(x):
-            return x
+        return x if self.pairs or not self._dequantized(x) else self.held(x, output)
+
+    def held(self, x: str, output: str) -> str:
+        """`x` behind a Max that changes nothing, and behind which no engine moves scales and zero points."""
         return self.op("Max", [x, self.constant(f"{output}.lowest", np.finfo(np.float32).min)], output)
 
     def _dequantized(self, name: str) -> bool:
