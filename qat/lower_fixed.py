@@ -179,8 +179,10 @@ class _Conversion:
             if len(joined) > 1:
                 value, inputs = None, [*self._on_one_grid(joined), *inputs[len(joined) :]]
             source = value.source if isinstance(value, Real) else self._integers(inputs[0])
-            self._move(f"{name}.integers", layer, [source, *inputs[1:]])
-            self.values[name] = Real(f"{name}.integers", value.compute if isinstance(value, Real) else None)
+            compute = value.compute if isinstance(value, Real) else None
+            moved = f"{name}.integers" if compute is None else f"{name}.moved"  # its integers are yet to be computed
+            self._move(moved, layer, [source, *inputs[1:]])
+            self.values[name] = Real(moved, compute)
         else:
             raise self._refused(name, layer, make.ADVICE.get(kind, make.ADVICE["other"]))
 

@@ -315,6 +315,17 @@ def test_sums_are_moved_and_selected_without_loss() -> None:
     assert torch.equal(tensors[network.nodes[-1].inputs[0]].double(), expected)
 
 
+@pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid, F.gelu])
+def test_a_function_is_returned_moved(function: Callable[[Tensor], Tensor]) -> None:
+    """What is moved before it is looked up in a table has not been looked up."""
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 6)
+    prepared = finalized(Net(lambda s, x: function(s.conv(x)).flatten(1), conv=nn.Conv1d(3, 4, 3)), x, config())
+    with torch.no_grad():
+        made, expected = qat.lower(prepared)(x), prepared(x)
+    assert (made - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
 class OnTwoScales(nn.Module):
     """A layer that is called with inputs of two scales: its bias lies between the integers of a sum."""
 

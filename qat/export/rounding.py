@@ -189,6 +189,8 @@ def magnitude(layer: RuntimeLayer, inputs: list[Tensor], y: Tensor) -> Tensor:
         terms = layer.output.dequantize(y).abs()
         if isinstance(layer, IntegerConv):
             terms = terms.maximum(_conv_magnitude(layer, inputs))
+        if isinstance(layer, fixed.FixedAffine):
+            terms = terms.maximum(layer.output.dequantize(layer.magnitude(inputs[0])).abs())
         return terms + layer.output.scale / SHARE
     if isinstance(layer, IntegerConv):
         return _conv_magnitude(layer, inputs)

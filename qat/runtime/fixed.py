@@ -130,6 +130,12 @@ class FixedAffine(RuntimeLayer):
         shape = (-1, *[1] * (x.dim() - 2))
         return self.emit((x.long() - self.zero_point) * self.factor.reshape(shape) + self.offset.reshape(shape))
 
+    def magnitude(self, x: Tensor) -> Tensor:
+        """The sum of the magnitudes of both terms, on the output grid."""
+        shape = (-1, *[1] * (x.dim() - 2))
+        product = (x.long() - self.zero_point) * self.factor.reshape(shape)
+        return self.emit(product.abs() + self.offset.reshape(shape).abs())
+
 
 class FixedAverage(RuntimeLayer):
     """Average pooling: the sums of windows. Where windows differ in size, each sum counts for `common / size`.
