@@ -86,7 +86,8 @@ KEEPS_SIGN = {"mul", "div", "matmul", "einsum"}
 POINTWISE = {
     "add", "sub", "rsub", "mul", "div", "pow", "relu6", "sigmoid", "tanh", "gelu", "silu", "mish", "hardswish",
     "hardsigmoid", "hardtanh", "leaky_relu", "elu", "prelu", "softplus", "clamp", "neg", "abs", "exp", "log", "sqrt",
-    "rsqrt", "square", "gt", "ge", "lt", "le", "eq", "ne", "logical_not",
+    "rsqrt", "square", "selu", "celu", "logsigmoid", "softsign", "sin", "cos", "gt", "ge", "lt", "le", "eq", "ne",
+    "logical_not",
 }  # fmt: skip
 """Operations (of CALLS) that make each value from one value of a tensor (and numbers)."""
 

@@ -94,7 +94,8 @@ KERNELS: dict[str, dict[str, tuple[tuple[str, ...], ...]]] = {
 vLLM's table is held to compressed-tensors' own in tests/export/test_compressed_tensors.py."""
 
 FUNCTIONS = {"elu", "gelu", "hardsigmoid", "hardswish", "leaky_relu", "mish", "prelu", "sigmoid", "silu", "softplus",
-             "tanh", "softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "instance_norm"}  # fmt: skip
+             "celu", "glu", "logsigmoid", "selu", "softsign", "tanh", "softmax", "log_softmax", "layer_norm",
+             "rms_norm", "group_norm", "instance_norm"}  # fmt: skip
 _ARITHMETIC = {"add", "average", "sub", "mul", "div", "matmul", "einsum"}
 
 AROUND: dict[str, tuple[set[str], set[str], str, tuple[str, ...]]] = {

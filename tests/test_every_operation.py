@@ -168,9 +168,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     **{name: of("operations", f"nn.{name}") for name in (
         "LayerNorm", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "RMSNorm", "PReLU", "LeakyReLU",
         "ELU", "GELU", "SiLU", "Mish", "Hardswish", "Hardsigmoid", "Hardtanh", "ReLU6", "Sigmoid", "Tanh", "Softmax",
-        "LogSoftmax", "Softplus", "Unflatten", "MaxPool1d", "MaxPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d",
-        "AdaptiveMaxPool3d", "AvgPool3d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "LPPool1d",
-        "LPPool3d", "ConstantPad1d", "ConstantPad2d", "ConstantPad3d", "Upsample", "UpsamplingNearest2d",
+        "LogSoftmax", "Softplus", "SELU", "CELU", "LogSigmoid", "Softsign", "GLU", "Unflatten", "MaxPool1d",
+        "MaxPool3d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d", "AvgPool3d", "AdaptiveAvgPool1d",
+        "AdaptiveAvgPool2d", "AdaptiveAvgPool3d", "LPPool1d", "LPPool3d",
+        "ConstantPad1d", "ConstantPad2d", "ConstantPad3d", "Upsample", "UpsamplingNearest2d",
         "UpsamplingBilinear2d")},
     "poolings with places": of("operations", "MaxPool2d, values", "F.max_pool1d, values", "AdaptiveMaxPool3d, values",
                                "torch.adaptive_max_pool1d"),

@@ -290,6 +290,9 @@ JOINING: dict[str, Case] = {
     "split by sizes": Case(lambda s, y: torch.split(y, [1, 3], dim=1)[1], Move, integers=True),
     "unbind": Case(lambda s, y: y.unbind(1)[2], Move, integers=True),
     "gated linear unit": Case(lambda s, y: _gated(s.b(y).chunk(2, dim=1)), Function, parts=lambda: other(6)),
+    "nn.GLU": Case(lambda s, y: s.op(torch.cat([y, torch.tanh(y)], 1)), Function, parts=part(lambda: nn.GLU(1))),
+    "maximum": Case(lambda s, y: torch.maximum(y, torch.tanh(y)), Function),
+    "minimum": Case(lambda s, y: y.minimum(0.5 * y), Function),
     "where": Case(lambda s, y: torch.where(s.w > 0, y, s.b(y)), Move, integers=True,
                   parts=lambda: other() | buffer(8, 8)()),
     "where with a number": Case(lambda s, y: torch.where(y > 0, y, 0.0), Function),
@@ -319,7 +322,8 @@ ACTIVATIONS: dict[str, Any] = {
     "ELU": lambda: nn.ELU(0.7), "GELU": nn.GELU, "GELU, tanh": lambda: nn.GELU("tanh"), "SiLU": nn.SiLU,
     "Mish": nn.Mish, "Hardswish": nn.Hardswish, "Hardsigmoid": nn.Hardsigmoid,
     "Hardtanh": lambda: nn.Hardtanh(-0.3, 0.8), "ReLU6": nn.ReLU6, "Sigmoid": nn.Sigmoid, "Tanh": nn.Tanh,
-    "Softmax": lambda: nn.Softmax(1),
+    "Softmax": lambda: nn.Softmax(1), "SELU": nn.SELU, "CELU": lambda: nn.CELU(0.7), "Softsign": nn.Softsign,
+    "LogSigmoid": nn.LogSigmoid,
     "LogSoftmax": lambda: nn.LogSoftmax(-1), "Softplus": lambda: nn.Softplus(2),
 }  # fmt: skip
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -331,6 +335,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "F.log_softmax": lambda y: F.log_softmax(y, 1), "F.softplus": F.softplus, "method sigmoid": lambda y: y.sigmoid(),
     "sigmoid_": lambda y: y.sigmoid_(), "method tanh": lambda y: y.tanh(), "torch.tanh_": lambda y: torch.tanh_(y),
     "F.hardswish": F.hardswish, "F.hardsigmoid": F.hardsigmoid, "torch.sigmoid": torch.sigmoid,
+    "F.selu in place": lambda y: F.selu(y, True), "F.celu": lambda y: F.celu(y, 0.7), "torch.sin": torch.sin,
+    "method cos": lambda y: y.cos(), "F.logsigmoid": F.logsigmoid, "F.softsign": F.softsign,
     "F.silu, not in place": lambda y: F.silu(y, False),
 }  # fmt: skip
 CLAMPS = ("Hardtanh", "ReLU6", "F.relu6", "F.hardtanh")  # clamps of the integers that the layer makes

@@ -17,8 +17,9 @@ Given = Callable[[Any, Tensor, Tensor], tuple[Any, ...]]
 ARGUMENTS: dict[str, Given] = {
     **dict.fromkeys(
         ("relu6", "sigmoid", "tanh", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu",
-         "elu", "softplus", "neg", "abs", "exp", "square", "normalize", "instance_norm"), lambda s, y, z: (y,)),
-    **dict.fromkeys(("add", "sub", "mul", "matmul"), lambda s, y, z: (y, z)),
+         "elu", "softplus", "selu", "celu", "logsigmoid", "softsign", "sin", "cos", "neg", "abs", "exp", "square",
+         "normalize", "instance_norm"), lambda s, y, z: (y,)),
+    **dict.fromkeys(("add", "sub", "mul", "matmul", "maximum", "minimum"), lambda s, y, z: (y, z)),
     **dict.fromkeys(("log", "sqrt", "rsqrt"), lambda s, y, z: (y * y + 1,)),
     **dict.fromkeys(("softmax", "log_softmax", "sum", "argmax", "argmin", "amax", "amin", "flatten", "unsqueeze"),
                     lambda s, y, z: (y, 1)),
@@ -37,7 +38,7 @@ ARGUMENTS: dict[str, Given] = {
     "pixel_shuffle": lambda s, y, z: (y, 2), "pixel_unshuffle": lambda s, y, z: (y, 2),
     "adaptive_max_pool": lambda s, y, z: (y, 3), "interpolate": lambda s, y, z: (y, None, 2),
     "masked_fill": lambda s, y, z: (y, s.w > 0, 0.0), "where": lambda s, y, z: (s.w > 0, y, z),
-    "prelu": lambda s, y, z: (y, s.slope), "group_norm": lambda s, y, z: (y, 2),
+    "glu": lambda s, y, z: (y, 1), "prelu": lambda s, y, z: (y, s.slope), "group_norm": lambda s, y, z: (y, 2),
     "batch_norm": lambda s, y, z: (y, s.mean, s.var), "lp_pool1d": lambda s, y, z: (y[:, 0], 2.0, 2),
     "lp_pool2d": lambda s, y, z: (y, 2.0, 2), "lp_pool3d": lambda s, y, z: (y[:, None], 2.0, 2),
     "logical_not": lambda s, y, z: (y > 0.1,),

@@ -126,6 +126,13 @@ def _clip(low: float | None = None, high: float | None = None) -> Emit:
     return lambda s: s("Clip", s.real("input"), s.get("min_val", low), s.get("max_val", high))
 
 
+def _glu(s: Steps) -> str:
+    """Half of the values, times the sigmoid of the other half."""
+    axis = s.get("dim")
+    half = s.shape[axis] // 2
+    return s("Mul", s.slice(s.get("input"), axis, 0, half), s("Sigmoid", s.slice(s.get("input"), axis, half, 2 * half)))
+
+
 def _mish(s: Steps) -> str:
     return s("Mul", s.get("input"), s("Tanh", s("Softplus", s.get("input"))))
 
@@ -347,6 +354,9 @@ FUNCTIONS: dict[str, Emit] = {
     "silu": lambda s: s("Mul", s.get("input"), s("Sigmoid", s.get("input"))), "mish": _mish,
     "hardswish": _unary("HardSwish"), "hardsigmoid": lambda s: s("HardSigmoid", s.get("input"), alpha=1 / 6, beta=0.5),
     "leaky_relu": lambda s: s("LeakyRelu", s.get("input"), alpha=s.get("negative_slope")),
+    "selu": _unary("Selu"), "celu": lambda s: s("Celu", s.get("input"), alpha=float(s.get("alpha"))),
+    "softsign": _unary("Softsign"), "logsigmoid": lambda s: s("Neg", s("Softplus", s("Neg", s.get("input")))),
+    "glu": _glu, "sin": _unary("Sin"), "cos": _unary("Cos"), "maximum": _binary("Max"), "minimum": _binary("Min"),
     "elu": lambda s: s("Elu", s.get("input"), alpha=float(s.get("alpha"))), "prelu": _prelu, "softplus": _softplus,
     "softmax": lambda s: s("Softmax", s.real("input"), axis=s.get("dim")),
     "log_softmax": lambda s: s("LogSoftmax", s.get("input"), axis=s.get("dim")),

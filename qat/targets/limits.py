@@ -95,7 +95,7 @@ FLOAT = Limits()
 IN_FLOAT = Kernel(name="in float", weight=FLOAT, activation=None, integers=False)
 
 ELEMENTWISE = frozenset({"sigmoid", "tanh", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "leaky_relu", "elu",
-                         "prelu", "softplus"})  # fmt: skip
+                         "prelu", "softplus", "selu", "celu", "logsigmoid", "softsign", "glu"})  # fmt: skip
 NORMS = ("softmax", "log_softmax", "layer_norm", "rms_norm", "group_norm", "instance_norm")
 
 
