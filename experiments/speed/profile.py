@@ -109,7 +109,7 @@ def middle(seen: Sequence[Counter[str]]) -> dict[str, float]:
 
 
 def moved_bytes(step: Callable[[], Tensor]) -> dict[str, int]:
-    """Bytes that the quantizers' kernels read and write in a step: values, and a byte an element for backward.
+    """Bytes that the quantizers' kernels read and write in a step: values, and for backward a byte of each, or a bit.
 
     Raises:
         RuntimeError: there is no compiler for the kernels.
@@ -126,8 +126,9 @@ def moved_bytes(step: Callable[[], Tensor]) -> dict[str, int]:
                 moved["decode"] += x.nbytes + result.nbytes
                 return result
             y, integers, _ = result
-            whole = type(y.grad_fn).__name__.startswith("Whole") or y.grad_fn is None
-            bytes_kept = 0 if whole else x.numel()
+            node = "" if y.grad_fn is None else y.grad_fn.name()
+            whole = "Whole" in node or not node
+            bytes_kept = 0 if whole else x.numel() if "Learned" in node else x.numel() // 8
             moved["forward"] += x.nbytes + y.nbytes + bytes_kept + (0 if integers is None else integers.nbytes)
             moved["backward"] += 0 if whole else 2 * y.nbytes + bytes_kept
             return result

@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -32,7 +33,24 @@ inline float relu(float v) { return 0.0f > v ? 0.0f : v; }  // NaN stays: one in
 // The integer of a value, counted from the smallest one, as a byte; NaN has none.
 inline int8_t byte_of(float count) { return static_cast<int8_t>(static_cast<int32_t>(count > 0.0f ? count : 0.0f) - 128); }
 
-enum class Keep { nothing, inside, residual };  // for backward: no byte; where the gradient passes; the rounding error
+// For backward: nothing; where the gradient passes, a byte or a bit a value; the rounding error, a byte.
+enum class Keep { nothing, inside, bits, residual };
+
+// Eight bytes, each 0 or 1, as the bits of one; and bytes that are 0 where a bit is.
+inline void pack(const int8_t* bytes, uint8_t* bits, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, bytes + 8 * i, 8);
+    bits[i] = static_cast<uint8_t>(eight * 0x0102040810204080ULL >> 56);  // no two of the sums meet in one place
+  }
+}
+
+inline void unpack(const uint8_t* bits, int8_t* bytes, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint64_t eight = bits[i] * 0x0101010101010101ULL & 0x8040201008040201ULL;
+    std::memcpy(bytes + 8 * i, &eight, 8);
+  }
+}
 
 // A run of values. With VARY each has numbers of its own, else all have the first.
 template <typename T, Keep KEEP, bool CODES, bool VARY>
@@ -48,7 +66,7 @@ void forward_run(
     const float below_top = last - relu(q), left = relu(below_top), count = last - left;
     y[i] = static_cast<T>((top - left) * scale);
     if constexpr (CODES) codes[i] = byte_of(count);
-    if constexpr (KEEP == Keep::inside) kept[i] = static_cast<int8_t>((q == count) & (value > floor));
+    if constexpr (KEEP == Keep::inside || KEEP == Keep::bits) kept[i] = static_cast<int8_t>((q == count) & (value > floor));
     if constexpr (KEEP == Keep::residual) {
       float code = std::rint((rounded - v) * STEPS);  // in -126..126, as the residual is at most a half
       code = (q >= 0.0f) ? code : BELOW;
@@ -111,6 +129,9 @@ struct Cut {
   Cut(int64_t numel, int64_t channels, int64_t inner)
       : numel(numel), channels(channels), inner(channels == 1 ? numel : inner), narrow(channels > 1 && inner < NARROW) {}
 
+  // Whether every piece begins at a multiple of eight values.
+  bool in_eights() const { return channels == 1 || (!narrow && inner % 8 == 0); }
+
   int64_t row() const { return channels * inner; }
   // Of a narrow cut a piece is a number of rows, else a part of a run.
   int64_t rows_a_piece() const { return std::max<int64_t>(1, PIECE / row()); }
@@ -166,8 +187,16 @@ void forward_loop(const Tensor& x, const Tensor& y, int8_t* kept, int8_t* codes,
     });
   } else {
     in_pieces(cut, [&](int64_t, int64_t at, int64_t n, int64_t c) {
-      forward_run<T, KEEP, CODES, false>(
-          from + at, to + at, kept + at, codes + at, n, p.scale + c, p.bottom + c, p.top + c, floor);
+      if constexpr (KEEP == Keep::bits) {
+        int8_t bytes[PIECE];
+        forward_run<T, KEEP, CODES, false>(
+            from + at, to + at, bytes, codes + at, n, p.scale + c, p.bottom + c, p.top + c, floor);
+        std::fill(bytes + n, bytes + (n + 7) / 8 * 8, 0);
+        pack(bytes, reinterpret_cast<uint8_t*>(kept) + at / 8, (n + 7) / 8);
+      } else {
+        forward_run<T, KEEP, CODES, false>(
+            from + at, to + at, kept + at, codes + at, n, p.scale + c, p.bottom + c, p.top + c, floor);
+      }
     });
   }
 }
@@ -179,6 +208,7 @@ inline void forward_kernel(
     using T = decltype(zero);
     auto loop = keep == Keep::nothing ? (codes ? forward_loop<T, Keep::nothing, true> : forward_loop<T, Keep::nothing, false>)
               : keep == Keep::inside  ? (codes ? forward_loop<T, Keep::inside, true> : forward_loop<T, Keep::inside, false>)
+              : keep == Keep::bits    ? (codes ? forward_loop<T, Keep::bits, true> : forward_loop<T, Keep::bits, false>)
                                       : (codes ? forward_loop<T, Keep::residual, true> : forward_loop<T, Keep::residual, false>);
     loop(x, y, kept, codes, p, cut, floor);
   });

@@ -90,4 +90,9 @@ inline Pool& pool() {
 
 inline Tensor empty_like(const Tensor& x, at::ScalarType dtype) { return pool().empty(x.sizes(), x.strides(), dtype); }
 
+// A tensor in the pool, without gaps; no view, so that what it is given to may write to it.
+inline Tensor room(at::IntArrayRef shape, at::ScalarType dtype) {
+  return pool().empty(shape, c10::contiguous_strides(shape), dtype);
+}
+
 }  // namespace qat

@@ -83,11 +83,6 @@ inline std::vector<int64_t> with_last(const Tensor& x, std::initializer_list<int
   return shape;
 }
 
-// A tensor in the pool, without gaps; no view, so that what it is given to may write to it.
-inline Tensor room(at::IntArrayRef shape, at::ScalarType dtype) {
-  return pool().empty(shape, c10::contiguous_strides(shape), dtype);
-}
-
 // A product of rows, or of batches of matrices, in a shape: in the pool, or, for a second derivative, with its history.
 inline Tensor mm(const Tensor& a, const Tensor& b, at::IntArrayRef shape) {
   if (at::GradMode::is_enabled()) return at::mm(a, b).view(shape);

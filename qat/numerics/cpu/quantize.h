@@ -11,9 +11,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // The gradient in the memory order of the forward's input.
-inline Tensor in_order(const Tensor& grad, const Tensor& like) {
-  if (grad.strides() == like.strides()) return grad;
-  return at::empty_strided(like.sizes(), like.strides(), grad.scalar_type()).copy_(grad);
+inline Tensor in_order(const Tensor& grad, at::IntArrayRef stride) {
+  if (grad.strides() == stride) return grad;
+  return at::empty_strided(grad.sizes(), stride, grad.scalar_type()).copy_(grad);
 }
 
 // Where the gradient of `x` goes: in place of that of the result, if nobody else holds it.
@@ -34,40 +34,58 @@ struct Call {
   std::pair<Tensor, Tensor> run(const Tensor& x, Keep keep) {
     RECORD_FUNCTION("qat::forward", c10::ArrayRef<const c10::IValue>{});
     const Tensor y = empty_like(x, x.scalar_type());
-    const Tensor kept = keep == Keep::nothing ? Tensor() : empty_like(x, at::kChar);
+    const Cut cut(x.numel(), params.size(1), inner);
+    if (keep == Keep::inside && cut.in_eights()) keep = Keep::bits;
+    const Tensor kept = keep == Keep::nothing ? Tensor()
+                      : keep == Keep::bits    ? room({(x.numel() + 7) / 8}, at::kByte)
+                                              : empty_like(x, at::kChar);
     if (codes) integers = empty_like(x, at::kChar);
     forward_kernel(
-        x, y, kept.defined() ? kept.mutable_data_ptr<int8_t>() : nullptr,
-        integers ? integers->mutable_data_ptr<int8_t>() : nullptr, Params(params),
-        Cut(x.numel(), params.size(1), inner), relu, keep);
+        x, y, kept.defined() ? static_cast<int8_t*>(kept.mutable_data_ptr()) : nullptr,
+        integers ? integers->mutable_data_ptr<int8_t>() : nullptr, Params(params), cut, relu, keep);
     return {y, kept};
   }
 };
 
+// Keeps where the gradient passes: a bit a value, or a byte (`Cut::in_eights`).
 struct Inside : torch::autograd::Function<Inside> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, Call* call) {
     const auto [y, inside] = call->run(x, Keep::inside);
     ctx->save_for_backward({inside});
+    ctx->saved_data["stride"] = x.strides().vec();
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
     RECORD_FUNCTION("qat::backward", c10::ArrayRef<const c10::IValue>{});
     const Tensor inside = ctx->get_saved_variables()[0];
-    if (at::GradMode::is_enabled()) return {grads[0] * inside, Tensor()};  // a second derivative
-    Tensor grad = in_order(grads[0], inside);
+    const std::vector<int64_t> stride = ctx->saved_data["stride"].toIntVector();
+    const bool bits = inside.scalar_type() == at::kByte;
+    if (at::GradMode::is_enabled()) {  // a second derivative
+      const Tensor passes = bits ? unpacked(inside, grads[0].sizes(), stride) : inside;
+      return {grads[0] * passes.ne(0), Tensor()};
+    }
+    Tensor grad = in_order(grads[0], stride);
     grads[0] = Tensor();
     const Tensor out = place_for(grad);
     by_dtype(grad.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       const T* from = grad.const_data_ptr<T>();
       T* to = out.mutable_data_ptr<T>();
-      const int8_t* passes = inside.const_data_ptr<int8_t>();
+      const void* passes = inside.const_data_ptr();
       in_pieces(Cut(grad.numel(), 1, 1), [&](int64_t, int64_t at, int64_t n, int64_t) {
-        backward_run<T>(from + at, to + at, passes + at, n);
+        int8_t bytes[PIECE];
+        if (bits) unpack(static_cast<const uint8_t*>(passes) + at / 8, bytes, (n + 7) / 8);
+        backward_run<T>(from + at, to + at, bits ? bytes : static_cast<const int8_t*>(passes) + at, n);
       });
     });
     return {out, Tensor()};
+  }
+
+  static Tensor unpacked(const Tensor& bits, at::IntArrayRef shape, at::IntArrayRef stride) {
+    const Tensor bytes = at::empty({bits.numel() * 8}, at::kChar);
+    unpack(bits.const_data_ptr<uint8_t>(), bytes.mutable_data_ptr<int8_t>(), bits.numel());
+    return bytes.as_strided(shape, stride);
   }
 };
 
@@ -100,7 +118,7 @@ struct Learned : torch::autograd::Function<Learned> {
                 * (scale.sign() * grad_scale);
       return result;
     }
-    Tensor grad = in_order(grads[0], kept);
+    Tensor grad = in_order(grads[0], kept.strides());
     grads[0] = Tensor();
     const Tensor out = place_for(grad);
     const Params p(params);
