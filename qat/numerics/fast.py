@@ -1,10 +1,11 @@
 """The fast path of fake quantization: integers, rounded to nearest, with the clipped straight-through gradient.
 
 The definition is `qat.numerics.affine`'s and the results are equal to the bit; only a scale's gradient is summed in
-another order. One byte an element is kept for backward, or a bit in C++ with a range that is not learned. Three forms do it: C++ on CPUs (`qat.numerics.native`), kernels
-compiled by Inductor on other devices (`qat.numerics.kernels`), and cache-sized blocks of ordinary operations
-(`qat.numerics.blocks`) on CPUs where no compiler is at hand. What none takes (tensors with gaps in memory, scales that
-vary along two dimensions, and for the latter two forms small tensors) is the composed form's.
+another order. One byte an element is kept for backward, or a bit in C++ with a range that is not learned. Three forms
+do it: C++ on CPUs (`qat.numerics.native`), kernels compiled by Inductor on other devices (`qat.numerics.kernels`), and
+cache-sized blocks of ordinary operations (`qat.numerics.blocks`) on CPUs where no compiler is at hand. What none takes
+(tensors with gaps in memory, scales that vary along two dimensions, and for the latter two forms small tensors) is the
+composed form's.
 """
 
 import functools
