@@ -3,6 +3,7 @@
 What makes it compute what training simulated:
 
 - Real numbers in float32: by default it takes bfloat16 for them where the processor has it.
+- What it would compute with integers in another way than the file says stands behind a Max (`onnx_model.Model.held`).
 - A dynamic batch, as in the files. OpenVINO runs a convolution and the addition behind it as one kernel that does not
   round in between; the Expand that keeps it from that (`onnx.py`) is taken out where the batch is a number.
 """
