@@ -208,8 +208,13 @@ def test_lowered_it_computes_what_was_simulated(
     assert sum(isinstance(m, kind) for m in lowered.modules()) == len(layers) >= 14
     with torch.no_grad():
         simulated, integer = prepared(**batches[0]).logits, lowered(**batches[0]).logits
+    assert_equal_but_for_a_tie(integer, simulated, tokens=int(preset == "int8"))
+
+
+def assert_equal_but_for_a_tie(integer: Tensor, simulated: Tensor, tokens: int) -> None:
+    """Logits of as many tokens may differ: an integer on the way to them that lay on a tie, among a hundred thousand."""
     apart = (integer - simulated).abs().flatten(0, -2).amax(1)
-    assert (apart <= 2e-5 * (1 + simulated.abs().max())).sum() >= len(apart) - (preset == "int8")  # one may meet a tie
+    assert (apart > 2e-5 * (1 + simulated.abs().max())).sum() <= tokens
     assert apart.max() <= 0.05 * simulated.std()
 
 
@@ -236,7 +241,7 @@ def test_trained_and_lowered_it_computes_what_was_simulated(
     finalize(result, [{"input_ids": ids}], PTQConfig(), trained=True)
     simulated = logits(result, ids)
     assert relative(simulated, before) > 1e-3  # it has learned
-    torch.testing.assert_close(logits(qat.lower(result), ids), simulated, rtol=1e-5, atol=1e-5)
+    assert_equal_but_for_a_tie(logits(qat.lower(result), ids), simulated, tokens=int(scheme == "int8"))
 
 
 @pytest.mark.parametrize("name", BUILD)
