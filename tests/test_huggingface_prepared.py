@@ -212,7 +212,7 @@ def test_lowered_it_computes_what_was_simulated(
 
 
 def assert_equal_but_for_a_tie(integer: Tensor, simulated: Tensor, tokens: int) -> None:
-    """Logits of as many tokens may differ: an integer on the way to them that lay on a tie, among a hundred thousand."""
+    """Logits of so many tokens may differ: an integer on the way to them lay on a tie, among a hundred thousand."""
     apart = (integer - simulated).abs().flatten(0, -2).amax(1)
     assert (apart > 2e-5 * (1 + simulated.abs().max())).sum() <= tokens
     assert apart.max() <= 0.05 * simulated.std()
