@@ -156,8 +156,9 @@ def _layer(lowering: Lowering, node: fx.Node) -> None:
     grids = integer_grids(layer, [lowering.grids[name] for name in inputs])
     step: RuntimeLayer
     if grids is not None:
+        called = id(lowering.graph.submodule(node))
         # whose bias, or whose BatchNorm's, no rounding of parameters puts on the grid (`ptq.bias.round_biases`)
-        shared = lowering.biases[id(layer.bias)] > 1 or (norm is not None and lowering.calls[id(layer)] > 1)
+        shared = lowering.biases[id(layer.bias)] > 1 or (norm is not None and lowering.calls[called] > 1)
         step = integer_layer(layer, norm, grids, geometry, remainder=shared)
     else:
         step, inputs = real_layer(layer, norm, geometry), [lowering.real_input(layer, node)]

@@ -49,7 +49,7 @@ class Lowering:
     def __post_init__(self) -> None:
         self.graph = Graph(self.prepared)
         self.sizes = Sizes(self.prepared)
-        layers = [layer for _, layer in self.graph.layers()]
+        layers = [layer for _, layer in self.graph.layers()]  # modules of the network: they outlive their identities
         self.biases = Counter(id(layer.bias) for layer in layers if layer.bias is not None)
         self.calls = Counter(map(id, layers))
 

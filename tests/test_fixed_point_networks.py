@@ -353,6 +353,9 @@ def test_a_bias_between_the_integers_of_a_sum_is_that_of_training() -> None:
     settings = layers[0].spec()
     del settings["fraction"], settings["output"]
     assert fixed.FixedConv(**settings).fraction == 8  # of files that do not say it
+    for wrong in (-1, 32):
+        with pytest.raises(ValueError, match=f"fraction={wrong} is not valid: give bits from 0 to 31"):
+            fixed.FixedConv(wrong, **settings)
 
 
 UNPOOLED: dict[str, Case] = {

@@ -28,9 +28,14 @@ class FixedConv(IntegerConv):
     Args:
         fraction: bits of the remainder behind the point; in files that do not say it, 8.
         settings: of `IntegerConv`.
+
+    Raises:
+        ValueError: a fraction that no sum has room for.
     """
 
     def __init__(self, fraction: int = 8, **settings: Any) -> None:
+        if not 0 <= fraction < 32:
+            raise ValueError(f"fraction={fraction} is not valid: give bits from 0 to 31")
         super().__init__(**settings)
         self.fraction = fraction
         if self.remainder is not None:

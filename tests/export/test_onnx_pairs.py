@@ -59,6 +59,11 @@ def matrices() -> nn.Module:
     return nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
+def clamped() -> nn.Module:
+    """A Clip and a Relu in front of a QuantizeLinear to float8, whose zero point two optimizers take for an integer."""
+    return nn.Sequential(nn.Linear(16, 16), nn.Hardtanh(-0.2, 0.6), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+
+
 DIGITS = (lambda: SmallCNN(1, 10, 8), images(24, 1, 8, 8))
 CASES = {
     "small_cnn": Case(*DIGITS, {}, {"INT8"}),
@@ -66,6 +71,8 @@ CASES = {
     "small_cnn_binary": Case(*DIGITS, {"name": "binary"}, {"INT8"}),
     "small_cnn_fp8": Case(*DIGITS, {"name": "fp8"}, {"FLOAT8E4M3FN"}),
     "shapes": Case(Shapes, images(12, 3, 8, 8), {}, {"INT8"}),
+    "shapes_fp8": Case(Shapes, images(12, 3, 8, 8), {"name": "fp8"}, {"FLOAT8E4M3FN"}),
+    "clamped_fp8": Case(clamped, images(24, 16), {"name": "fp8"}, {"FLOAT8E4M3FN"}),
     "groups": Case(matrices, images(24, 128), {"name": "w4g32", "weight": {"group_size": 64}}, {"INT4"}),
     "char_gpt": Case(lambda: CharGPT(11, context=12, n_layer=1, n_head=2, width=16),
                      lambda: torch.randint(11, (16, 12)),

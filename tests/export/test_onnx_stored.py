@@ -61,6 +61,18 @@ def lowered(made: tuple[nn.Module, Tensor], config: dict[str, Any]) -> tuple[Int
     return qat.lower(prepared.eval()), x * 1.3  # beyond the calibrated ranges, too
 
 
+def test_float_weights_stay_such_behind_a_padding_by_nothing(tmp_path: Path) -> None:
+    """ONNX Runtime would round them to 8 bits between a DequantizeLinear and a QuantizeLinear."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding_mode="circular"), nn.Conv2d(4, 3, 1))
+    weight = {"weight": {"bits": 4, "granularity": "block", "block_size": [4, 4], "allow_padding": True}}
+    network, x = lowered((net, torch.randn(32, 4, 6, 6)), {**weight, **INT8})
+    path = tmp_path / "model.onnx"
+    save_onnx(network, path, (x[:2],))
+    counts = kernels(path).counts
+    assert counts["Conv"] == 3
+    assert "QLinearConv" not in counts
+
+
 def by_reference(path: Path, x: Tensor) -> Tensor:
     model = onnx.load(path)
     return torch.from_numpy(ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})[0])

@@ -1,5 +1,6 @@
 """Parity: zero for equal implementations; a corrupted layer is found, named, and shown."""
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from qat.export.parity import (
     training_integers,
 )
 from qat.export.reloaded import Reloaded
+from qat.export.rounding import output_rounding
 from qat.ptq import PTQConfig, finalize
 from qat.runtime import IntegerConv, IntegerNetwork
 from qat.zoo.models import SmallCNN
@@ -514,3 +516,80 @@ def test_layers_called_several_times(bits: int, tmp_path: Path) -> None:
     pairs = measure(prepared, network, paths, x)
     assert all(parity.equal_share == parity.agreement == 1.0 for parity in pairs.values())
     assert all(parity.max_abs < 1e-5 for parity in pairs.values())
+
+
+class Normed(nn.Module):
+    """A layer without bias that is called twice, once in front of a BatchNorm, which is folded into that call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = (
+            nn.Conv2d(4, 4, 1, bias=False),
+            nn.BatchNorm2d(4, affine=False),
+            nn.Conv2d(4, 2, 1),
+        )
+        nn.init.normal_(self.norm.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.conv(torch.tanh(self.conv(x)))))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_batch_norm_behind_a_layer_that_is_called_twice(bits: int, tmp_path: Path) -> None:
+    """Its bias lies on no grid: rounded to one, it would be off by up to half of what one product counts."""
+    torch.manual_seed(0)
+    config = {"weight": {"bits": bits, "granularity": "channel"}, "activation": {"bits": 8}, "input": {"bits": bits}}
+    x = torch.randn(32, 4, 8, 8)
+    prepared = qat.prepare(Normed().eval(), qat.QuantConfig.from_dict(config), x)
+    finalize(prepared, [x], PTQConfig(bias_correction=False), trained=False)
+    network = qat.lower(prepared)
+    paths = qat.export(network, tmp_path, x)
+    for pair, parity in measure(prepared, network, paths, x).items():
+        parity.check(pair, ParityLimits())
+        assert parity.equal_share == 1.0
+
+
+def test_a_tie_is_as_wide_as_it_is_said_to_be() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, 8)
+    prepared = qat.prepare(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), qat.preset("int8"), x)
+    finalize(prepared, [x], PTQConfig(), trained=False)
+    network = qat.lower(prepared)
+    given = training_integers(prepared, network, x)
+    grid = network.grid("0")
+    assert grid is not None
+    with torch.no_grad():
+        v = prepared.get_submodule("0")(prepared.get_submodule("quantizers.input")(x)) / grid.scale + grid.zero_point
+    to_the_middle = (v - v.floor() - 0.5).abs()
+    for width in (0.1, 0.3):
+        tied = ties_given(network, x, given, {"0": width})["0"]
+        assert (tied == (to_the_middle < width))[(to_the_middle - width).abs() > 1e-3].all()
+        assert 0.1 < tied.float().mean() < 0.7
+    assert ties_given(network, x, given)["0"].float().mean() < 0.01
+
+
+@pytest.mark.parametrize("far", [0.0, 100.0])
+def test_a_mean_that_a_norm_takes_off_is_rounded_with(far: float) -> None:
+    """Of values far from 0 a norm leaves digits that float32 has rounded; what float64 makes is the oracle."""
+
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = nn.functional.instance_norm(0.01 * x + far)
+            return self.linear((y - 0.1 * x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 2, 6, 6)
+    net = Far().eval()
+    config = {"weight": {"bits": 8}, "activation": {"bits": None}, "input": {"bits": None}}
+    prepared = qat.prepare(net, qat.QuantConfig.from_dict(config), x)
+    finalize(prepared, [x], PTQConfig(), trained=False)
+    network = qat.lower(prepared)
+    (allowed,) = output_rounding(network, (x,), {})
+    assert isinstance(allowed, Tensor)
+    exact = copy.deepcopy(network).double()(x.double())
+    error = (network(x) - exact).abs().max()
+    assert error <= allowed.max() <= max(1e4 * error, 1e-5)
