@@ -97,6 +97,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "sequence, no bias at its end": (
         lambda: Net(nn.Linear(WIDTH, WIDTH), torch.sigmoid, nn.Linear(WIDTH, WIDTH, bias=False)), (WIDTH, WIDTH),
     ),
+    # real results of layers without bias, of which something is computed before it is quantized
+    "square, no bias": (
+        lambda: Net(nn.Conv1d(3, 6, 3, bias=False), torch.square,
+                    nn.Sequential(nn.Flatten(), nn.Linear(42, 3))), SIGNAL,
+    ),
+    "sum, no bias": (lambda: Net(nn.Conv1d(3, 6, 3, bias=False), lambda y: y.sum(2), nn.Linear(6, 3)), SIGNAL),
+    "norm, no bias": (
+        lambda: Net(nn.Conv1d(3, 6, 1, groups=3, bias=False), F.instance_norm,
+                    nn.Sequential(nn.Flatten(), nn.Linear(54, 3))), SIGNAL,
+    ),
     "sequence, biases": (lambda: Net(nn.Linear(WIDTH, WIDTH), torch.relu, nn.Linear(WIDTH, 3)), (WIDTH, WIDTH)),
 }  # fmt: skip
 
