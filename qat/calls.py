@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from qat import activations
 from qat.attention import add_mask, causal, mask_out, matmul
 from qat.places import max_places
 from qat.smoothing import scale_channels
@@ -117,8 +118,8 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("relu6", "other", "input", (nn.ReLU6, F.relu6)),
     ("sigmoid", "other", "input", (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid")),
     ("tanh", "other", "input", (nn.Tanh, torch.tanh, F.tanh, "tanh")),
-    ("gelu", "other", "input approximate='none'", (nn.GELU, F.gelu)),
-    ("silu", "other", "input", (nn.SiLU, F.silu)),
+    ("gelu", "other", "input approximate='none'", (nn.GELU, F.gelu, activations.GELU, activations.gelu)),
+    ("silu", "other", "input", (nn.SiLU, F.silu, activations.SiLU, activations.silu)),
     ("mish", "other", "input", (nn.Mish, F.mish)),
     ("hardswish", "other", "input", (nn.Hardswish, F.hardswish)),
     ("hardsigmoid", "other", "input", (nn.Hardsigmoid, F.hardsigmoid)),

@@ -104,8 +104,9 @@ class FakeQuantize(nn.Module):
         self.fitted = self._fitted()
         self.observer = OBSERVERS[scheme.observer](
             ObserverOptions(
-                rows=math.prod(self.scale_shape), sites=sites, symmetric=scheme.symmetric, quant_min=self.quant_min,
-                quant_max=self.quant_max, percentiles=(scheme.percentiles[0], scheme.percentiles[1]),
+                rows=math.prod(self.scale_shape) if self.observes else 0, sites=sites, symmetric=scheme.symmetric,
+                quant_min=self.quant_min, quant_max=self.quant_max,
+                percentiles=(scheme.percentiles[0], scheme.percentiles[1]),
                 momentum=scheme.momentum, norm=scheme.norm, sigmas=scheme.sigmas,
                 grid=None if scheme.format == "int" else self.grid, scales=self.format.scales,
             )
@@ -180,6 +181,14 @@ class FakeQuantize(nn.Module):
         return self.range.dynamic
 
     @property
+    def observes(self) -> bool:
+        """Whether it keeps what it sees: the range of a weight is of the weight at hand, unless it follows batches."""
+        rule = RANGES[self.scheme.range]
+        if rule.dynamic or self.format.fitted is not None:
+            return False
+        return self.shape is None or rule.follows
+
+    @property
     def calibrated(self) -> bool:
         """Whether everything that calibration sets is known."""
         if self.fitted is not None:
@@ -226,12 +235,12 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor, site: int = 0) -> None:
-        """Record the range of `x` (after the absorbed ReLU). Ignores empty tensors, and those that need no range.
+        """Record the range of `x` (after the absorbed ReLU), if it `observes`. Ignores empty tensors.
 
         In a distributed run processes are in step while they train, and take in their parts of a batch together. What
         they observe in eval mode (calibration) is merged afterwards, unless its order matters.
         """
-        if self.dynamic or self.fitted is not None or recomputing():
+        if not self.observes or recomputing():
             return
         together = self.training or self.observer.ordered
         rows, real = self._with_kept_range(x)
@@ -258,8 +267,14 @@ class FakeQuantize(nn.Module):
 
     @torch.no_grad()
     def set_range_from_observer(self) -> None:
-        """Take scale and zero point from what was observed. Raises RuntimeError when nothing was."""
+        """Take scale and zero point from what was observed.
+
+        Raises:
+            RuntimeError: nothing was.
+        """
         if not self.dynamic:
+            if not self.observes:
+                raise RuntimeError("the range of a weight is its own: set_range_from(weight)")
             low, high = self.observer.range()
             if self.bounds is not None:
                 low, high = (torch.full_like(t, end) for t, end in zip((low, high), self.bounds, strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from qat import activations
 from qat.attention import matmul
 from qat.choices import Ask, Choice, Quantizable
 from qat.decompose import decompose_attention, decompose_extremes, unpool_by_function
@@ -29,6 +30,7 @@ from qat.layers import (
     float_type,
     type_name,
 )  # fmt: skip
+from qat.layers.base import with_state_of
 from qat.layers.tied import share_weight_quantizers
 from qat.prepared import bind_functional
 from qat.record import Call
@@ -120,6 +122,7 @@ def place(
     _tell_recurrent_layers(Graph(traced))
     _tell_layers_that_functions_read(Graph(traced))
     _tell_what_is_kept(Graph(traced))
+    _use_memory_of_kernels(Graph(traced))
     return ties
 
 
@@ -216,6 +219,17 @@ def _tell_what_is_kept(graph: Graph) -> None:
         quantizer = graph.submodule(node)
         if isinstance(quantizer, FakeQuantize):
             quantizer.kept = quantizer in read
+
+
+def _use_memory_of_kernels(graph: Graph) -> None:
+    """Let activation functions that know how write their results where quantizers do."""
+    for node in graph.nodes:
+        module = graph.submodule(node)
+        if module is None:
+            node.target = activations.FUNCTIONS.get(node.target, node.target)
+        elif type(module) in activations.MODULES:
+            graph.module.set_submodule(str(node.target), with_state_of(module, activations.MODULES[type(module)]))
+    graph.module.recompile()
 
 
 def _along_channels(graph: Graph, request: Request) -> TensorScheme:

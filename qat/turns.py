@@ -66,7 +66,7 @@ def _turns(net: Any) -> Turns | None:
 
 def _exchanges(quantizer: FakeQuantize) -> bool:
     """Whether its observer, if it runs now, takes in what all processes have."""
-    if quantizer.dynamic or quantizer.fitted is not None:
+    if not quantizer.observes:
         return False
     observes = quantizer.mode is Mode.observe and (quantizer.training or quantizer.observer.ordered)
     return observes or quantizer.follows

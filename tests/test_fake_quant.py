@@ -11,6 +11,7 @@ import qat
 from qat.fake_quant import FakeQuantize
 from qat.mode import Mode
 from qat.modes import get_mode, quantizers, set_mode
+from qat.observers import OBSERVERS
 from qat.scheme import Granularity, TensorScheme, override
 
 CHANNEL: dict[str, Any] = {"granularity": Granularity.channel, "narrow_range": True}
@@ -20,7 +21,10 @@ def calibrated(scheme: TensorScheme, *tensors: Tensor, mode: Mode = Mode.quantiz
     quantizer = FakeQuantize(scheme, **options)
     for x in tensors:
         quantizer.observe(x)
-    quantizer.set_range_from_observer()
+    if quantizer.observes:
+        quantizer.set_range_from_observer()
+    else:
+        quantizer.set_range_from(tensors[-1])
     quantizer.mode = mode
     return quantizer
 
@@ -78,8 +82,7 @@ def test_groups_have_scales_of_their_own(range_mode: str) -> None:
         bits=4, narrow_range=True, granularity=Granularity.group, group_size=5, allow_padding=True, range=range_mode
     )
     quantizer = FakeQuantize(scheme, shape=w.shape)
-    quantizer.observe(w)
-    quantizer.set_range_from_observer()
+    quantizer.set_range_from(w)
     quantizer.mode = Mode.quantize
     y = quantizer(w)
     assert y.shape == w.shape
@@ -359,3 +362,44 @@ def test_a_weight_that_moved_to_another_entry_has_it_at_the_next_step(fields: di
 
     assert steps() == [True, True, True]
     assert steps(refresh=3) == [True, False, True]
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("ranges", ["fixed", "learned"])
+def test_weights_that_are_only_measured_keep_no_observations(observer: str, ranges: str) -> None:
+    """A histogram a channel would take more than the weight: 32 KB each, in memory and in every checkpoint."""
+    scheme = TensorScheme(bits=4, granularity=Granularity.channel, observer=observer, range=ranges)
+    quantizer, weight = FakeQuantize(scheme, torch.Size([64, 8])), torch.randn(64, 8)
+    kept = sum(buffer.numel() for buffer in quantizer.observer.buffers())
+    assert kept <= 1  # of extremes, whether a range is still to come
+    quantizer.observe(weight)
+    quantizer.set_range_from(weight)
+    assert quantizer.calibrated
+    assert quantizer.scale.shape == (64,)
+    with pytest.raises(RuntimeError, match=r"set_range_from\(weight\)"):
+        quantizer.set_range_from_observer()
+    assert sum(buffer.numel() for buffer in quantizer.observer.buffers()) == kept
+
+
+def test_files_that_hold_observations_of_weights_still_load() -> None:
+    scheme = TensorScheme(bits=4, granularity=Granularity.channel, observer="mse", range="learned")
+    weight = torch.randn(64, 8)
+    quantizer, other = (FakeQuantize(scheme, torch.Size([64, 8])) for _ in range(2))
+    quantizer.set_range_from(weight)
+    state = quantizer.state_dict() | {
+        "observer.counts": torch.zeros(64, 4096, dtype=torch.float64),
+        "observer.limit": torch.zeros(64),
+    }
+    before = {key: value.shape for key, value in state.items()}
+    other.load_state_dict(state)
+    assert torch.equal(other.scale, quantizer.scale)
+    assert other.observer.counts.numel() == 0
+    assert {key: value.shape for key, value in state.items()} == before
+
+
+def test_a_range_that_follows_its_weight_is_observed() -> None:
+    scheme = TensorScheme(bits=4, granularity=Granularity.channel, observer="ema", range="running")
+    quantizer = FakeQuantize(scheme, torch.Size([64, 8]))
+    quantizer.observe(torch.randn(64, 8))
+    quantizer.set_range_from_observer()
+    assert quantizer.calibrated

@@ -45,6 +45,7 @@ ORDER = [
     "qat.layers",
     "qat.widths",
     "qat.attention",
+    "qat.activations",
     "qat.places",
     "qat.inside",
     "qat.smoothing",

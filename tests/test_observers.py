@@ -123,15 +123,15 @@ def test_half_precision_input(name: str) -> None:
 def test_what_fills_a_short_row_is_not_observed(name: str, fields: dict[str, Any]) -> None:
     """Of 3 by 70 values the last groups are 20 wide, and the last blocks 20 wide, 1 high, or both."""
     x = torch.randn(3, 70, generator=torch.Generator().manual_seed(2)) + 4  # zero, which fills, is far away
-    scheme = TensorScheme(bits=4, symmetric=False, observer=name, allow_padding=True, **fields)
-    node = FakeQuantize(scheme, x.shape)
+    follows = {"bits": 4, "symmetric": False, "observer": name, "range": "running"}  # others are measured, not observed
+    node = FakeQuantize(TensorScheme(**follows, allow_padding=True, **fields), x.shape)
     heights = [1] * 3 if node.layout.kind == "group" else [2, 1]
     parts = [part.reshape(1, -1) for rows in x.split(heights) for part in rows.split(50, dim=1)]
     node.observe(x)
     for (low, high), seen in ((node.measure(x), False), (node.observer.range(), True)):
         assert low.shape == (len(parts),)
         for i, part in enumerate(parts):
-            alone = FakeQuantize(TensorScheme(bits=4, symmetric=False, observer=name), part.shape)
+            alone = FakeQuantize(TensorScheme(**follows), part.shape)
             alone.observe(part)
             expected = alone.observer.range() if seen else alone.measure(part)
             assert (low[i], high[i]) == expected, (i, seen)

@@ -3,13 +3,15 @@
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from qat.fake_quant import FakeQuantize
 from qat.scheme import Granularity, TensorScheme
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,7 @@ class Quantized(nn.Module):
         Raises:
             ValueError: an axis that the weight does not have; a group size that does not divide its inputs.
         """
-        layer = cls.__new__(cls)
-        # the float layer's state as it stands, hooks included; the containers are copied to leave the original alone
-        layer.__dict__ = {k: v.copy() if isinstance(v, dict | list) else v for k, v in module.__dict__.items()}
+        layer = with_state_of(module, cls)
         layer._add_quantizers(scheme, name, activation)
         return layer
 
@@ -155,6 +155,14 @@ class QuantizedLayer(Quantized):
         """The output for activations; without hooks."""
         result: Tensor = type(self).forward(self, *inputs)
         return result
+
+
+def with_state_of(module: nn.Module, kind: type[M]) -> M:
+    """A module of another type with the state of one as it stands, hooks included; parameters are shared."""
+    made = kind.__new__(kind)
+    # the containers are copied to leave the original alone
+    made.__dict__ = {k: v.copy() if isinstance(v, dict | list) else v for k, v in module.__dict__.items()}
+    return made
 
 
 def apply_masks(layer: nn.Module) -> None:

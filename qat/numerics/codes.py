@@ -100,7 +100,7 @@ def keeping(multiply: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, which keeps integers as within `kept_as_integers`; on CPUs, one call of C++ (`native.linear`)."""
-    if x.dim() > 1 and x.is_contiguous() and _applies() and _ordinary(x, weight, bias):
+    if x.dim() > 1 and x.is_contiguous() and _applies() and ordinary(x, weight, *(() if bias is None else (bias,))):
         of_x, of_weight = _known(x), _known(weight)
         if of_x is not None or of_weight is not None:
             return native.linear(x, weight, bias, of_x, of_weight)
@@ -110,7 +110,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """`torch.matmul`, which keeps integers; of views that have gaps, too, as attention multiplies."""
-    if left.dim() > 2 and left.shape[:-2] == right.shape[:-2] and _applies() and _ordinary(left, right, None):
+    if left.dim() > 2 and left.shape[:-2] == right.shape[:-2] and _applies() and ordinary(left, right):
         of_left, of_right = _known(left, part=True), _known(right, part=True)
         if of_left is not None or of_right is not None:
             return native.matmul(left, right, of_left, of_right)
@@ -119,14 +119,13 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
         return torch.matmul(left, right)
 
 
-def _ordinary(x: Tensor, other: Tensor, bias: Tensor | None) -> bool:
+def ordinary(x: Tensor, *others: Tensor) -> bool:
     """Whether C++ takes these tensors: not empty, of one dtype, no subclass, on a CPU, and nobody casts them."""
-    given = (x, other) if bias is None else (x, other, bias)
     return (
         x.device.type == "cpu"
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
-        and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in given)
+        and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in (x, *others))
     )
 
 
@@ -142,7 +141,7 @@ def _known(x: Tensor, part: bool = False) -> native.Known:
 
 def _is_all_of(x: Tensor, codes: Codes) -> bool:
     """Whether the integers are those of `x`, one by one in the order of memory: a view may show a part, or a cast."""
-    return x.numel() == codes.values.numel() and x.dtype == codes.dtype and _dense(x)
+    return x.numel() == codes.values.numel() and x.dtype == codes.dtype and dense(x)
 
 
 def _gathered(x: Tensor) -> Tensor:
@@ -150,7 +149,7 @@ def _gathered(x: Tensor) -> Tensor:
 
     The rows of a matrix, or its columns, stay in the order of memory. What has no gaps is returned.
     """
-    if torch.compiler.is_compiling() or x.dim() < 2 or _dense(x):
+    if torch.compiler.is_compiling() or x.dim() < 2 or dense(x):
         return x
     turned = x.stride(-1) != 1
     view = x.mT if turned else x
@@ -163,7 +162,8 @@ def _gathered(x: Tensor) -> Tensor:
     return copied.mT if turned else copied
 
 
-def _dense(x: Tensor) -> bool:
+def dense(x: Tensor) -> bool:
+    """Whether a tensor has no gaps, in whichever order of dimensions."""
     return bool(torch.ops.aten.is_non_overlapping_and_dense(x))
 
 

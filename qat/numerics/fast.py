@@ -34,6 +34,10 @@ SMALLEST_BLOCKED = 2**23
 """Elements from which blocks pay: where the composed form's intermediate results are fresh memory each time."""
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels take."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How tensors of one shape and order of memory are taken.
@@ -84,7 +88,7 @@ def _plan(
     shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: str, scale: tuple[int, ...], lsq: bool,
     threads: int, switch: str,
 ) -> Plan | None:  # fmt: skip
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         return None
     layout = layout_of(shape, stride, scale)
     if layout is None or math.prod(shape) >= 2**31:  # the compiler may count in 32 bits

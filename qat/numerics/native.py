@@ -129,13 +129,13 @@ def options(quant_min: float, quant_max: float, symmetric: bool, relu: bool, cod
 
 
 def free_blocks() -> list[int]:
-    """Sizes of the blocks of memory that no tensor holds, in bytes, from small to large."""
+    """Sizes of the places in memory that no tensor holds, in bytes, from small to large."""
     native = module()
     return [] if native is None else list(native.free_blocks())
 
 
 def clear_blocks() -> None:
-    """Give the free blocks back to the system."""
+    """Give the free places back to the system."""
     native = module()
     if native is not None:
         native.clear_blocks()
@@ -237,6 +237,18 @@ def matmul(left: Tensor, right: Tensor, of_left: Known, of_right: Known) -> Tens
     A factor may also be a view of a part of a tensor with one scale, whose integers are then given.
     """
     result: Tensor = _loaded().matmul(left, right, of_left, of_right)
+    return result
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """`F.gelu` of a tensor without gaps, float32, bfloat16 or float16."""
+    result: Tensor = _loaded().gelu(x, approximate)
+    return result
+
+
+def silu(x: Tensor) -> Tensor:
+    """`F.silu` of a tensor without gaps, float32, bfloat16 or float16."""
+    result: Tensor = _loaded().silu(x)
     return result
 
 

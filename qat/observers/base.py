@@ -26,7 +26,7 @@ class ObserverOptions:
     """What an observer may be told.
 
     Attributes:
-        rows: how many ranges are kept (1 for a per-tensor scheme).
+        rows: how many ranges are kept (1 for a per-tensor scheme); 0 for none, where `measure` alone is asked.
         sites: how many edges share the range.
         symmetric, quant_min, quant_max: the grid, for observers that weigh rounding against clipping.
         percentiles: low and high, in percent.
@@ -91,6 +91,10 @@ class Observer(nn.Module):
         super().__init__()
         self.options = options
         self._checked = False
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """A state; saved where there are ranges to keep."""
+        super().register_buffer(name, tensor, persistent and self.options.rows > 0)
 
     def reset(self) -> None:
         """Forget everything seen."""
@@ -169,9 +173,12 @@ class Observer(nn.Module):
             )
         return other
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._checked = False
-        super()._load_from_state_dict(*args, **kwargs)
+        if not self.options.rows:  # files of before have zeros of weights that were never observed
+            for name in self._buffers:
+                state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _require(self, seen: Callable[[], Tensor]) -> None:
         """Raise unless `seen()`. What was seen stays seen, so a GPU is waited for once, not at every step.

@@ -1,10 +1,11 @@
-// Quantized training on CPUs: quantizers and products of matrices, one call each, with their autograd nodes and memory.
+// Quantized training on CPUs: quantizers, products of matrices and activation functions, one call each, with their autograd nodes and memory.
 //
 // What it computes is defined in `kernels.py` (and by `affine.py`); results are equal to the bit, but for the order in
 // which the gradient of a scale is summed. `native.py` compiles it.
 
 #include <torch/csrc/utils/pybind.h>
 
+#include "activations.h"
 #include "histogram.h"
 #include "products.h"
 #include "quantize.h"
@@ -26,6 +27,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("count", &count, Free());
   m.def("linear", &linear, Free());
   m.def("matmul", &matmul, Free());
+  m.def("gelu", &gelu, Free());
+  m.def("silu", &silu, Free());
   m.def("empty", [](const std::vector<int64_t>& shape, const std::vector<int64_t>& stride, at::ScalarType dtype) {
     return pool().empty(shape, stride, dtype);
   });
