@@ -1,6 +1,6 @@
 """How the cost of quantized training grows: width, depth, batch and group size, each doubled four times.
 
-python -m experiments.speed.growth                        # about 16 minutes
+python -m experiments.speed.growth                        # about 8 minutes
 python -m experiments.speed.growth --axes batch group     # some of it
 
 Width and batch are of ResNet-20, depth of a GPT, with frozen, running and learned ranges; groups are of the weights of

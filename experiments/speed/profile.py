@@ -59,6 +59,8 @@ CAUSES: dict[str, tuple[str, ...]] = {
     "arithmetic": ("aten::add", "aten::mul", "aten::div", "aten::sub", "aten::sum", "aten::neg", "aten::pow"),
 }  # fmt: skip
 """What a cause is made of: how the names of its operations begin; the first cause that has one counts."""
+KERNELS = tuple(MARK + name for name in ("forward", "backward", "decode", "range"))
+"""What counts with all that it calls."""
 PYTHON = "Python and autograd between operations"
 OTHER = "other operations"
 
@@ -68,7 +70,7 @@ def cause_of(event: Any) -> str:
     if event.name.startswith(STEP):
         return PYTHON
     caller = event
-    while caller is not None and not (caller.name.startswith(MARK) and caller.name != MARK + "node"):
+    while caller is not None and not caller.name.startswith(KERNELS):
         caller = caller.cpu_parent
     name = event.name if caller is None else caller.name
     if name.startswith(("autograd::", "AOTDispatcher")) or "Backward" in name:

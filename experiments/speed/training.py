@@ -1,6 +1,6 @@
 """What a step of quantized training costs against a float one: time and memory, ours and the peers'.
 
-python -m experiments.speed.training                              # all that is installed, about 20 minutes
+python -m experiments.speed.training                              # all that is installed, about 16 minutes
 python -m experiments.speed.training --short                      # ours, about 4 minutes (`make bench`)
 python -m experiments.speed.training --peers .venv-peers          # peers from their environment (`make peers`)
 python -m experiments.speed.training --device cuda

@@ -87,7 +87,8 @@ def pt2e_x86(net: nn.Module, x: Tensor, work: str) -> nn.Module:
 
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config(is_qat=True))
-    prepared = prepare_qat_pt2e(torch.export.export(net.train(), (x,)).module(), quantizer)
+    exported = torch.export.export(net.train(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    prepared = prepare_qat_pt2e(exported.module(), quantizer)
     move_exported_model_to_train(prepared)
     return prepared
 
