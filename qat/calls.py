@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from qat import activations
+from qat import lean
 from qat.attention import add_mask, causal, mask_out, matmul
 from qat.places import max_places
 from qat.smoothing import scale_channels
@@ -118,8 +118,8 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("relu6", "other", "input", (nn.ReLU6, F.relu6)),
     ("sigmoid", "other", "input", (nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid")),
     ("tanh", "other", "input", (nn.Tanh, torch.tanh, F.tanh, "tanh")),
-    ("gelu", "other", "input approximate='none'", (nn.GELU, F.gelu, activations.GELU, activations.gelu)),
-    ("silu", "other", "input", (nn.SiLU, F.silu, activations.SiLU, activations.silu)),
+    ("gelu", "other", "input approximate='none'", (nn.GELU, F.gelu, lean.GELU, lean.gelu)),
+    ("silu", "other", "input", (nn.SiLU, F.silu, lean.SiLU, lean.silu)),
     ("mish", "other", "input", (nn.Mish, F.mish)),
     ("hardswish", "other", "input", (nn.Hardswish, F.hardswish)),
     ("hardsigmoid", "other", "input", (nn.Hardsigmoid, F.hardsigmoid)),
@@ -157,7 +157,8 @@ _TABLE: tuple[tuple[str, str, str, tuple[Any, ...]], ...] = (
     ("argmin", "other", "input dim=None keepdim=False", (torch.argmin, "argmin")),
     ("max_places", "other", "input kernel_size stride=None padding=0 dilation=1 ceil_mode=False", (max_places,)),
     # ---- normalisation ----------------------------------------------------------------------------------------------
-    ("layer_norm", "other", "input normalized_shape weight=None bias=None eps=1e-05", (nn.LayerNorm, F.layer_norm)),
+    ("layer_norm", "other", "input normalized_shape weight=None bias=None eps=1e-05",
+     (nn.LayerNorm, F.layer_norm, lean.LayerNorm, lean.layer_norm)),
     ("rms_norm", "other", "input normalized_shape weight=None eps=None", (nn.RMSNorm, F.rms_norm, torch.rms_norm)),
     ("group_norm", "other", "input num_groups weight=None bias=None eps=1e-05", (nn.GroupNorm, F.group_norm)),
     ("instance_norm", "other",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from qat import activations
+from qat import lean
 from qat.attention import matmul
 from qat.choices import Ask, Choice, Quantizable
 from qat.decompose import decompose_attention, decompose_extremes, unpool_by_function
@@ -37,6 +37,9 @@ from qat.record import Call
 from qat.requests import Request, known_ends, relus_behind_quantizers, requests
 from qat.scheme import Granularity, QuantConfig, TensorScheme
 from qat.trial import Trial, check_same, float_output
+
+NORMS = (lean.LayerNorm, lean.layer_norm)
+"""What keeps integers of its input beside layers and products."""
 
 QUANTIZERS = "quantizers"
 """Where activation quantizers live in a prepared network."""
@@ -121,8 +124,8 @@ def place(
     _insert(graph, wanted, config, shapes, at)
     _tell_recurrent_layers(Graph(traced))
     _tell_layers_that_functions_read(Graph(traced))
+    _make_lean(Graph(traced))
     _tell_what_is_kept(Graph(traced))
-    _use_memory_of_kernels(Graph(traced))
     return ties
 
 
@@ -210,10 +213,10 @@ def _tell_layers_that_functions_read(graph: Graph) -> None:
 
 
 def _tell_what_is_kept(graph: Graph) -> None:
-    """Let quantizers know whether a layer or a product reads them, and keeps for backward what it has read."""
+    """Let quantizers know whether a layer, a product or a norm reads them, and keeps for backward what it has read."""
     read = set()
     for node in graph.nodes:
-        if graph.kind(node) is Kind.layer or node.target is matmul:
+        if graph.kind(node) is Kind.layer or node.target is matmul or graph.key(node) in NORMS:
             read |= {graph.quantizer_of(arg) for arg in graph.operands(node)}
     for node in graph.nodes:
         quantizer = graph.submodule(node)
@@ -221,14 +224,14 @@ def _tell_what_is_kept(graph: Graph) -> None:
             quantizer.kept = quantizer in read
 
 
-def _use_memory_of_kernels(graph: Graph) -> None:
-    """Let activation functions that know how write their results where quantizers do."""
+def _make_lean(graph: Graph) -> None:
+    """Put functions that need less memory in place of torch's."""
     for node in graph.nodes:
         module = graph.submodule(node)
         if module is None:
-            node.target = activations.FUNCTIONS.get(node.target, node.target)
-        elif type(module) in activations.MODULES:
-            graph.module.set_submodule(str(node.target), with_state_of(module, activations.MODULES[type(module)]))
+            node.target = lean.FUNCTIONS.get(node.target, node.target)
+        elif type(module) in lean.MODULES:
+            graph.module.set_submodule(str(node.target), with_state_of(module, lean.MODULES[type(module)]))
     graph.module.recompile()
 
 

@@ -45,7 +45,7 @@ ORDER = [
     "qat.layers",
     "qat.widths",
     "qat.attention",
-    "qat.activations",
+    "qat.lean",
     "qat.places",
     "qat.inside",
     "qat.smoothing",

@@ -1,4 +1,4 @@
-"""GELU and SiLU of a prepared network: torch's to the bit, in the memory of the kernels."""
+"""GELU, SiLU and LayerNorm of a prepared network: torch's to the bit, in less memory."""
 
 import copy
 from collections.abc import Callable
@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qat
-from qat import activations
+from qat import lean
 from qat.calls import CALLS
-from qat.numerics import native
+from qat.numerics import codes, fast, native
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason="there is no compiler")
 
 PAIRS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "gelu": (activations.gelu, F.gelu),
+    "gelu": (lean.gelu, F.gelu),
     "gelu, tanh": (
-        lambda x: activations.gelu(x, approximate="tanh"),
+        lambda x: lean.gelu(x, approximate="tanh"),
         lambda x: F.gelu(x, approximate="tanh"),
     ),
-    "silu": (activations.silu, F.silu),
+    "silu": (lean.silu, F.silu),
 }
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -99,8 +99,59 @@ def test_where_torch_transforms_or_casts_it_is_torchs(name: str) -> None:
 def test_in_place_is_torchs() -> None:
     x = torch.randn(64, 1024)
     expected = F.silu(x)
-    assert activations.silu(x, inplace=True) is x
+    assert lean.silu(x, inplace=True) is x
     assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_keeps_the_integers_of_its_input(dtype: torch.dtype, affine: bool) -> None:
+    """Equal to the bit, second derivatives included; a byte a value is kept in place of the numbers."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 16, 64).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(64).to(dtype).requires_grad_() if affine else None for _ in range(2))
+    leaves = [x, weight, bias] if affine else [x]
+    results = []
+    for function in (lean.layer_norm, F.layer_norm):
+        grid = fast.fake_quantize(x, torch.tensor(0.03), None, -128, 127, codes=True)
+        y = function(grid, (64,), weight, bias)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), x)
+        plain = function(fast.fake_quantize(x, torch.tensor(0.03), None, -128, 127, codes=True), (64,), weight, bias)
+        results.append((y.detach(), *first, *second, *torch.autograd.grad(plain.square().sum(), leaves)))
+    for ours, torchs in zip(*results, strict=True):
+        assert torch.equal(ours, torchs)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.head = nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.linear(x)
+        x = x + self.linear(self.norm(x))
+        y: Tensor = self.head(x + self.linear(F.layer_norm(x, (64,))))
+        return y
+
+
+def test_what_a_norm_keeps_is_a_byte_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[object] = []
+    pack = codes._pack
+
+    def seen(known: dict[int, codes.Codes]) -> Callable[[Tensor], object]:
+        inner = pack(known)
+        return lambda x: (held.append(inner(x)), held[-1])[1]
+
+    monkeypatch.setattr(codes, "_pack", seen)
+    x = torch.randn(32, 64)
+    prepared = qat.prepare(Residual(), qat.preset("int8"), x)
+    assert type(prepared.norm) is lean.LayerNorm
+    assert lean.layer_norm in {node.target for node in prepared.graph.nodes}
+    qat.calibrate(prepared, [x])
+    prepared.train()(x).sum().backward()
+    of_norms = [k[0].values for k in held if isinstance(k, tuple)]  # linear layers keep theirs without hooks
+    assert [(values.shape, values.dtype) for values in of_norms] == [((32, 64), torch.int8)] * 2
 
 
 class Net(nn.Module):
@@ -123,12 +174,12 @@ def test_a_prepared_network_computes_with_them() -> None:
     net.gelu.register_forward_hook(lambda *_: seen.append("hook"))
     prepared = qat.prepare(net, qat.preset("int8"), x)
     assert type(net.gelu) is nn.GELU
-    assert type(prepared.gelu) is activations.GELU
-    assert type(prepared.silu) is activations.SiLU
+    assert type(prepared.gelu) is lean.GELU
+    assert type(prepared.silu) is lean.SiLU
     assert isinstance(prepared.gelu, nn.GELU)
     assert prepared.tanh.approximate == "tanh"
     called = [node.target for node in prepared.graph.nodes if node.op == "call_function"]
-    assert called == [activations.gelu, activations.silu]
+    assert called == [lean.gelu, lean.silu]
     seen.clear()
     assert torch.equal(prepared(x), net(x))
     assert seen == ["hook"] * 4
@@ -137,7 +188,7 @@ def test_a_prepared_network_computes_with_them() -> None:
 
 
 def test_tables_are_complete() -> None:
-    for torchs, ours in (activations.FUNCTIONS | activations.MODULES).items():
+    for torchs, ours in (lean.FUNCTIONS | lean.MODULES).items():
         assert CALLS[ours] is CALLS[torchs]
 
 
